@@ -1,2 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Under construction.
+
+//! The Helix frame-export protocol and its transports; no GStreamer, no global state.
+
+pub mod wait;

@@ -1,2 +1,5 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Under construction.
+
+//! What the plugins share.
+
+pub use helix_protocol::wait;
