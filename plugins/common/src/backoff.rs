@@ -43,7 +43,7 @@ mod tests {
 
     #[test]
     fn delays_double_and_end() {
-        let mut backoff = Backoff::new(Duration::from_secs(60));
+        let mut backoff = Backoff::new(Duration::from_mins(1));
         let first = backoff.next_attempt().unwrap();
         let second = backoff.next_attempt().unwrap();
         assert!(second - first >= FIRST);
