@@ -349,7 +349,7 @@ impl VideoEncoderImpl for VsockEnc {
                 info.height(),
                 info.format()
             );
-            gst::element_imp_error!(self, gst::StreamError::Format, ["{text}"]);
+            gst::element_imp_error!(self, gst::StreamError::Format, ("{text}"));
             return Err(gst::loggable_error!(CAT, "{text}"));
         }
         // What is under way belongs to the format before.
@@ -647,7 +647,7 @@ impl VsockEnc {
             gst::element_imp_error!(
                 self,
                 gst::CoreError::Negotiation,
-                ["the host sends {wanted}, but downstream takes only {downstream}"]
+                ("the host sends {wanted}, but downstream takes only {downstream}")
             );
         })
     }
@@ -721,7 +721,7 @@ impl Client for Handle {
 
     fn refused(&self, reason: &str) {
         if let Some(element) = self.element.upgrade() {
-            gst::element_warning!(element, gst::StreamError::Encode, ["{reason}"]);
+            gst::element_warning!(element, gst::StreamError::Encode, ("{reason}"));
         }
     }
 
@@ -735,7 +735,7 @@ impl Client for Handle {
     fn failed(&self, reason: &str) {
         self.post(ConnectionState::Lost, "", reason);
         if let Some(element) = self.element.upgrade() {
-            gst::element_error!(element, gst::ResourceError::OpenReadWrite, ["{reason}"]);
+            gst::element_error!(element, gst::ResourceError::OpenReadWrite, ("{reason}"));
         }
     }
 }
