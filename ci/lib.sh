@@ -11,7 +11,7 @@ export DEBIAN_FRONTEND=noninteractive
 CARGO_BIN=${CARGO_HOME:-$HOME/.cargo}/bin
 export PATH="$PATH:$CARGO_BIN"
 # The scripts with GObject bindings need the distribution's Python, not one from pyenv or conda.
-PYTHON=/usr/bin/python3
+export PYTHON=/usr/bin/python3
 
 # The oldest Rust that builds this, as in Cargo.toml's rust-version.
 RUST_MINIMUM=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
