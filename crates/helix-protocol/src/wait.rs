@@ -1,0 +1,312 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The one place where this project's threads block.
+//!
+//! A [`Waiter`] belongs to one thread. It waits for the socket registered with it, for somebody
+//! else's [`Waker`], or for a [`Deadline`], whichever comes first. Every wait is therefore bounded
+//! where its caller says so, and cancellable always: `unlock()`, a flush, a state change or a
+//! signal handler calls [`Waker::cancel`] and the wait returns at once, now and on each later
+//! call, until [`Waker::reset`].
+//!
+//! Readiness is edge-triggered: try the operation first, and wait only after it said
+//! [`io::ErrorKind::WouldBlock`]. That is one system call a wait, and none when data is there.
+
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use mio::unix::SourceFd;
+use mio::{Events, Interest, Poll, Token};
+
+const WAKER: Token = Token(0);
+const SOURCE: Token = Token(1);
+
+/// The moment at which a wait gives up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Deadline(Option<Instant>);
+
+impl Deadline {
+    /// Waits for ever, or rather until woken or cancelled.
+    pub const NEVER: Self = Self(None);
+
+    /// `limit` from now. A limit too large for the clock is [`Deadline::NEVER`].
+    pub fn after(limit: Duration) -> Self {
+        Self(Instant::now().checked_add(limit))
+    }
+
+    /// The given moment.
+    pub fn at(moment: Instant) -> Self {
+        Self(Some(moment))
+    }
+
+    /// The element convention for settings in milliseconds: 0 means no limit.
+    pub fn after_millis(millis: u32) -> Self {
+        match millis {
+            0 => Self::NEVER,
+            n => Self::after(Duration::from_millis(n.into())),
+        }
+    }
+
+    /// The moment, unless this is [`Deadline::NEVER`].
+    pub fn instant(self) -> Option<Instant> {
+        self.0
+    }
+
+    /// Whether the moment has come.
+    pub fn has_passed(self) -> bool {
+        self.0.is_some_and(|moment| Instant::now() >= moment)
+    }
+
+    /// The earlier of the two.
+    #[must_use]
+    pub fn min(self, other: Self) -> Self {
+        match (self.0, other.0) {
+            (Some(a), Some(b)) => Self(Some(a.min(b))),
+            (a, b) => Self(a.or(b)),
+        }
+    }
+
+    /// Time left, rounded up to what the kernel's millisecond timeouts can say, so that a wait
+    /// never ends early and spins.
+    fn timeout(self) -> Option<Duration> {
+        self.0.map(|moment| {
+            let left = moment.saturating_duration_since(Instant::now());
+            if left.subsec_nanos() % 1_000_000 == 0 {
+                left
+            } else {
+                Duration::from_millis(
+                    left.as_millis()
+                        .try_into()
+                        .unwrap_or(u64::MAX)
+                        .saturating_add(1),
+                )
+            }
+        })
+    }
+}
+
+/// Why a wait ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wake {
+    /// The registered descriptor may be readable or writable now, or has failed.
+    Ready,
+    /// [`Waker::wake`] was called since the last wait.
+    Woken,
+    /// The deadline has passed.
+    TimedOut,
+    /// [`Waker::cancel`] was called and not yet undone by [`Waker::reset`].
+    Cancelled,
+}
+
+#[derive(Debug)]
+struct Shared {
+    waker: mio::Waker,
+    woken: AtomicBool,
+    cancelled: AtomicBool,
+}
+
+/// Ends the waits of one [`Waiter`] from any thread. Cheap to clone.
+#[derive(Clone, Debug)]
+pub struct Waker(Arc<Shared>);
+
+impl Waker {
+    /// Ends the current wait, or the next one if none is going on, once.
+    ///
+    /// Several calls before that wait count as one and cost a system call only once.
+    pub fn wake(&self) {
+        if !self.0.woken.swap(true, Ordering::AcqRel) {
+            self.notify();
+        }
+    }
+
+    /// Ends the current wait and each later one with [`Wake::Cancelled`] until [`Waker::reset`].
+    pub fn cancel(&self) {
+        self.0.cancelled.store(true, Ordering::Release);
+        self.notify();
+    }
+
+    /// Lets waits begin again after [`Waker::cancel`].
+    pub fn reset(&self) {
+        self.0.cancelled.store(false, Ordering::Release);
+    }
+
+    /// Whether waits are cancelled now.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.cancelled.load(Ordering::Acquire)
+    }
+
+    fn notify(&self) {
+        // An eventfd or pipe that is full is already signalled, and mio handles that. What is left
+        // is a descriptor closed behind our back; there is then nobody to wake.
+        let _ = self.0.waker.wake();
+    }
+}
+
+/// One thread's bounded, cancellable wait.
+#[derive(Debug)]
+pub struct Waiter {
+    poll: Poll,
+    events: Events,
+    shared: Arc<Shared>,
+}
+
+impl Waiter {
+    /// A waiter with nothing registered: it waits for its waker and for deadlines.
+    pub fn new() -> io::Result<Self> {
+        let poll = Poll::new()?;
+        let shared = Arc::new(Shared {
+            waker: mio::Waker::new(poll.registry(), WAKER)?,
+            woken: AtomicBool::new(false),
+            cancelled: AtomicBool::new(false),
+        });
+        Ok(Self {
+            poll,
+            events: Events::with_capacity(4),
+            shared,
+        })
+    }
+
+    /// The handle that ends this waiter's waits.
+    pub fn waker(&self) -> Waker {
+        Waker(self.shared.clone())
+    }
+
+    /// Registers `fd` for reading and writing; later waits end with [`Wake::Ready`] when it
+    /// becomes ready for either. Several may be registered: who waits then tries each.
+    ///
+    /// The registration ends by [`Waiter::deregister`], or by itself when the descriptor's last
+    /// duplicate is closed.
+    pub fn register(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.poll.registry().register(
+            &mut SourceFd(&fd.as_raw_fd()),
+            SOURCE,
+            Interest::READABLE | Interest::WRITABLE,
+        )
+    }
+
+    /// Takes back what [`Waiter::register`] did.
+    pub fn deregister(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.poll
+            .registry()
+            .deregister(&mut SourceFd(&fd.as_raw_fd()))
+    }
+
+    /// Waits until the registered descriptor is ready, the waker is used, or `deadline` passes.
+    ///
+    /// Cancellation goes before a wake-up, a wake-up before readiness: readiness that is not
+    /// reported now shows when its operation is tried.
+    pub fn wait(&mut self, deadline: Deadline) -> io::Result<Wake> {
+        loop {
+            if self.shared.cancelled.load(Ordering::Acquire) {
+                return Ok(Wake::Cancelled);
+            }
+            if self.shared.woken.swap(false, Ordering::AcqRel) {
+                return Ok(Wake::Woken);
+            }
+            match self.poll.poll(&mut self.events, deadline.timeout()) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+                Ok(()) => {}
+            }
+            let ready = self.events.iter().any(|event| event.token() == SOURCE);
+            if self.shared.cancelled.load(Ordering::Acquire) {
+                return Ok(Wake::Cancelled);
+            }
+            if self.shared.woken.swap(false, Ordering::AcqRel) {
+                return Ok(Wake::Woken);
+            }
+            if ready {
+                return Ok(Wake::Ready);
+            }
+            if deadline.has_passed() {
+                return Ok(Wake::TimedOut);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::fd::AsFd;
+    use std::os::unix::net::UnixStream;
+    use std::thread;
+
+    /// Generous: catches a hang, measures nothing.
+    const LONG: Duration = Duration::from_secs(20);
+
+    #[test]
+    fn a_deadline_ends_a_wait_and_not_early() {
+        let mut waiter = Waiter::new().unwrap();
+        let start = Instant::now();
+        assert_eq!(
+            waiter
+                .wait(Deadline::after(Duration::from_millis(15)))
+                .unwrap(),
+            Wake::TimedOut
+        );
+        assert!(start.elapsed() >= Duration::from_millis(15));
+        assert_eq!(
+            waiter.wait(Deadline::after(Duration::ZERO)).unwrap(),
+            Wake::TimedOut
+        );
+    }
+
+    #[test]
+    fn wakes_before_a_wait_count_once() {
+        let mut waiter = Waiter::new().unwrap();
+        let waker = waiter.waker();
+        waker.wake();
+        waker.wake();
+        assert_eq!(waiter.wait(Deadline::after(LONG)).unwrap(), Wake::Woken);
+        assert_eq!(
+            waiter.wait(Deadline::after(Duration::ZERO)).unwrap(),
+            Wake::TimedOut
+        );
+    }
+
+    #[test]
+    fn cancel_ends_a_wait_that_has_begun_and_stays() {
+        let mut waiter = Waiter::new().unwrap();
+        let waker = waiter.waker();
+        let canceller = thread::spawn(move || waker.cancel());
+        assert_eq!(waiter.wait(Deadline::after(LONG)).unwrap(), Wake::Cancelled);
+        canceller.join().unwrap();
+        assert_eq!(waiter.wait(Deadline::NEVER).unwrap(), Wake::Cancelled);
+        waiter.waker().reset();
+        assert_eq!(
+            waiter.wait(Deadline::after(Duration::ZERO)).unwrap(),
+            Wake::TimedOut
+        );
+    }
+
+    #[test]
+    fn a_registered_socket_ends_a_wait() {
+        let (mut here, there) = UnixStream::pair().unwrap();
+        there.set_nonblocking(true).unwrap();
+        let mut waiter = Waiter::new().unwrap();
+        waiter.register(there.as_fd()).unwrap();
+        // The first edge says that it can be written.
+        assert_eq!(waiter.wait(Deadline::after(LONG)).unwrap(), Wake::Ready);
+        here.write_all(b"x").unwrap();
+        assert_eq!(waiter.wait(Deadline::after(LONG)).unwrap(), Wake::Ready);
+        waiter.deregister(there.as_fd()).unwrap();
+        here.write_all(b"x").unwrap();
+        assert_eq!(
+            waiter.wait(Deadline::after(Duration::ZERO)).unwrap(),
+            Wake::TimedOut
+        );
+    }
+
+    #[test]
+    fn zero_milliseconds_is_no_limit() {
+        assert_eq!(Deadline::after_millis(0), Deadline::NEVER);
+        assert!(Deadline::after_millis(1).instant().is_some());
+        assert_eq!(Deadline::NEVER.min(Deadline::NEVER), Deadline::NEVER);
+        let soon = Deadline::after(Duration::from_secs(1));
+        assert_eq!(Deadline::NEVER.min(soon), soon);
+    }
+}
