@@ -182,6 +182,10 @@ impl<T: Send + 'static> Encoder<T> {
     ) -> Result<(), String> {
         let Picture { mut buffer, info } = picture.at_least(self.minimum)?;
         let time = self.time_of(timestamp, &info);
+        // An encoder's first picture is a keyframe without asking. Asking all the same makes
+        // x264enc in GStreamer 1.22 deaf to all later requests: it takes note of this one's time
+        // after having moved it by 1000 h, and waits for that to pass.
+        let force = keyframe && self.info.is_some();
         if self.info.as_ref() != Some(&info) {
             let caps = info
                 .to_caps()
@@ -189,7 +193,7 @@ impl<T: Send + 'static> Encoder<T> {
             self.source.set_caps(Some(&caps));
             self.info = Some(info);
         }
-        if keyframe {
+        if force {
             // For the first picture from this time on: this one.
             let event = UpstreamForceKeyUnitEvent::builder()
                 .running_time(time)

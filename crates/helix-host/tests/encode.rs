@@ -58,7 +58,7 @@ fn odd_and_tiny_pictures_are_padded_by_their_edges() {
         let server = with_encoder(encoder);
         let mut peer = Peer::of(&server);
         for (width, height) in [(1, 1), (17, 33), (2, 64), (33, 16)] {
-            let picture = Rgb::pattern(width, height, 0);
+            let picture = Rgb::new(width, height, |x, y| [200 - 4 * y as u8, 20, 30 + 4 * x as u8]);
             let frame = peer.encode(&picture, PixelFormat::Bgra, 0, true);
             let decoded = decode([frame.bytes.as_slice()]);
             let (wide, high) = (decoded[0].width, decoded[0].height);
@@ -170,7 +170,7 @@ fn config_req_sets_the_bitrate_also_in_mid_stream() {
             ));
             let mut bytes = 0;
             for index in 0..40 {
-                let picture = Rgb::noise(320, 240, index);
+                let picture = Rgb::grain(320, 240, index);
                 let pts = i64::from(index) * 33_333_333;
                 let frame = peer.encode(&picture, PixelFormat::Bgra, pts, false);
                 // The rate control needs some frames to get there.

@@ -221,6 +221,15 @@ impl Rgb {
         }
     }
 
+    /// Noise that an encoder may also leave out.
+    pub fn grain(width: usize, height: usize, seed: u32) -> Self {
+        let mut picture = Self::noise(width, height, seed);
+        for byte in &mut picture.bytes {
+            *byte = 100 + *byte / 8;
+        }
+        picture
+    }
+
     pub fn pixel(&self, x: usize, y: usize) -> [u8; 3] {
         let at = (y * self.width + x) * 3;
         [self.bytes[at], self.bytes[at + 1], self.bytes[at + 2]]
