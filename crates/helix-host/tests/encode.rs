@@ -58,7 +58,7 @@ fn odd_and_tiny_pictures_are_padded_by_their_edges() {
         let server = with_encoder(encoder);
         let mut peer = Peer::of(&server);
         for (width, height) in [(1, 1), (17, 33), (2, 64), (33, 16)] {
-            let picture = Rgb::new(width, height, |x, y| [200 - 4 * y as u8, 20, 30 + 4 * x as u8]);
+            let picture = Rgb::new(width, height, |x, y| [200 - 2 * y as u8, 20, 30 + 4 * x as u8]);
             let frame = peer.encode(&picture, PixelFormat::Bgra, 0, true);
             let decoded = decode([frame.bytes.as_slice()]);
             let (wide, high) = (decoded[0].width, decoded[0].height);
