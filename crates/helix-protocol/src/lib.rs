@@ -1,5 +1,28 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! The Helix frame-export protocol and its transports; no GStreamer, no global state.
+//!
+//! docs/protocol.md describes the bytes; `vectors/` beside this file's folder holds examples of
+//! each message for other implementations.
 
+pub mod address;
+pub mod connection;
+pub mod decode;
+pub mod encode;
+mod error;
+pub mod h264;
+mod limits;
+pub mod message;
+mod payload;
+pub mod transport;
 pub mod wait;
+mod wire;
+
+pub use address::Address;
+pub use connection::Connection;
+pub use decode::Decoder;
+pub use error::DecodeError;
+pub use limits::Limits;
+pub use message::{Envelope, Message};
+pub use payload::Payload;
+pub use transport::{Listener, Stream};
