@@ -218,10 +218,7 @@ mod tests {
             assert_eq!(PixelFormat::from_name(format.name()), Some(format));
         }
         assert_eq!(PixelFormat::from_spa(VideoFormat::YUY2), None);
-        assert_eq!(
-            PixelFormat::from_fourcc(u32::from_le_bytes(*b"YUYV")),
-            None
-        );
+        assert_eq!(PixelFormat::from_fourcc(u32::from_le_bytes(*b"YUYV")), None);
     }
 
     #[test]
@@ -233,7 +230,10 @@ mod tests {
                     sibling.name().to_lowercase().replace('a', "x"),
                     format.name().to_lowercase().replace('a', "x")
                 );
-                assert_ne!(sibling.alpha_byte().is_some(), format.alpha_byte().is_some());
+                assert_ne!(
+                    sibling.alpha_byte().is_some(),
+                    format.alpha_byte().is_some()
+                );
             }
         }
     }

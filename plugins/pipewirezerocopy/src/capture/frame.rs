@@ -359,7 +359,10 @@ mod tests {
         let (frame, _) = frame(&[1; 16], 2, 2, 8);
         let mut out = [0; 16];
         assert!(frame.copy_plane(0, &mut out, 8, Some(3)));
-        assert_eq!(out, [1, 1, 1, 255, 1, 1, 1, 255, 1, 1, 1, 255, 1, 1, 1, 255]);
+        assert_eq!(
+            out,
+            [1, 1, 1, 255, 1, 1, 1, 255, 1, 1, 1, 255, 1, 1, 1, 255]
+        );
     }
 
     #[test]

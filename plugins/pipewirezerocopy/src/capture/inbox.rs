@@ -79,11 +79,11 @@ impl Inbox {
     pub fn look(&self, interest: Interest) -> Look {
         let mut contents = self.lock();
         contents.waiting = None;
-        if contents.frame.is_none() || contents.frame_is_newer {
-            if let Some(reason) = contents.vanished.take() {
-                contents.frame_is_newer = false;
-                return Look::Vanished(reason);
-            }
+        if (contents.frame.is_none() || contents.frame_is_newer)
+            && let Some(reason) = contents.vanished.take()
+        {
+            contents.frame_is_newer = false;
+            return Look::Vanished(reason);
         }
         if let Some(frame) = &contents.frame {
             let format = frame.format;
@@ -115,9 +115,18 @@ impl Inbox {
         }
     }
 
-    /// Whether the connection to the daemon stands.
-    pub fn is_connected(&self) -> bool {
-        self.lock().connected
+    /// Whether the connection to the daemon stands, or why not; none while that is open. The
+    /// waker is used when it is decided.
+    pub fn connection(&self) -> Option<Result<(), Failure>> {
+        let mut contents = self.lock();
+        if let Some(failure) = &contents.failed {
+            return Some(Err(failure.clone()));
+        }
+        if contents.connected {
+            return Some(Ok(()));
+        }
+        contents.waiting = Some(Interest::News);
+        None
     }
 
     pub(super) fn put_frame(&self, frame: Frame) {
@@ -262,7 +271,10 @@ mod tests {
         inbox.look(Interest::All);
         inbox.discard();
         inbox.put_frame(frame(1, &counters));
-        assert!(!woken(&mut waiter), "a look that found something is no wait");
+        assert!(
+            !woken(&mut waiter),
+            "a look that found something is no wait"
+        );
         inbox.discard();
         assert!(matches!(inbox.look(Interest::All), Look::Nothing));
         inbox.put_frame(frame(1, &counters));

@@ -93,10 +93,6 @@ impl NodeList {
     pub fn find(&self, target: &Target, known_as: Option<&Node>) -> Option<(u32, Node)> {
         find(&self.nodes.borrow().known, target, known_as)
     }
-
-    pub fn contains(&self, id: u32) -> bool {
-        self.nodes.borrow().known.contains_key(&id)
-    }
 }
 
 fn describe(global: &GlobalObject<&pipewire::spa::utils::dict::DictRef>) -> Option<Node> {

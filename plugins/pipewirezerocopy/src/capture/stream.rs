@@ -287,7 +287,10 @@ impl State {
         let mut buffers = self.buffers.borrow_mut();
         buffers.remove(&raw);
         if buffers.is_empty() {
-            self.log(Level::Debug, format_args!("the producer's buffers are gone"));
+            self.log(
+                Level::Debug,
+                format_args!("the producer's buffers are gone"),
+            );
             self.gone_since.set(Some(Instant::now()));
         }
     }
@@ -364,13 +367,9 @@ impl State {
         if marked {
             return Err(Skip::Corrupted(None));
         }
-        let mut layout = FrameLayout::new(
-            format.format,
-            format.width,
-            format.height,
-            &chunks[..count],
-        )
-        .map_err(|error| Skip::Corrupted(Some(error.to_string())))?;
+        let mut layout =
+            FrameLayout::new(format.format, format.width, format.height, &chunks[..count])
+                .map_err(|error| Skip::Corrupted(Some(error.to_string())))?;
         if let Some(region) = crop(metas) {
             layout = layout.crop(region);
         }

@@ -22,7 +22,7 @@ use pipewire::properties::properties;
 
 use super::registry::{Node, NodeList};
 use super::stream::CaptureStream;
-use super::{Config, Counters, Failure, Inbox, Level, Log, Offer, Remote, Stage, Target};
+use super::{Config, Counters, Failure, Inbox, Level, Log, Offer, Remote, Stage};
 
 /// How often to try again to stream from a node that exists but has stopped streaming.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
@@ -50,13 +50,31 @@ pub(super) struct Link {
     pub next_buffer: Cell<u64>,
 }
 
-/// What the core's callbacks have noted.
+/// What the core's callbacks have core_notes.
 #[derive(Default)]
 struct CoreNotes {
     /// The last sync that the daemon has answered.
     done: Cell<Option<i32>>,
     /// Why the connection is no more.
     lost: RefCell<Option<String>>,
+}
+
+/// What is known of a missing producer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    /// It was not there yet.
+    Absent,
+    /// It was there.
+    Vanished,
+}
+
+/// Why the thread ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// It was told to.
+    Quit,
+    /// The connection is no more.
+    Lost,
 }
 
 struct Worker {
@@ -68,16 +86,14 @@ struct Worker {
     /// The sync after which the registry is complete.
     first_sync: i32,
     listed: bool,
-    told_absent: bool,
     /// The node that the stream is, or was last, connected to.
     node: Option<(u32, Node)>,
     stream: Option<CaptureStream>,
-    /// The consumer was told that the producer is gone, and no format has come since.
-    vanished: bool,
+    /// What the consumer was told of a missing producer, until a format comes.
+    told: Option<Told>,
     retry_at: Option<Instant>,
     offer: Option<Offer>,
-    quit: bool,
-    lost: bool,
+    end: Option<End>,
     /// Somebody else has the connection's socket open as well.
     shared_socket: bool,
     _core_listener: Listener,
@@ -109,7 +125,7 @@ pub(super) fn run(config: Config, link: Link, receiver: Receiver<Command>) {
     unsafe { looped.enter() };
     match Worker::connect(config, &looped, link.clone(), commands) {
         Ok(mut worker) => {
-            while !worker.quit {
+            while worker.end.is_none() {
                 let timeout = worker.timeout();
                 // SAFETY: Entered above, left below.
                 unsafe { looped.iterate_unguarded(timeout) };
@@ -153,11 +169,11 @@ impl Worker {
             })?,
         };
 
-        let notes = Rc::new(CoreNotes::default());
+        let core_notes = Rc::new(CoreNotes::default());
         let core_listener = core
             .add_listener_local()
             .done({
-                let notes = notes.clone();
+                let notes = core_notes.clone();
                 move |id, seq| {
                     if id == pipewire::core::PW_ID_CORE {
                         notes.done.set(Some(seq.seq()));
@@ -165,7 +181,7 @@ impl Worker {
                 }
             })
             .error({
-                let (notes, log) = (notes.clone(), link.log.clone());
+                let (notes, log) = (core_notes.clone(), link.log.clone());
                 move |id, _seq, result, message| {
                     let error = io::Error::from_raw_os_error(result.saturating_neg());
                     log(
@@ -192,18 +208,16 @@ impl Worker {
             config,
             link,
             commands,
-            notes,
+            notes: core_notes,
             nodes,
             first_sync,
             listed: false,
-            told_absent: false,
             node: None,
             stream: None,
-            vanished: false,
+            told: None,
             retry_at: None,
             offer: None,
-            quit: false,
-            lost: false,
+            end: None,
             shared_socket,
             _core_listener: core_listener,
             core,
@@ -227,7 +241,7 @@ impl Worker {
         }
     }
 
-    /// Acts on what the callbacks of one turn of the loop have noted.
+    /// Acts on what the callbacks of one turn of the loop have core_notes.
     fn after_turn(&mut self) {
         self.obey();
         if let Some(reason) = self.notes.lost.borrow_mut().take() {
@@ -235,10 +249,9 @@ impl Worker {
                 "the PipeWire daemon has gone away ({reason}); was it stopped or restarted?"
             );
             self.link.inbox.put_failed(Failure::Daemon(text));
-            self.lost = true;
-            self.quit = true;
+            self.end = Some(End::Lost);
         }
-        if self.quit {
+        if self.end.is_some() {
             return;
         }
         let (added, removed) = self.nodes.changes();
@@ -265,20 +278,20 @@ impl Worker {
                     }
                 }
                 Command::Offer(offer) => self.set_offer(offer),
-                Command::Quit => self.quit = true,
+                Command::Quit => self.end = Some(End::Quit),
             }
         }
     }
 
     fn set_offer(&mut self, offer: Offer) {
         self.log(Level::Debug, format_args!("offering {offer}"));
-        if let Some(stream) = &self.stream {
-            if let Err(error) = stream.renegotiate(&offer) {
-                self.log(
-                    Level::Warning,
-                    format_args!("changing the offered formats failed: {error}"),
-                );
-            }
+        if let Some(stream) = &self.stream
+            && let Err(error) = stream.renegotiate(&offer)
+        {
+            self.log(
+                Level::Warning,
+                format_args!("changing the offered formats failed: {error}"),
+            );
         }
         self.offer = Some(offer);
         if self.stream.is_none() && self.listed {
@@ -301,16 +314,19 @@ impl Worker {
             return;
         };
         if stream.had_format() {
-            self.vanished = false;
+            self.told = None;
         }
-        let target = self
-            .node
-            .as_ref()
-            .map_or_else(|| self.config.target.to_string(), |(id, n)| describe(*id, n));
+        let target = self.node.as_ref().map_or_else(
+            || self.config.target.to_string(),
+            |(id, n)| describe(*id, n),
+        );
         let retry = Some(Instant::now() + RETRY_AFTER);
         if let Some(error) = stream.take_error() {
-            if stream.had_format() || self.vanished {
-                self.vanish(format!("the stream from {target} broke off: {error}"), retry);
+            if stream.had_format() || self.told == Some(Told::Vanished) {
+                self.vanish(
+                    format!("the stream from {target} broke off: {error}"),
+                    retry,
+                );
             } else {
                 let offer = self.offer.as_ref().map(Offer::to_string);
                 let text = format!(
@@ -331,7 +347,7 @@ impl Worker {
         self.stream = None;
         self.retry_at = retry_at;
         self.link.counters.set_stage(Stage::Absent);
-        if !std::mem::replace(&mut self.vanished, true) {
+        if self.told.replace(Told::Vanished) != Some(Told::Vanished) {
             self.link.inbox.put_vanished(reason);
         }
     }
@@ -349,7 +365,8 @@ impl Worker {
         let Some((id, node)) = self.nodes.find(&self.config.target, known_as) else {
             self.retry_at = None;
             self.link.counters.set_stage(Stage::Absent);
-            if !std::mem::replace(&mut self.told_absent, true) && self.node.is_none() {
+            if self.told.is_none() && self.node.is_none() {
+                self.told = Some(Told::Absent);
                 self.link.inbox.put_absent(format!(
                     "{} does not exist (pw-cli ls Node lists what this client may see)",
                     self.config.target
@@ -394,7 +411,7 @@ impl Worker {
     /// there, wait until it has confirmed.
     fn say_goodbye(mut self, looped: &LoopRc) {
         self.stream = None;
-        if self.lost || !self.shared_socket {
+        if self.end == Some(End::Lost) || !self.shared_socket {
             return;
         }
         let deadline = Instant::now() + GOODBYE_LIMIT;
@@ -437,6 +454,7 @@ fn socket_name() -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::Target;
     use super::*;
 
     #[test]
@@ -445,9 +463,6 @@ mod tests {
         assert_eq!(describe(3, &node), "PipeWire node 3");
         node.name = Some("mutter".into());
         assert_eq!(describe(3, &node), "PipeWire node 3 (mutter)");
-        assert_eq!(
-            Target::Object("x".into()).to_string(),
-            "PipeWire node 'x'"
-        );
+        assert_eq!(Target::Object("x".into()).to_string(), "PipeWire node 'x'");
     }
 }
