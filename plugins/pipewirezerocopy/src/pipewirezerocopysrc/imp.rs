@@ -312,10 +312,10 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
         &self,
         query: &mut gst::query::Allocation,
     ) -> Result<(), gst::LoggableError> {
-        let caps = query
-            .get_owned()
-            .0
-            .ok_or_else(|| gst::loggable_error!(CAT, "an allocation query without caps"))?;
+        let Some(caps) = query.get_owned().0 else {
+            // Nothing is negotiated before the first frame, and nothing allocated.
+            return Ok(());
+        };
         let info = gst_video::VideoInfo::from_caps(&caps)
             .map_err(|_| gst::loggable_error!(CAT, "{caps} are no video"))?;
         let size = u32::try_from(info.size())
