@@ -296,4 +296,3 @@ pub fn turn_away(stream: &Stream, text: &str) {
     let _ = stream.send(&[std::io::IoSlice::new(&head)]);
     let _ = socket2::SockRef::from(stream).shutdown(std::net::Shutdown::Write);
 }
-

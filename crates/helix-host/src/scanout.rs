@@ -369,8 +369,16 @@ impl Run {
                     .encoder
                     .as_ref()
                     .is_some_and(|encoder| encoder.in_flight() >= IN_FLIGHT);
-                let picture = if busy { None } else { state.inbox.picture.take() };
-                let keep = if busy { state.inbox.picture.take() } else { None };
+                let picture = if busy {
+                    None
+                } else {
+                    state.inbox.picture.take()
+                };
+                let keep = if busy {
+                    state.inbox.picture.take()
+                } else {
+                    None
+                };
                 let inbox = std::mem::take(&mut state.inbox);
                 state.inbox.picture = keep;
                 Inbox { picture, ..inbox }
@@ -452,7 +460,9 @@ impl Run {
         let picture = picture(sample)?;
         let encoder = match &mut self.encoder {
             Some(encoder) => encoder,
-            None => self.encoder.insert(start_encoder(&self.scanout, &self.waker)?),
+            None => self
+                .encoder
+                .insert(start_encoder(&self.scanout, &self.waker)?),
         };
         encoder.push(picture, keyframe, pts, pts)
     }
