@@ -363,6 +363,9 @@ pub fn describe(error: &gst::message::Error) -> String {
 pub fn frame_duration(info: &VideoInfo) -> ClockTime {
     let fps = info.fps();
     ClockTime::SECOND
-        .mul_div_floor(fps.denom().unsigned_abs().into(), fps.numer().unsigned_abs().into())
+        .mul_div_floor(
+            fps.denom().unsigned_abs().into(),
+            fps.numer().unsigned_abs().into(),
+        )
         .unwrap_or(LEAST_STEP)
 }

@@ -94,13 +94,12 @@ impl Server {
         gst::init()?;
         let mut descriptions = BTreeMap::new();
         for ScanoutSpec { id, description } in config.scanouts {
-            let parsed = Description::parse(&description).map_err(|reason| {
-                StartError::Description {
+            let parsed =
+                Description::parse(&description).map_err(|reason| StartError::Description {
                     id,
                     description,
                     reason,
-                }
-            })?;
+                })?;
             if descriptions.insert(id, parsed).is_some() {
                 return Err(StartError::ScanoutTwice(id));
             }
@@ -246,7 +245,11 @@ impl Acceptor {
     fn welcome(&mut self, stream: Stream) {
         let peer = stream.peer();
         if self.clients.wakers().len() >= self.max_clients {
-            tracing::warn!(peer, limit = self.max_clients, "too many clients, turned away");
+            tracing::warn!(
+                peer,
+                limit = self.max_clients,
+                "too many clients, turned away"
+            );
             turn_away(
                 &stream,
                 &format!(
@@ -307,7 +310,10 @@ impl Clients {
         while !wakers.is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                tracing::warn!(clients = wakers.len(), "clients that do not end are left behind");
+                tracing::warn!(
+                    clients = wakers.len(),
+                    "clients that do not end are left behind"
+                );
                 return;
             }
             wakers = self

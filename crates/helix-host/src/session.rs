@@ -131,8 +131,8 @@ impl Session {
         }
         self.framerate = framerate(config);
         if config.profile != 0 && config.profile != self.tuning.profile {
-            let changes =
-                self.spec.profile_caps(config.profile) != self.spec.profile_caps(self.tuning.profile);
+            let changes = self.spec.profile_caps(config.profile)
+                != self.spec.profile_caps(self.tuning.profile);
             self.tuning.profile = config.profile;
             if changes {
                 self.retire();

@@ -312,9 +312,8 @@ impl EncoderSpec {
             text: text.clone(),
             reason: reason.to_owned(),
         };
-        let element =
-            gst::parse::launch_full(text, None, gst::ParseFlags::FATAL_ERRORS)
-                .map_err(|error| syntax(error.message()))?;
+        let element = gst::parse::launch_full(text, None, gst::ParseFlags::FATAL_ERRORS)
+            .map_err(|error| syntax(error.message()))?;
         if element.factory().as_ref() != Some(&self.factory) {
             return Err(syntax("it must be one element and its properties"));
         }

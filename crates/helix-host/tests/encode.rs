@@ -58,7 +58,9 @@ fn odd_and_tiny_pictures_are_padded_by_their_edges() {
         let server = with_encoder(encoder);
         let mut peer = Peer::of(&server);
         for (width, height) in [(1, 1), (17, 33), (2, 64), (33, 16)] {
-            let picture = Rgb::new(width, height, |x, y| [200 - 2 * y as u8, 20, 30 + 4 * x as u8]);
+            let picture = Rgb::new(width, height, |x, y| {
+                [200 - 2 * y as u8, 20, 30 + 4 * x as u8]
+            });
             let frame = peer.encode(&picture, PixelFormat::Bgra, 0, true);
             let decoded = decode([frame.bytes.as_slice()]);
             let (wide, high) = (decoded[0].width, decoded[0].height);
@@ -241,10 +243,13 @@ fn what_cannot_be_encoded_is_refused_in_order_and_the_connection_goes_on() {
         ("height is 8193", refused(&|r| r.height = 8193)),
         ("stride is 255", refused(&|r| r.stride = 255)),
         ("needs 49392", refused(&|r| r.stride = 1029)),
-        ("width is 63", refused(&|r| {
-            r.format = PixelFormat::Nv12.fourcc();
-            r.width = 63;
-        })),
+        (
+            "width is 63",
+            refused(&|r| {
+                r.format = PixelFormat::Nv12.fourcc();
+                r.width = 63;
+            }),
+        ),
     ];
     for (what, request) in cases {
         peer.request(&good, pixels.clone());
