@@ -74,8 +74,8 @@ impl Client {
     /// Serves the client until it goes, errs, or the host ends.
     pub fn run(mut self) {
         let reason = loop {
-            self.session.collect(&mut self.connection);
             self.push_frames();
+            self.session.collect(&mut self.connection);
             let open = self.session.open() + self.connection.queued();
             let deadline = match self.closing {
                 Some(_) if open == 0 => break "done".to_owned(),

@@ -91,6 +91,8 @@ struct State {
     /// bit/s; stays over restarts of the pipeline.
     bitrate: Option<u32>,
     last_pts: i64,
+    /// Whether the present source has brought a frame.
+    flowing: bool,
 }
 
 /// What others have for the scanout's thread.
@@ -178,9 +180,7 @@ impl Scanout {
         loop {
             tracing::info!(scanout = self.id, "starting");
             let started = Instant::now();
-            // Whatever is left over is of a pipeline that is gone.
-            let inbox = std::mem::take(&mut self.state().inbox);
-            drop(inbox);
+            self.forget();
             match Run::start(&self, waiter.waker()).and_then(|run| run.serve(&mut waiter)) {
                 Ok(()) => tracing::info!(scanout = self.id, "stopped"),
                 Err(reason) => {
@@ -202,6 +202,16 @@ impl Scanout {
         }
     }
 
+    /// Forgets what a pipeline that is gone has left.
+    fn forget(&self) {
+        let mut state = self.state();
+        state.flowing = false;
+        let inbox = std::mem::take(&mut state.inbox);
+        drop(state);
+        // A picture in it may be the last of its pool: not under the lock.
+        drop(inbox);
+    }
+
     /// Waits until `moment`, or until the host ends.
     fn rest(&self, waiter: &mut Waiter, moment: Instant) {
         while !self.state().stopping && Instant::now() < moment {
@@ -221,6 +231,12 @@ impl Scanout {
         let frame = Frame { unit, pts };
         for subscriber in &state.subscribers {
             subscriber.push(&frame);
+        }
+        if !std::mem::replace(&mut state.flowing, true)
+            && let Some(worker) = &state.worker
+        {
+            // It may hold back a request for a keyframe until now.
+            worker.wake();
         }
     }
 
@@ -308,6 +324,8 @@ struct Run {
     still_at: Option<Instant>,
     last_keyframe: Option<Instant>,
     empty_since: Option<Instant>,
+    /// Why the source brings no more.
+    ended: Option<String>,
 }
 
 impl Run {
@@ -346,6 +364,7 @@ impl Run {
             still_at: None,
             last_keyframe: None,
             empty_since: None,
+            ended: None,
         })
     }
 
@@ -383,9 +402,7 @@ impl Run {
                 state.inbox.picture = keep;
                 Inbox { picture, ..inbox }
             };
-            if let Some(reason) = inbox.ended {
-                return Err(reason);
-            }
+            self.ended = self.ended.take().or(inbox.ended);
             if let Some(reason) = inbox.encoder_failed {
                 self.encoder_failed(&reason)?;
             }
@@ -399,6 +416,16 @@ impl Run {
             match self.scanout.description.kind() {
                 Kind::Raw => self.encode(inbox.picture)?,
                 Kind::Encoded => self.pass_keyframe_request(),
+            }
+            if let Some(reason) = self.ended.take_if(|_| {
+                // What the source brought before it ended is still wanted.
+                self.scanout.state().inbox.picture.is_none()
+                    && self
+                        .encoder
+                        .as_ref()
+                        .is_none_or(|encoder| encoder.in_flight() == 0)
+            }) {
+                return Err(reason);
             }
             if let Wake::Cancelled = waiter
                 .wait(self.deadline())
@@ -469,7 +496,9 @@ impl Run {
 
     fn pass_keyframe_request(&mut self) {
         let now = Instant::now();
-        if !self.keyframe_wanted {
+        // Encoders start with a keyframe, and asking x264enc too early makes it deaf: see
+        // Encoder::push.
+        if !self.keyframe_wanted || !self.scanout.state().flowing {
             return;
         }
         let allowed = self.last_keyframe.map_or(now, |last| last + KEYFRAME_PAUSE);
