@@ -44,5 +44,9 @@ fuzz_target!(|data: &[u8]| {
         return;
     };
     let split = decode(stream, usize::from(piece).max(1));
-    assert_eq!(split, decode(stream, usize::MAX), "the split does not matter");
+    assert_eq!(
+        split,
+        decode(stream, usize::MAX),
+        "the split does not matter"
+    );
 });
