@@ -41,10 +41,8 @@ fn monotonic_now() -> i64 {
         tv_nsec: 0,
     };
     // SAFETY: `now` is a timespec that the call may write to.
-    assert_eq!(
-        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) },
-        0
-    );
+    let done = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    assert_eq!(done, 0);
     now.tv_sec * 1_000_000_000 + now.tv_nsec
 }
 
