@@ -11,6 +11,7 @@ pub mod decode;
 pub mod encode;
 mod error;
 pub mod h264;
+mod hello;
 mod limits;
 pub mod message;
 mod payload;
