@@ -150,7 +150,7 @@ impl Client {
                     connector: if success {
                         format!("Virtual-{}", id + 1)
                     } else {
-                        format!("no scanout {id} here")
+                        String::new()
                     },
                 };
                 self.connection

@@ -144,6 +144,7 @@ impl Server {
             clients: clients.clone(),
             max_clients: config.max_clients,
             next_id: 0,
+            failing: false,
         };
         let acceptor = std::thread::Builder::new()
             .name("helix-accept".to_owned())
@@ -201,6 +202,8 @@ struct Acceptor {
     clients: Arc<Clients>,
     max_clients: usize,
     next_id: u64,
+    /// Whether the last accept() failed: the log has it then.
+    failing: bool,
 }
 
 impl Acceptor {
@@ -231,14 +234,17 @@ impl Acceptor {
                     Ok(Some(stream)) => self.welcome(stream),
                     Ok(None) => break,
                     Err(error) => {
-                        let address = self.listeners[index].address();
-                        tracing::warn!(%address, %error, "accept failed, trying again");
+                        if !self.failing {
+                            let address = self.listeners[index].address();
+                            tracing::warn!(%address, %error, "accept failed, trying again");
+                        }
                         fine = false;
                         break;
                     }
                 }
             }
         }
+        self.failing = !fine;
         fine
     }
 

@@ -20,15 +20,17 @@ fn bytes(frames: &[Encoded]) -> impl Iterator<Item = &[u8]> {
 fn every_format_comes_out_as_it_went_in() {
     for encoder in ENCODERS {
         let server = with_encoder(encoder);
-        for (format, margin) in [
-            (PixelFormat::Bgra, 0),
-            (PixelFormat::Bgra, 52),
-            (PixelFormat::Rgba, 0),
-            (PixelFormat::Rgba, 4),
-            (PixelFormat::Nv12, 0),
+        // 322: not a multiple of 4, which GStreamer would round the stride of NV12 up to.
+        for (format, margin, width) in [
+            (PixelFormat::Bgra, 0, 320),
+            (PixelFormat::Bgra, 52, 320),
+            (PixelFormat::Rgba, 0, 322),
+            (PixelFormat::Rgba, 4, 320),
+            (PixelFormat::Nv12, 0, 320),
+            (PixelFormat::Nv12, 0, 322),
         ] {
             let mut peer = Peer::of(&server);
-            let pictures: Vec<_> = (0..5).map(|time| Rgb::pattern(320, 240, time)).collect();
+            let pictures: Vec<_> = (0..5).map(|time| Rgb::pattern(width, 240, time)).collect();
             let mut frames = Vec::new();
             for (index, picture) in (0..).zip(&pictures) {
                 let pts = 5_000_000_000 + index * FRAME;
@@ -212,10 +214,10 @@ fn the_profile_follows_config_req_and_no_frame_is_lost() {
         for wanted in profiles {
             for index in 0..3 {
                 let frame = peer.next_frame();
-                if let Some(sps) = helix_protocol::h264::find_sps(&frame.bytes) {
+                if let Some([_, profile, ..]) = helix_protocol::h264::find_sps(&frame.bytes) {
                     // 100 is answered with main: what deployed clients can decode.
                     let expected = if wanted == 66 { 66 } else { 77 };
-                    assert_eq!(sps[1], expected, "{encoder} asked for {wanted}");
+                    assert_eq!(*profile, expected, "{encoder} asked for {wanted}");
                 } else {
                     assert_ne!((wanted, index), (66, 0), "{encoder}");
                 }

@@ -226,3 +226,128 @@ fn the_log_can_be_json_and_warns_of_open_doors() {
     assert!(log.contains("reachable from outside"), "{log}");
     assert!(log.contains("encoder chosen"), "{log}");
 }
+
+#[test]
+fn too_few_descriptors_turn_clients_away_and_nothing_spins() {
+    let mut child = Command::new("sh")
+        .args(["-c", "ulimit -n 40; exec \"$0\" \"$@\""])
+        .arg(env!("CARGO_BIN_EXE_helix-host"))
+        .args(["--listen", "tcp:127.0.0.1:0", "--encoder", "x264enc"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut host = Running { child, stdout };
+    let address = host.address();
+    let Address::Tcp { host: ip, port } = &address else {
+        panic!("{address}");
+    };
+    let crowd: Vec<_> = (0..60)
+        .map(|_| std::net::TcpStream::connect((ip.as_str(), *port)).unwrap())
+        .collect();
+    let before = cpu_ticks(host.child.id());
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    // Of the 50 ticks of 10 ms that passed.
+    let used = cpu_ticks(host.child.id()) - before;
+    assert!(used < 15, "{used} ticks");
+    drop(crowd);
+    // As soon as there are descriptors again, clients are served. Some of the crowd may come
+    // first.
+    let until = std::time::Instant::now() + common::LONG;
+    loop {
+        let mut peer = Peer::connect(&address);
+        peer.send(helix_protocol::encode::ping(1));
+        if peer.try_next().is_ok() {
+            break;
+        }
+        assert!(std::time::Instant::now() < until);
+    }
+    let (code, log) = host.end_by(libc::SIGTERM);
+    assert_eq!(code, Some(0), "{log}");
+    // Once an episode, not once an attempt.
+    assert!(log.matches("trying again").count() < 10, "{log}");
+}
+
+/// User and system time of a process, in clock ticks (proc(5), fields 14 and 15 of stat).
+fn cpu_ticks(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields = stat.rsplit_once(')').unwrap().1;
+    fields
+        .split_whitespace()
+        .skip(11)
+        .take(2)
+        .map(|ticks| ticks.parse::<u64>().unwrap())
+        .sum()
+}
+
+#[test]
+fn clients_that_come_and_go_leave_nothing_behind() {
+    let mut host = Running::start(&[
+        "--listen",
+        "tcp:127.0.0.1:0",
+        "--encoder",
+        "x264enc",
+        "--scanout",
+        "0=videotestsrc is-live=true ! video/x-raw,width=64,height=64,framerate=60/1",
+    ]);
+    let address = host.address();
+    let pid = host.child.id();
+    let picture = common::Rgb::pattern(64, 64, 0);
+    let visit = |times: usize| {
+        for time in 0..times {
+            let mut peer = Peer::connect(&address);
+            if time % 4 == 0 {
+                peer.subscribe(0);
+                peer.next_frame();
+            } else {
+                peer.encode(
+                    &picture,
+                    helix_protocol::message::PixelFormat::Bgra,
+                    0,
+                    false,
+                );
+            }
+        }
+        // One at a time comes and goes; the last may still be going.
+        let until = std::time::Instant::now() + common::LONG;
+        loop {
+            let (fds, threads, kilobytes) = usage(pid);
+            if threads <= 4 || std::time::Instant::now() > until {
+                return (fds, threads, kilobytes);
+            }
+            // /proc tells nobody when it changes.
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+    };
+    let (fds, threads, kilobytes) = visit(40);
+    let (fds_after, threads_after, kilobytes_after) = visit(160);
+    assert!(fds_after <= fds + 4, "{fds} {fds_after} descriptors");
+    assert!(
+        threads_after <= threads + 2,
+        "{threads} {threads_after} threads"
+    );
+    assert!(
+        kilobytes_after < kilobytes + 16 * 1024,
+        "{kilobytes} {kilobytes_after} KiB"
+    );
+    assert_eq!(host.end_by(libc::SIGTERM).0, Some(0));
+}
+
+/// Descriptors, threads and resident KiB of a process.
+fn usage(pid: u32) -> (usize, usize, usize) {
+    let count = |what: &str| {
+        std::fs::read_dir(format!("/proc/{pid}/{what}"))
+            .unwrap()
+            .count()
+    };
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let resident = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))
+        .and_then(|rest| rest.split_whitespace().next())
+        .unwrap()
+        .parse()
+        .unwrap();
+    (count("fd"), count("task"), resident)
+}

@@ -6,7 +6,8 @@ mod common;
 
 use std::collections::HashMap;
 use std::path::Path;
-use std::sync::mpsc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use common::{LONG, Peer, Rgb, config, decode, is_start, start};
@@ -41,10 +42,8 @@ fn monotonic_now() -> i64 {
         tv_nsec: 0,
     };
     // SAFETY: `now` is a timespec that the call may write to.
-    assert_eq!(
-        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) },
-        0
-    );
+    let done = unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    assert_eq!(done, 0);
     now.tv_sec * 1_000_000_000 + now.tv_nsec
 }
 
@@ -208,9 +207,9 @@ fn a_slow_subscriber_loses_whole_frames_and_delays_nobody() {
         listen: vec![address.parse().unwrap()],
         scanouts: vec![ScanoutSpec {
             id: 0,
-            // Noise, so that frames are large and the socket is soon full.
-            description: "videotestsrc is-live=true pattern=snow ! \
-                          video/x-raw,width=160,height=120,framerate=60/1"
+            // Large frames, so that the socket is soon full, but no cuts, which would be keyframes.
+            description: "videotestsrc is-live=true pattern=zone-plate kx2=8 ky2=8 kt=1 ! \
+                          video/x-raw,width=320,height=240,framerate=60/1"
                 .to_owned(),
         }],
         ..config()
@@ -220,45 +219,53 @@ fn a_slow_subscriber_loses_whole_frames_and_delays_nobody() {
     slow.next_frame();
     quick.subscribe(0);
     quick.send(bitrate(8_000_000));
+    let done = Arc::new(AtomicBool::new(false));
     let (started, starts) = mpsc::channel();
-    let quick = std::thread::spawn(move || {
-        (0..300)
-            .map(|index| {
+    let quick = std::thread::spawn({
+        let done = done.clone();
+        move || {
+            let mut frames = Vec::new();
+            while !done.load(Ordering::Relaxed) {
                 let frame = quick.next_frame();
-                if index == 180 {
+                frames.push((frame.response.pts, frame.bytes));
+                if frames.len() == 180 {
                     started.send(()).unwrap();
                 }
-                (frame.response.pts, frame.bytes)
-            })
-            .collect::<Vec<_>>()
+            }
+            frames
+        }
     });
     // Three seconds in which the slow one reads nothing: more than its socket and queue hold.
     starts.recv_timeout(LONG).unwrap();
     // It gets what had been queued, then a gap, then a keyframe and what follows it.
-    let mut seen = vec![slow.next_frame()];
-    let mut gaps = 0;
-    while gaps == 0 || seen.len() < 60 {
-        assert!(seen.len() < 1000, "nothing was dropped");
-        let frame = slow.next_frame();
-        let before = seen.last().unwrap().response.pts;
-        if frame.response.pts - before > 500_000_000 {
-            assert!(is_start(&frame.bytes), "resumed in the middle");
-            gaps += 1;
-        }
-        seen.push(frame);
-    }
-    // Meanwhile the quick one waited for nothing and missed nothing.
+    let seen: Vec<_> = (0..150).map(|_| slow.next_frame()).collect();
+    done.store(true, Ordering::Relaxed);
+    // Meanwhile the quick one waited for nothing.
     let all = quick.join().unwrap();
     let longest = all.windows(2).map(|pair| pair[1].0 - pair[0].0).max();
     assert!(longest.unwrap() < 500_000_000, "{longest:?} ns");
-    // Both got the same frames, whole.
-    let all: HashMap<i64, Vec<u8>> = all.into_iter().collect();
-    let same = seen
-        .iter()
-        .filter_map(|frame| Some((frame, all.get(&frame.response.pts)?)))
-        .inspect(|(frame, bytes)| assert!(&&frame.bytes == bytes))
-        .count();
-    assert!(same > 10, "{same}");
+    // It got every frame, so it knows what the slow one missed, and where that went on.
+    let place: HashMap<i64, usize> = all.iter().map(|frame| frame.0).zip(0..).collect();
+    let mut gaps = 0;
+    for pair in seen.windows(2) {
+        let places = [0, 1].map(|index| place.get(&pair[index].response.pts));
+        if let [Some(before), Some(now)] = places {
+            assert!(all[*now].1 == pair[1].bytes);
+            if *now != before + 1 {
+                assert!(is_start(&pair[1].bytes), "went on in the middle");
+                gaps += 1;
+            }
+        }
+    }
+    let (count, bytes) = (
+        all.len(),
+        all.iter().map(|frame| frame.1.len()).sum::<usize>(),
+    );
+    eprintln!(
+        "{count} frames {bytes} bytes, keys {}, gaps {gaps}",
+        all.iter().filter(|f| is_start(&f.1)).count()
+    );
+    assert!(gaps > 0, "nothing was dropped");
 }
 
 #[test]
