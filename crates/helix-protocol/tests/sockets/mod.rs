@@ -65,9 +65,14 @@ pub fn connected(listener: &Listener) -> (Stream, Stream) {
     (client, accept(listener))
 }
 
-/// Makes the buffers of a socket as small as the system lets them be.
-pub fn small_buffers(stream: &Stream) {
+/// The same over TCP.
+pub fn over_tcp() -> (Stream, Stream) {
+    connected(&Listener::bind(&tcp("127.0.0.1")).unwrap())
+}
+
+/// Makes the buffers of a socket this small, or as small as the system lets them be.
+pub fn small_buffers(stream: &Stream, size: usize) {
     let socket = socket2::SockRef::from(stream);
-    socket.set_send_buffer_size(1).unwrap();
-    socket.set_recv_buffer_size(1).unwrap();
+    socket.set_send_buffer_size(size).unwrap();
+    socket.set_recv_buffer_size(size).unwrap();
 }
