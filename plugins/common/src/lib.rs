@@ -1,5 +1,15 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What the plugins share.
+//! What several plugins need and GStreamer is part of: the connection properties and messages of
+//! the elements that talk to a host, statistics, caps from an H.264 stream.
 
+mod backoff;
+mod connection;
+mod h264_caps;
+mod stats;
+
+pub use backoff::Backoff;
+pub use connection::{ConnectionSettings, ConnectionState, connection_message};
+pub use h264_caps::H264Caps;
 pub use helix_protocol::wait;
+pub use stats::Quantiles;

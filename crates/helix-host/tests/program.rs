@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The program from outside: options, messages, signals.
+
+mod common;
+
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
+
+use common::Peer;
+use helix_protocol::Address;
+
+fn helix_host(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_helix-host"));
+    command.args(arguments).env_remove("RUST_LOG");
+    command
+}
+
+/// Runs it to its end.
+fn outcome(arguments: &[&str]) -> (Option<i32>, String) {
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = helix_host(arguments).output().unwrap();
+    let text = [stdout, stderr].concat();
+    (status.code(), String::from_utf8(text).unwrap())
+}
+
+/// A program that runs; it does not outlive the test.
+struct Running {
+    child: Child,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Running {
+    fn start(arguments: &[&str]) -> Self {
+        let mut child = helix_host(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        Self { child, stdout }
+    }
+
+    /// The next address it says it listens on.
+    fn address(&mut self) -> Address {
+        let mut line = String::new();
+        self.stdout.read_line(&mut line).unwrap();
+        line.trim_end()
+            .strip_prefix("listening on ")
+            .unwrap_or_else(|| panic!("{line:?}"))
+            .parse()
+            .unwrap()
+    }
+
+    /// Sends a signal and waits for the end; the exit code and the log.
+    fn end_by(mut self, signal: libc::c_int) -> (Option<i32>, String) {
+        let pid = self.child.id() as libc::pid_t;
+        // SAFETY: a signal to our own child, which has not been waited for; no memory involved.
+        assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+        let status = self.child.wait().unwrap();
+        let mut log = String::new();
+        let mut stderr = self.child.stderr.take().unwrap();
+        stderr.read_to_string(&mut log).unwrap();
+        (status.code(), log)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Gone already, unless the test failed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn unix(path: &Path) -> String {
+    format!("unix:{}", path.display())
+}
+
+#[test]
+fn signals_end_it_cleanly_and_remove_its_sockets() {
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("helix.sock");
+        let mut host = Running::start(&[
+            "--listen",
+            "tcp:127.0.0.1:0",
+            "--listen",
+            &unix(&path),
+            "--encoder",
+            "x264enc",
+            "--scanout",
+            "0=videotestsrc is-live=true ! video/x-raw,width=64,height=64",
+        ]);
+        let tcp = host.address();
+        assert!(
+            matches!(tcp, Address::Tcp { port, .. } if port != 0),
+            "{tcp}"
+        );
+        assert_eq!(host.address().to_string(), unix(&path));
+        let mode = path.metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let mut subscribed = Peer::connect(&unix(&path).parse().unwrap());
+        subscribed.subscribe(0);
+        subscribed.next_frame();
+        let mut idle = Peer::connect(&tcp);
+        idle.expect_pong();
+        let (code, log) = host.end_by(signal);
+        assert_eq!(code, Some(0), "{log}");
+        assert!(!path.exists());
+        idle.expect_end();
+    }
+}
+
+#[test]
+fn a_stale_unix_socket_is_replaced_and_a_live_one_is_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("helix.sock");
+    drop(UnixListener::bind(&path).unwrap());
+    assert!(path.exists());
+    let arguments = ["--listen", &unix(&path), "--encoder", "x264enc"];
+    let mut host = Running::start(&arguments);
+    host.address();
+    Peer::connect(&unix(&path).parse().unwrap()).expect_pong();
+    let (code, text) = outcome(&arguments);
+    assert_eq!(code, Some(1));
+    assert!(text.contains("already running"), "{text}");
+    Peer::connect(&unix(&path).parse().unwrap()).expect_pong();
+    assert_eq!(host.end_by(libc::SIGTERM).0, Some(0));
+    // A file that is no socket is somebody's.
+    std::fs::write(&path, "precious").unwrap();
+    let (code, text) = outcome(&arguments);
+    assert_eq!(code, Some(1));
+    assert!(text.contains("no socket"), "{text}");
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+}
+
+#[test]
+fn help_names_every_option_and_teaches_by_example() {
+    let (code, text) = outcome(&["--help"]);
+    assert_eq!(code, Some(0));
+    for part in [
+        "--listen",
+        "--encoder",
+        "--scanout",
+        "--max-clients",
+        "--max-frame-bytes",
+        "--verbose",
+        "--log-format",
+        "tcp:127.0.0.1:15937",
+        "vsock:5000",
+        "Examples:",
+        "67108864",
+    ] {
+        assert!(text.contains(part), "{part} is missing in:\n{text}");
+    }
+}
+
+#[test]
+fn wrong_arguments_are_explained() {
+    let cases: [(&[&str], i32, &[&str]); 10] = [
+        (&["--listen", "127.0.0.1:1"], 2, &["tcp:HOST:PORT"]),
+        (&["--listen", "tcp:127.0.0.1:x"], 2, &["port"]),
+        (&["--max-clients", "0"], 2, &["1.."]),
+        (&["--scanout", "videotestsrc"], 2, &["ID=DESCRIPTION"]),
+        (&["--scanout", "16=videotestsrc"], 2, &["0 to 15"]),
+        (
+            &["--scanout", "1=videotestsrc", "--scanout", "1=videotestsrc"],
+            1,
+            &["scanout 1", "twice"],
+        ),
+        (
+            &["--scanout", "1=nosuchsrc ! videoconvert"],
+            1,
+            &["scanout 1", "nosuchsrc", "gst-launch-1.0"],
+        ),
+        (
+            &["--scanout", "1=audiotestsrc"],
+            1,
+            &["scanout 1", "audiotestsrc"],
+        ),
+        (
+            &["--encoder", "nosuchenc"],
+            1,
+            &["nosuchenc", "gst-inspect"],
+        ),
+        (&["--encoder", "h264parse"], 1, &["h264parse", "no H.264"]),
+    ];
+    for (arguments, expected, parts) in cases {
+        let (code, text) = outcome(arguments);
+        assert_eq!(code, Some(expected), "{arguments:?}: {text}");
+        for part in parts {
+            assert!(text.contains(part), "{arguments:?}: no '{part}' in: {text}");
+        }
+    }
+    let (code, text) = outcome(&["--encoder", "x264enc no-such-property=1"]);
+    assert_eq!(code, Some(1));
+    assert!(text.contains("no-such-property"), "{text}");
+}
+
+#[test]
+fn the_log_can_be_json_and_warns_of_open_doors() {
+    let mut host = Running::start(&[
+        "--listen",
+        "tcp:0.0.0.0:0",
+        "--encoder",
+        "auto",
+        "--log-format",
+        "json",
+        "-v",
+    ]);
+    host.address();
+    let (code, log) = host.end_by(libc::SIGTERM);
+    assert_eq!(code, Some(0));
+    assert!(
+        log.lines()
+            .all(|line| line.starts_with('{') && line.ends_with('}')),
+        "{log}"
+    );
+    assert!(log.contains("reachable from outside"), "{log}");
+    assert!(log.contains("encoder chosen"), "{log}");
+}

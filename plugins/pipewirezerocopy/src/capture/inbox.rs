@@ -1,0 +1,342 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What the loop thread leaves for the streaming thread: at most one frame, and the news.
+//!
+//! A newer frame replaces an older one that nobody took, so memory stays bounded and the picture
+//! current however slow downstream is; the older one's buffer goes back to the producer at once
+//! (L4). The consumer says what it waits for, and is woken for that only.
+
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use zerocopy_plugin_common::wait::Waker;
+
+use super::frame::Frame;
+use super::negotiate::StreamFormat;
+use super::{Counters, Failure};
+
+/// What there is to do for the consumer. More urgent things are reported first.
+#[derive(Debug)]
+pub enum Look {
+    /// A frame of this format is there; [`Inbox::take`] takes it.
+    Frame(StreamFormat),
+    /// The producer has vanished, for this reason. Said once; a later frame means that it is back.
+    Vanished(String),
+    /// The target does not exist (yet), for this reason. Said once.
+    Absent(String),
+    /// Capturing has failed for good. Said each time.
+    Failed(Failure),
+    /// Nothing. The waker is used when that changes.
+    Nothing,
+}
+
+/// What wakes the consumer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Interest {
+    /// Anything.
+    All,
+    /// News, but no frame: it holds one back for a while, or would only drop it.
+    News,
+}
+
+#[derive(Debug, Default)]
+struct Contents {
+    frame: Option<Frame>,
+    vanished: Option<String>,
+    /// The frame came after the news in `vanished`, from a producer that has returned.
+    frame_is_newer: bool,
+    absent: Option<String>,
+    failed: Option<Failure>,
+    connected: bool,
+    waiting: Option<Interest>,
+}
+
+/// The handover. One consumer, any number of clones of the [`Arc`] around it.
+#[derive(Debug)]
+pub struct Inbox {
+    contents: Mutex<Contents>,
+    waker: Waker,
+    counters: Arc<Counters>,
+}
+
+impl Inbox {
+    /// An empty inbox that wakes its consumer by `waker`.
+    pub fn new(waker: Waker, counters: Arc<Counters>) -> Self {
+        Self {
+            contents: Mutex::default(),
+            waker,
+            counters,
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Contents> {
+        // Nothing below can panic half-way through a change.
+        self.contents.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What to do next. Where that is nothing, or a frame while only news are wanted, the waker
+    /// is used once something that `interest` covers comes.
+    pub fn look(&self, interest: Interest) -> Look {
+        let mut contents = self.lock();
+        contents.waiting = None;
+        if (contents.frame.is_none() || contents.frame_is_newer)
+            && let Some(reason) = contents.vanished.take()
+        {
+            contents.frame_is_newer = false;
+            return Look::Vanished(reason);
+        }
+        if let Some(frame) = &contents.frame {
+            let format = frame.format;
+            contents.waiting = Some(interest).filter(|interest| *interest == Interest::News);
+            return Look::Frame(format);
+        }
+        if let Some(failure) = &contents.failed {
+            return Look::Failed(failure.clone());
+        }
+        if let Some(reason) = contents.absent.take() {
+            return Look::Absent(reason);
+        }
+        contents.waiting = Some(interest);
+        Look::Nothing
+    }
+
+    /// The frame that is there, if it still has that format. It may not: the loop thread replaces
+    /// frames at any time.
+    pub fn take(&self, expected: &StreamFormat) -> Option<Frame> {
+        self.lock().frame.take_if(|frame| frame.format == *expected)
+    }
+
+    /// Drops the frame that is there.
+    pub fn discard(&self) {
+        // Outside the lock: dropping a frame sends a command.
+        let frame = self.lock().frame.take();
+        if frame.is_some() {
+            self.counters.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Whether the connection to the daemon stands, or why not; none while that is open. The
+    /// waker is used when it is decided.
+    pub fn connection(&self) -> Option<Result<(), Failure>> {
+        let mut contents = self.lock();
+        if let Some(failure) = &contents.failed {
+            return Some(Err(failure.clone()));
+        }
+        if contents.connected {
+            return Some(Ok(()));
+        }
+        contents.waiting = Some(Interest::News);
+        None
+    }
+
+    pub(super) fn put_frame(&self, frame: Frame) {
+        let (replaced, wake) = {
+            let mut contents = self.lock();
+            contents.frame_is_newer = contents.vanished.is_some();
+            contents.absent = None;
+            let wake = contents
+                .waiting
+                .take_if(|interest| *interest == Interest::All);
+            (contents.frame.replace(frame), wake.is_some())
+        };
+        if replaced.is_some() {
+            self.counters.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+        if wake {
+            self.waker.wake();
+        }
+    }
+
+    pub(super) fn put_connected(&self) {
+        self.put_news(|contents| contents.connected = true);
+    }
+
+    pub(super) fn put_vanished(&self, reason: String) {
+        self.put_news(|contents| {
+            contents.vanished = Some(reason);
+            contents.frame_is_newer = false;
+        });
+    }
+
+    pub(super) fn put_absent(&self, reason: String) {
+        self.put_news(|contents| contents.absent = Some(reason));
+    }
+
+    pub(super) fn put_failed(&self, failure: Failure) {
+        self.put_news(|contents| {
+            contents.failed.get_or_insert(failure);
+        });
+    }
+
+    fn put_news(&self, change: impl FnOnce(&mut Contents)) {
+        let waiting = {
+            let mut contents = self.lock();
+            change(&mut contents);
+            contents.waiting.take()
+        };
+        if waiting.is_some() {
+            self.waker.wake();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capture::frame::{Lease, Mapping};
+    use crate::capture::geometry::{Chunk, FrameLayout};
+    use crate::capture::{Monotonic, PixelFormat};
+    use std::os::fd::AsFd;
+    use std::time::Duration;
+    use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake};
+
+    struct Setup {
+        waiter: Waiter,
+        counters: Arc<Counters>,
+        inbox: Inbox,
+    }
+
+    fn setup() -> Setup {
+        let waiter = Waiter::new().unwrap();
+        let counters = Arc::new(Counters::default());
+        let inbox = Inbox::new(waiter.waker(), counters.clone());
+        Setup {
+            waiter,
+            counters,
+            inbox,
+        }
+    }
+
+    fn frame(width: u32, counters: &Arc<Counters>) -> Frame {
+        let (sender, _receiver) = pipewire::channel::channel();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(64).unwrap();
+        let mapping = Mapping::new(file.as_fd(), 0, 64).unwrap();
+        let chunk = Chunk {
+            mapped: 64,
+            offset: 0,
+            size: 64,
+            stride: 0,
+        };
+        Frame {
+            layout: FrameLayout::new(PixelFormat::Bgrx, width, 1, &[chunk]).unwrap(),
+            format: StreamFormat {
+                format: PixelFormat::Bgrx,
+                width,
+                height: 1,
+                framerate: (0, 1),
+                max_framerate: None,
+            },
+            captured: Monotonic::now(),
+            memory: [Some(Arc::new(mapping)), None],
+            _lease: Lease::new(1, sender, counters.clone()),
+        }
+    }
+
+    fn woken(waiter: &mut Waiter) -> bool {
+        waiter.wait(Deadline::after(Duration::ZERO)).unwrap() == Wake::Woken
+    }
+
+    #[test]
+    fn a_newer_frame_replaces_one_that_nobody_took() {
+        let Setup {
+            counters, inbox, ..
+        } = setup();
+        for width in 1..=5 {
+            inbox.put_frame(frame(width, &counters));
+        }
+        assert_eq!(counters.dropped.load(Ordering::Relaxed), 4);
+        assert_eq!(
+            counters.held.load(Ordering::Relaxed),
+            1,
+            "the rest went back"
+        );
+        let Look::Frame(format) = inbox.look(Interest::All) else {
+            panic!("a frame is there");
+        };
+        assert_eq!(format.width, 5);
+        assert!(inbox.take(&format).is_some());
+        assert!(matches!(inbox.look(Interest::All), Look::Nothing));
+    }
+
+    #[test]
+    fn the_waker_is_used_only_for_who_waits_for_that() {
+        let Setup {
+            mut waiter,
+            counters,
+            inbox,
+        } = setup();
+        inbox.put_frame(frame(1, &counters));
+        assert!(!woken(&mut waiter), "nobody waits");
+        inbox.look(Interest::All);
+        inbox.discard();
+        inbox.put_frame(frame(1, &counters));
+        assert!(
+            !woken(&mut waiter),
+            "a look that found something is no wait"
+        );
+        inbox.discard();
+        assert!(matches!(inbox.look(Interest::All), Look::Nothing));
+        inbox.put_frame(frame(1, &counters));
+        assert!(woken(&mut waiter));
+        assert!(matches!(inbox.look(Interest::News), Look::Frame(_)));
+        inbox.put_frame(frame(2, &counters));
+        assert!(!woken(&mut waiter), "frames are not waited for");
+        inbox.put_vanished("gone".into());
+        assert!(woken(&mut waiter), "news are");
+    }
+
+    #[test]
+    fn a_frame_of_another_size_is_not_taken() {
+        let Setup {
+            counters, inbox, ..
+        } = setup();
+        inbox.put_frame(frame(1, &counters));
+        let Look::Frame(format) = inbox.look(Interest::All) else {
+            panic!("a frame is there");
+        };
+        inbox.put_frame(frame(2, &counters));
+        assert!(inbox.take(&format).is_none());
+        assert!(matches!(inbox.look(Interest::All), Look::Frame(_)));
+    }
+
+    #[test]
+    fn the_last_picture_comes_before_the_news_of_its_producers_end() {
+        let Setup {
+            counters, inbox, ..
+        } = setup();
+        inbox.put_frame(frame(1, &counters));
+        inbox.put_vanished("gone".into());
+        assert!(matches!(inbox.look(Interest::All), Look::Frame(_)));
+        inbox.discard();
+        assert!(matches!(inbox.look(Interest::All), Look::Vanished(_)));
+        assert!(
+            matches!(inbox.look(Interest::All), Look::Nothing),
+            "said once"
+        );
+    }
+
+    #[test]
+    fn a_returned_producers_frame_comes_after_the_news_of_its_end() {
+        let Setup {
+            counters, inbox, ..
+        } = setup();
+        inbox.put_vanished("gone".into());
+        inbox.put_frame(frame(1, &counters));
+        assert!(matches!(inbox.look(Interest::All), Look::Vanished(_)));
+        assert!(matches!(inbox.look(Interest::All), Look::Frame(_)));
+    }
+
+    #[test]
+    fn the_first_failure_stays() {
+        let Setup { inbox, .. } = setup();
+        inbox.put_failed(Failure::Stream("first".into()));
+        inbox.put_failed(Failure::Stream("second".into()));
+        for _ in 0..2 {
+            let Look::Failed(Failure::Stream(reason)) = inbox.look(Interest::All) else {
+                panic!("it failed");
+            };
+            assert_eq!(reason, "first");
+        }
+    }
+}

@@ -1,0 +1,281 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Capturing from PipeWire, without GStreamer.
+//!
+//! [`Capture`] is a thread that runs a PipeWire loop and nothing else: it connects to the daemon,
+//! finds the target node, negotiates a format and takes frames as they come. It never waits for
+//! anybody but PipeWire. What it has goes into an [`Inbox`], from which one consumer on another
+//! thread takes it; what the consumer wants of it goes the other way as commands.
+//!
+//! | module | job |
+//! | --- | --- |
+//! | [`format`](mod@format) | pixel formats and their names in PipeWire and DRM |
+//! | [`geometry`] | where the pixels are in the producer's memory, checked |
+//! | [`negotiate`] | what is offered to the producer, and reading what it fixes |
+//! | [`frame`] | mapped memory, and the loan of a buffer |
+//! | [`clock`] | capture times |
+//! | [`inbox`] | from the loop thread to the consumer |
+//! | `stream` | one PipeWire stream: its callbacks and its buffers |
+//! | `registry` | which nodes there are |
+//! | `worker` | the loop thread itself |
+
+use std::fmt;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::thread::{self, JoinHandle};
+
+use zerocopy_plugin_common::wait::Waker;
+
+pub mod clock;
+pub mod format;
+pub mod frame;
+pub mod geometry;
+pub mod inbox;
+pub mod negotiate;
+mod registry;
+mod stream;
+mod worker;
+
+pub use clock::Monotonic;
+pub use format::PixelFormat;
+pub use inbox::{Inbox, Interest, Look};
+pub use negotiate::{Offer, OfferEntry, Span, StreamFormat};
+
+use worker::Command;
+
+/// The PipeWire daemon to talk to.
+#[derive(Debug)]
+pub enum Remote {
+    /// The one that the environment names, as for every PipeWire client.
+    Default,
+    /// The one at the other end of this socket, for instance from the portal.
+    Socket(OwnedFd),
+}
+
+/// The node to capture.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// By its id in the registry.
+    Id(u32),
+    /// By its `node.name` or `object.serial`.
+    Object(String),
+}
+
+impl fmt::Display for Target {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Id(id) => write!(f, "PipeWire node {id}"),
+            Self::Object(name) => write!(f, "PipeWire node '{name}'"),
+        }
+    }
+}
+
+/// How loud a message is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Level {
+    /// Something is wrong, though not fatal.
+    Warning,
+    /// A step that happens a few times in a capture's life.
+    Info,
+    /// For who looks for a fault.
+    Debug,
+    /// Once a frame.
+    Trace,
+}
+
+/// Where messages go.
+pub type Log = Arc<dyn Fn(Level, fmt::Arguments<'_>) + Send + Sync>;
+
+/// What a capture needs to know.
+pub struct Config {
+    /// The daemon.
+    pub remote: Remote,
+    /// The node.
+    pub target: Target,
+    /// The name under which our stream shows up in PipeWire's tools.
+    pub name: String,
+    /// Where messages go.
+    pub log: Log,
+}
+
+/// Why capturing cannot go on. The text says what was tried, on what, and what to look at.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// No connection to the daemon could be made.
+    Connect(String),
+    /// The target is not something to capture.
+    Target(String),
+    /// The daemon has gone away, or has refused us.
+    Daemon(String),
+    /// The stream could not be negotiated.
+    Stream(String),
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (Self::Connect(text) | Self::Target(text) | Self::Daemon(text) | Self::Stream(text)) =
+            self;
+        f.write_str(text)
+    }
+}
+
+/// How far a capture has come; what it lacks when no frame comes follows from this.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Stage {
+    /// Asking the daemon which nodes there are.
+    #[default]
+    Searching,
+    /// The target does not exist.
+    Absent,
+    /// A stream is set up; the session manager is to link it to the target.
+    Linking,
+    /// Linked, no format fixed.
+    Negotiating,
+    /// A format is fixed and buffers are being agreed on, or the producer pauses.
+    Paused,
+    /// The stream runs.
+    Streaming,
+}
+
+impl Stage {
+    const ALL: [Self; 6] = [
+        Self::Searching,
+        Self::Absent,
+        Self::Linking,
+        Self::Negotiating,
+        Self::Paused,
+        Self::Streaming,
+    ];
+
+    /// What to look at when no frame comes at this stage.
+    pub fn advice(self) -> &'static str {
+        match self {
+            Self::Searching => "the PipeWire daemon has not answered",
+            Self::Absent => "the node does not exist",
+            Self::Linking => {
+                "the stream was not linked to the node: is a session manager such as WirePlumber \
+                 running, and may this client see the node?"
+            }
+            Self::Negotiating => {
+                "the stream is linked, but the producer fixes no format: does it share one with \
+                 what is downstream?"
+            }
+            Self::Paused => {
+                "a format is agreed on, but the producer does not stream: is the desktop locked, \
+                 or its screen off?"
+            }
+            Self::Streaming => {
+                "the stream runs, but the producer draws nothing: is the desktop locked, or its \
+                 screen off?"
+            }
+        }
+    }
+}
+
+/// What is counted, by both threads, for anyone to read.
+#[derive(Debug, Default)]
+pub struct Counters {
+    /// Frames that came with content.
+    pub received: AtomicU64,
+    /// Frames of which nothing was used, because a newer one came or downstream wanted fewer.
+    pub dropped: AtomicU64,
+    /// Frames that the producer marked as corrupted, or that lie outside their memory.
+    pub corrupted: AtomicU64,
+    /// Buffers without pixels, which carry only metadata such as the cursor's position.
+    pub empty: AtomicU64,
+    /// PipeWire buffers that are out of the producer's reach now.
+    pub held: AtomicU64,
+    stage: AtomicU8,
+}
+
+impl Counters {
+    /// How far the capture has come.
+    pub fn stage(&self) -> Stage {
+        let value = usize::from(self.stage.load(Ordering::Relaxed));
+        Stage::ALL.get(value).copied().unwrap_or_default()
+    }
+
+    fn set_stage(&self, stage: Stage) {
+        self.stage.store(stage as u8, Ordering::Relaxed);
+    }
+}
+
+/// A running capture. Dropping it ends the thread, and waits for that: the thread waits for
+/// nothing itself, so this is immediate.
+pub struct Capture {
+    inbox: Arc<Inbox>,
+    commands: pipewire::channel::Sender<Command>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl fmt::Debug for Capture {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Capture").finish_non_exhaustive()
+    }
+}
+
+impl Capture {
+    /// Starts a capture thread that wakes its consumer by `waker`. Frames come after an
+    /// [`offer`](Self::offer).
+    ///
+    /// Fails only when no thread can be had; everything else shows in the inbox.
+    pub fn start(config: Config, waker: Waker, counters: Arc<Counters>) -> io::Result<Self> {
+        let inbox = Arc::new(Inbox::new(waker, counters.clone()));
+        let (commands, receiver) = pipewire::channel::channel();
+        let link = worker::Link {
+            inbox: inbox.clone(),
+            counters,
+            commands: commands.clone(),
+            log: config.log.clone(),
+            next_buffer: std::cell::Cell::new(0),
+        };
+        let thread = thread::Builder::new()
+            .name("pw-capture".into())
+            .spawn(move || worker::run(config, link, receiver))?;
+        Ok(Self {
+            inbox,
+            commands,
+            thread: Some(thread),
+        })
+    }
+
+    /// Where frames and news come.
+    pub fn inbox(&self) -> &Arc<Inbox> {
+        &self.inbox
+    }
+
+    /// Says what is taken from now on. The producer may fix another format in answer.
+    pub fn offer(&self, offer: Offer) {
+        // Fails only when the thread has ended, which shows in the inbox.
+        let _ = self.commands.send(Command::Offer(offer));
+    }
+}
+
+impl Drop for Capture {
+    fn drop(&mut self) {
+        let _ = self.commands.send(Command::Quit);
+        if let Some(thread) = self.thread.take() {
+            // A panic there has been printed; there is nothing to add to it here.
+            let _ = thread.join();
+        }
+        self.inbox.discard();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_stage_is_told_apart() {
+        let counters = Counters::default();
+        for (index, stage) in Stage::ALL.into_iter().enumerate() {
+            assert_eq!(stage as usize, index);
+            counters.set_stage(stage);
+            assert_eq!(counters.stage(), stage);
+        }
+    }
+}

@@ -1,0 +1,465 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! One PipeWire stream: its callbacks, and the buffers that it has.
+//!
+//! The callbacks run on the loop thread, inside PipeWire. They note facts, answer formats and hand
+//! frames on. What follows from the facts is decided by the worker, outside any callback, where a
+//! stream may be destroyed.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::os::fd::BorrowedFd;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use libspa::param::ParamType;
+use libspa::pod::Pod;
+use libspa::sys as spa_sys;
+use libspa::utils::Direction;
+use pipewire::core::CoreRc;
+use pipewire::properties::properties;
+use pipewire::stream::{Stream, StreamFlags, StreamListener, StreamRc, StreamState};
+use pipewire::sys::pw_buffer;
+
+use super::frame::{Frame, Lease, Mapping};
+use super::geometry::{Chunk, FrameLayout, MAX_PLANES, Region};
+use super::negotiate::{self, Offer, StreamFormat};
+use super::registry::Node;
+use super::worker::Link;
+use super::{Level, Monotonic, Stage};
+
+/// How long a producer's buffers may be gone without a new format before it counts as vanished.
+/// Renegotiation removes them for some milliseconds.
+const GONE_AFTER: Duration = Duration::from_secs(1);
+
+/// A buffer of the stream.
+struct Buffer {
+    /// Our number for it, never used twice, also not by the next stream.
+    id: u64,
+    memory: [Option<Arc<Mapping>>; MAX_PLANES],
+}
+
+/// Why a buffer holds no frame.
+enum Skip {
+    /// It carries metadata only.
+    Empty,
+    /// The producer says so, or its numbers cannot be: then this says which.
+    Corrupted(Option<String>),
+}
+
+/// What the callbacks know.
+struct State {
+    link: Rc<Link>,
+    format: Cell<Option<StreamFormat>>,
+    /// By the address that PipeWire knows them by.
+    buffers: RefCell<HashMap<*mut pw_buffer, Buffer>>,
+    /// Set when the last buffer went, unset by the next format or buffer.
+    gone_since: Cell<Option<Instant>>,
+    error: RefCell<Option<String>>,
+    had_format: Cell<bool>,
+    /// An unreadable frame was reported; more of them are only traced.
+    complained: Cell<bool>,
+}
+
+/// A stream that is connected, or about to be.
+pub(super) struct CaptureStream {
+    state: Rc<State>,
+    // Before the stream: a listener must not outlive what it listens to.
+    _listener: StreamListener<()>,
+    stream: StreamRc,
+}
+
+impl CaptureStream {
+    /// Sets up a stream that takes `offer` from the node.
+    pub fn connect(
+        core: CoreRc,
+        link: Rc<Link>,
+        name: &str,
+        (id, node): (u32, &Node),
+        offer: &Offer,
+    ) -> Result<Self, pipewire::Error> {
+        // Without the first three, WirePlumber does not link the stream (L3). A stream whose
+        // node is gone must not be linked to whatever other source of video there is.
+        let mut properties = properties! {
+            *pipewire::keys::MEDIA_TYPE => "Video",
+            *pipewire::keys::MEDIA_CATEGORY => "Capture",
+            *pipewire::keys::MEDIA_ROLE => "Screen",
+            *pipewire::keys::NODE_NAME => name,
+            "node.dont-reconnect" => "true",
+            "node.dont-fallback" => "true",
+        };
+        if let Some(serial) = &node.serial {
+            properties.insert("target.object", serial.as_str());
+        }
+        let stream = StreamRc::new(core, name, properties)?;
+        let state = Rc::new(State {
+            link,
+            format: Cell::default(),
+            buffers: RefCell::default(),
+            gone_since: Cell::default(),
+            error: RefCell::default(),
+            had_format: Cell::default(),
+            complained: Cell::default(),
+        });
+        let listener = listen(&stream, &state)?;
+        let pods = offer.pods();
+        let mut params: Vec<&Pod> = pods.iter().map(negotiate::PodBytes::pod).collect();
+        state.link.counters.set_stage(Stage::Linking);
+        stream.connect(
+            Direction::Input,
+            Some(id),
+            StreamFlags::AUTOCONNECT | StreamFlags::DONT_RECONNECT,
+            &mut params,
+        )?;
+        Ok(Self {
+            state,
+            _listener: listener,
+            stream,
+        })
+    }
+
+    /// Replaces what is offered to the producer.
+    pub fn renegotiate(&self, offer: &Offer) -> Result<(), pipewire::Error> {
+        let pods = offer.pods();
+        let mut params: Vec<&Pod> = pods.iter().map(negotiate::PodBytes::pod).collect();
+        self.stream.update_params(&mut params)
+    }
+
+    /// Gives a buffer back to the producer, unless it has been removed meanwhile.
+    pub fn requeue(&self, id: u64) {
+        let found = self
+            .state
+            .buffers
+            .borrow()
+            .iter()
+            .find(|(_, buffer)| buffer.id == id)
+            .map(|(raw, _)| *raw);
+        if let Some(raw) = found {
+            // SAFETY: The buffer was dequeued from this stream, whose list of buffers still has
+            // it, and each lease gives its buffer back exactly once.
+            unsafe { self.stream.queue_raw_buffer(raw) };
+        }
+    }
+
+    /// Whether a format was ever agreed on.
+    pub fn had_format(&self) -> bool {
+        self.state.had_format.get()
+    }
+
+    /// What is wrong with the stream, said once.
+    pub fn take_error(&self) -> Option<String> {
+        self.state.error.borrow_mut().take()
+    }
+
+    /// When the producer counts as vanished, if its buffers stay away until then.
+    pub fn gone_at(&self) -> Option<Instant> {
+        self.state.gone_since.get().map(|since| since + GONE_AFTER)
+    }
+}
+
+fn listen(stream: &StreamRc, state: &Rc<State>) -> Result<StreamListener<()>, pipewire::Error> {
+    let with = |state: &Rc<State>| state.clone();
+    stream
+        .add_local_listener::<()>()
+        .state_changed({
+            let state = with(state);
+            move |_, (), old, new| state.state_changed(&old, new)
+        })
+        .param_changed({
+            let state = with(state);
+            move |stream, (), id, pod| {
+                if id == ParamType::Format.as_raw() {
+                    state.format_changed(stream, pod);
+                }
+            }
+        })
+        .add_buffer({
+            let state = with(state);
+            move |_, (), raw| state.add_buffer(raw)
+        })
+        .remove_buffer({
+            let state = with(state);
+            move |_, (), raw| state.remove_buffer(raw)
+        })
+        .process({
+            let state = with(state);
+            move |stream, ()| state.process(stream)
+        })
+        .register()
+}
+
+impl State {
+    fn log(&self, level: Level, message: std::fmt::Arguments<'_>) {
+        (self.link.log)(level, message);
+    }
+
+    fn state_changed(&self, old: &StreamState, new: StreamState) {
+        self.log(Level::Debug, format_args!("stream: {old:?} -> {new:?}"));
+        let stage = match new {
+            StreamState::Error(text) => {
+                self.error.borrow_mut().get_or_insert(text);
+                return;
+            }
+            StreamState::Unconnected => {
+                // WirePlumber 0.4 does this to a stream whose target is gone (L2).
+                if self.gone_since.get().is_none() && *old != StreamState::Unconnected {
+                    self.gone_since.set(Some(Instant::now()));
+                }
+                Stage::Linking
+            }
+            StreamState::Connecting => Stage::Linking,
+            StreamState::Paused if self.format.get().is_none() => Stage::Negotiating,
+            StreamState::Paused => Stage::Paused,
+            StreamState::Streaming => Stage::Streaming,
+        };
+        self.link.counters.set_stage(stage);
+    }
+
+    fn format_changed(&self, stream: &Stream, pod: Option<&Pod>) {
+        let Some(pod) = pod else {
+            self.log(Level::Debug, format_args!("format cleared"));
+            self.format.set(None);
+            return;
+        };
+        match StreamFormat::parse(pod) {
+            Ok(format) => {
+                self.log(Level::Info, format_args!("producer fixed {format:?}"));
+                self.format.set(Some(format));
+                self.had_format.set(true);
+                self.gone_since.set(None);
+                self.link.counters.set_stage(Stage::Paused);
+            }
+            Err(what) => {
+                self.format.set(None);
+                self.error
+                    .borrow_mut()
+                    .get_or_insert(format!("the producer fixed {what}"));
+                return;
+            }
+        }
+        // Each Format needs its own answers, also when it is the same as before (L5).
+        let answers = negotiate::format_answers();
+        let mut params: Vec<&Pod> = answers.iter().map(negotiate::PodBytes::pod).collect();
+        if let Err(error) = stream.update_params(&mut params) {
+            self.error
+                .borrow_mut()
+                .get_or_insert(format!("answering the format failed: {error}"));
+        }
+    }
+
+    fn add_buffer(&self, raw: *mut pw_buffer) {
+        self.gone_since.set(None);
+        let mut memory = [None, None];
+        // SAFETY: PipeWire passes a buffer that is valid until remove_buffer, with `n_datas`
+        // entries in `datas`; both structures lie in this process.
+        let datas = unsafe { datas(raw) };
+        for (slot, data) in memory.iter_mut().zip(datas) {
+            match map(data) {
+                Ok((mapping, sealed)) => {
+                    self.log(
+                        Level::Debug,
+                        format_args!(
+                            "buffer of {} bytes added, {}",
+                            mapping.len(),
+                            if sealed {
+                                "sealed"
+                            } else {
+                                "not sealed against shrinking"
+                            }
+                        ),
+                    );
+                    *slot = Some(Arc::new(mapping));
+                }
+                Err(error) => self.log(
+                    Level::Warning,
+                    format_args!("a buffer cannot be mapped, its frames are skipped: {error}"),
+                ),
+            }
+        }
+        let id = self.link.next_buffer.get();
+        self.link.next_buffer.set(id + 1);
+        self.buffers.borrow_mut().insert(raw, Buffer { id, memory });
+    }
+
+    fn remove_buffer(&self, raw: *mut pw_buffer) {
+        let mut buffers = self.buffers.borrow_mut();
+        buffers.remove(&raw);
+        if buffers.is_empty() {
+            self.log(
+                Level::Debug,
+                format_args!("the producer's buffers are gone"),
+            );
+            self.gone_since.set(Some(Instant::now()));
+        }
+    }
+
+    /// Takes all buffers that have come; the newest frame is what remains in the inbox.
+    fn process(&self, stream: &Stream) {
+        loop {
+            // SAFETY: A buffer that is not null is given back: below, or by the frame's lease.
+            let raw = unsafe { stream.dequeue_raw_buffer() };
+            if raw.is_null() {
+                return;
+            }
+            match self.frame(raw) {
+                Ok(frame) => {
+                    self.link.counters.received.fetch_add(1, Ordering::Relaxed);
+                    self.link.inbox.put_frame(frame);
+                    continue;
+                }
+                Err(Skip::Empty) => {
+                    self.link.counters.empty.fetch_add(1, Ordering::Relaxed);
+                }
+                Err(Skip::Corrupted(why)) => {
+                    self.link.counters.corrupted.fetch_add(1, Ordering::Relaxed);
+                    let why = why.unwrap_or_else(|| "marked as corrupted".into());
+                    let level = if self.complained.replace(true) {
+                        Level::Trace
+                    } else {
+                        Level::Warning
+                    };
+                    self.log(level, format_args!("frame skipped: {why}"));
+                }
+            }
+            // SAFETY: It was dequeued above, and no frame was made of it.
+            unsafe { stream.queue_raw_buffer(raw) };
+        }
+    }
+
+    /// The frame in a buffer that has just been dequeued.
+    fn frame(&self, raw: *mut pw_buffer) -> Result<Frame, Skip> {
+        let received = Monotonic::now();
+        let buffers = self.buffers.borrow();
+        let (Some(buffer), Some(format)) = (buffers.get(&raw), self.format.get()) else {
+            return Err(Skip::Corrupted(Some("it belongs to no format".into())));
+        };
+        // SAFETY: The buffer is in our list, so PipeWire has added and not yet removed it.
+        let (datas, metas) = unsafe { (datas(raw), metas(raw)) };
+
+        let mut chunks = [Chunk::default(); MAX_PLANES];
+        let mut flags = 0;
+        let count = datas.len().min(MAX_PLANES);
+        for (index, data) in datas.iter().take(count).enumerate() {
+            if data.chunk.is_null() {
+                return Err(Skip::Corrupted(Some("a block has no chunk".into())));
+            }
+            // SAFETY: The pointer is valid for as long as the buffer. The producer can write
+            // there at any time, so it is read once, and only the copy is checked and used.
+            let chunk = unsafe { data.chunk.read_volatile() };
+            flags |= chunk.flags;
+            chunks[index] = Chunk {
+                mapped: buffer.memory[index].as_ref().map_or(0, |m| m.len()),
+                offset: chunk.offset,
+                size: chunk.size,
+                stride: chunk.stride,
+            };
+        }
+        // Compositors send buffers without pixels when only the cursor moved (L8), and mutter
+        // marks those as corrupted as well.
+        if chunks[0].size == 0 {
+            return Err(Skip::Empty);
+        }
+        let header = header(metas);
+        let marked = flags & spa_sys::SPA_CHUNK_FLAG_CORRUPTED as i32 != 0
+            || header.is_some_and(|h| h.flags & spa_sys::SPA_META_HEADER_FLAG_CORRUPTED != 0);
+        if marked {
+            return Err(Skip::Corrupted(None));
+        }
+        let mut layout =
+            FrameLayout::new(format.format, format.width, format.height, &chunks[..count])
+                .map_err(|error| Skip::Corrupted(Some(error.to_string())))?;
+        if let Some(region) = crop(metas) {
+            layout = layout.crop(region);
+        }
+        Ok(Frame {
+            layout,
+            format: StreamFormat {
+                width: layout.width,
+                height: layout.height,
+                ..format
+            },
+            captured: Monotonic::of_capture(header.map(|header| header.pts), received),
+            memory: buffer.memory.clone(),
+            _lease: Lease::new(
+                buffer.id,
+                self.link.commands.clone(),
+                self.link.counters.clone(),
+            ),
+        })
+    }
+}
+
+/// The memory blocks of a buffer.
+///
+/// # Safety
+/// `raw` must be a buffer that PipeWire has added and not yet removed, for as long as the result
+/// is used.
+unsafe fn datas<'a>(raw: *mut pw_buffer) -> &'a [spa_sys::spa_data] {
+    // SAFETY: By the contract above both structures are there, and `datas` has `n_datas` entries.
+    unsafe {
+        let buffer = &*(*raw).buffer;
+        if buffer.datas.is_null() {
+            return &[];
+        }
+        std::slice::from_raw_parts(buffer.datas, buffer.n_datas as usize)
+    }
+}
+
+/// The metadata of a buffer.
+///
+/// # Safety
+/// As for [`datas`].
+unsafe fn metas<'a>(raw: *mut pw_buffer) -> &'a [spa_sys::spa_meta] {
+    // SAFETY: By the contract above both structures are there, and `metas` has `n_metas` entries.
+    unsafe {
+        let buffer = &*(*raw).buffer;
+        if buffer.metas.is_null() {
+            return &[];
+        }
+        std::slice::from_raw_parts(buffer.metas, buffer.n_metas as usize)
+    }
+}
+
+/// One item of metadata, read once: the producer may change it at any time.
+fn read_meta<T: Copy>(metas: &[spa_sys::spa_meta], kind: u32) -> Option<T> {
+    let meta = metas.iter().find(|meta| meta.type_ == kind)?;
+    if meta.data.is_null() || (meta.size as usize) < size_of::<T>() {
+        return None;
+    }
+    // SAFETY: PipeWire has mapped `size` bytes at `data`, enough for a T (checked above). The
+    // types read are structures of integers, for which every bit pattern is a value; reading
+    // them unaligned asks nothing of the address.
+    Some(unsafe { meta.data.cast::<T>().read_unaligned() })
+}
+
+fn header(metas: &[spa_sys::spa_meta]) -> Option<spa_sys::spa_meta_header> {
+    read_meta(metas, spa_sys::SPA_META_Header)
+}
+
+fn crop(metas: &[spa_sys::spa_meta]) -> Option<Region> {
+    let meta: spa_sys::spa_meta_region = read_meta(metas, spa_sys::SPA_META_VideoCrop)?;
+    Some(Region {
+        x: meta.region.position.x,
+        y: meta.region.position.y,
+        width: meta.region.size.width,
+        height: meta.region.size.height,
+    })
+}
+
+/// Maps a block, and says whether it can no longer shrink.
+fn map(data: &spa_sys::spa_data) -> Result<(Mapping, bool), String> {
+    if data.type_ != spa_sys::SPA_DATA_MemFd {
+        return Err(format!("memory of type {} was not asked for", data.type_));
+    }
+    let fd = i32::try_from(data.fd)
+        .ok()
+        .filter(|fd| *fd >= 0)
+        .ok_or("it has no file descriptor")?;
+    // SAFETY: PipeWire keeps the descriptor open until remove_buffer, longer than this call.
+    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+    let mapping =
+        Mapping::new(fd, data.mapoffset, data.maxsize).map_err(|error| error.to_string())?;
+    Ok((mapping, Mapping::is_sealed(fd)))
+}

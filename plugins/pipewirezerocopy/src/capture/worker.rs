@@ -1,0 +1,468 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The loop thread: connects, finds the target, keeps a stream on it, and sees it vanish.
+//!
+//! PipeWire's callbacks only note what has happened. After each turn of the loop, outside any
+//! callback, [`Worker::after_turn`] looks at the notes and acts on them. That is the one place
+//! where streams are set up and destroyed, so none is destroyed under a callback of its own.
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::io;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use pipewire::channel::{Receiver, Sender};
+use pipewire::context::ContextRc;
+use pipewire::core::{CoreRc, Listener};
+use pipewire::loop_::{LoopRc, Timeout};
+use pipewire::properties::properties;
+
+use super::registry::{Node, NodeList};
+use super::stream::CaptureStream;
+use super::{Config, Counters, Failure, Inbox, Level, Log, Offer, Remote, Stage};
+
+/// How often to try again to stream from a node that exists but has stopped streaming.
+const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// How long the daemon may take to confirm that our objects on a shared socket are gone.
+const GOODBYE_LIMIT: Duration = Duration::from_millis(500);
+
+/// What the loop thread is told.
+pub enum Command {
+    /// Give this buffer back to the producer.
+    Requeue(u64),
+    /// Offer this to the producer from now on.
+    Offer(Offer),
+    /// End.
+    Quit,
+}
+
+/// What joins the loop thread to the rest.
+pub(super) struct Link {
+    pub inbox: Arc<Inbox>,
+    pub counters: Arc<Counters>,
+    pub commands: Sender<Command>,
+    pub log: Log,
+    /// The number for the next buffer.
+    pub next_buffer: Cell<u64>,
+}
+
+/// What the core's callbacks have core_notes.
+#[derive(Default)]
+struct CoreNotes {
+    /// The last sync that the daemon has answered.
+    done: Cell<Option<i32>>,
+    /// Why the connection is no more.
+    lost: RefCell<Option<String>>,
+}
+
+/// What is known of a missing producer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Told {
+    /// It was not there yet.
+    Absent,
+    /// It was there.
+    Vanished,
+}
+
+/// Why the thread ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// It was told to.
+    Quit,
+    /// The connection is no more.
+    Lost,
+}
+
+struct Worker {
+    config: Config,
+    link: Rc<Link>,
+    commands: Rc<RefCell<VecDeque<Command>>>,
+    notes: Rc<CoreNotes>,
+    nodes: NodeList,
+    /// The sync after which the registry is complete.
+    first_sync: i32,
+    listed: bool,
+    /// The node that the stream is, or was last, connected to.
+    node: Option<(u32, Node)>,
+    stream: Option<CaptureStream>,
+    /// What the consumer was told of a missing producer, until a format comes.
+    told: Option<Told>,
+    retry_at: Option<Instant>,
+    offer: Option<Offer>,
+    end: Option<End>,
+    /// Somebody else has the connection's socket open as well.
+    shared_socket: bool,
+    _core_listener: Listener,
+    // Last: everything above was made by it.
+    core: CoreRc,
+}
+
+/// Runs until told to quit, or until the connection is lost.
+pub(super) fn run(config: Config, link: Link, receiver: Receiver<Command>) {
+    pipewire::init();
+    let link = Rc::new(link);
+    let looped = match LoopRc::new(None) {
+        Ok(looped) => looped,
+        Err(error) => {
+            let text = format!("setting up a PipeWire loop failed: {error}");
+            link.inbox.put_failed(Failure::Connect(text));
+            return;
+        }
+    };
+    let commands = Rc::new(RefCell::new(VecDeque::new()));
+    let _receiver = receiver.attach(&looped, {
+        let commands = commands.clone();
+        move |command| commands.borrow_mut().push_back(command)
+    });
+
+    // The loop stays entered throughout. Between turns of a loop that is not entered, PipeWire's
+    // data thread would run our callbacks itself instead of handing them to this thread.
+    // SAFETY: Paired with the leave below, on the same thread.
+    unsafe { looped.enter() };
+    match Worker::connect(config, &looped, link.clone(), commands) {
+        Ok(mut worker) => {
+            while worker.end.is_none() {
+                let timeout = worker.timeout();
+                // SAFETY: Entered above, left below.
+                unsafe { looped.iterate_unguarded(timeout) };
+                worker.after_turn();
+            }
+            worker.say_goodbye(&looped);
+        }
+        Err(failure) => link.inbox.put_failed(failure),
+    }
+    // SAFETY: Paired with the enter above. The worker and its stream are gone by now.
+    unsafe { looped.leave() };
+}
+
+impl Worker {
+    fn connect(
+        mut config: Config,
+        looped: &LoopRc,
+        link: Rc<Link>,
+        commands: Rc<RefCell<VecDeque<Command>>>,
+    ) -> Result<Self, Failure> {
+        let cannot = |what: &str, error: &dyn std::fmt::Display| {
+            Failure::Connect(format!("{what} failed: {error}"))
+        };
+        let context = ContextRc::new(looped, None)
+            .map_err(|error| cannot("setting up a PipeWire context", &error))?;
+        let shared_socket = matches!(config.remote, Remote::Socket(_));
+        let name = properties! { *pipewire::keys::APP_NAME => config.name.as_str() };
+        let core = match std::mem::replace(&mut config.remote, Remote::Default) {
+            Remote::Default => context.connect_rc(Some(name)).map_err(|_| {
+                // libpipewire says why in errno, which nothing has touched since.
+                let error = io::Error::last_os_error();
+                Failure::Connect(format!(
+                    "connect to PipeWire at {}: {error} (is the daemon running, and does \
+                     XDG_RUNTIME_DIR or PIPEWIRE_REMOTE lead to it?)",
+                    socket_name()
+                ))
+            })?,
+            Remote::Socket(fd) => context.connect_fd_rc(fd, Some(name)).map_err(|_| {
+                let error = io::Error::last_os_error();
+                Failure::Connect(format!("connect to PipeWire on the given socket: {error}"))
+            })?,
+        };
+
+        let core_notes = Rc::new(CoreNotes::default());
+        let core_listener = core
+            .add_listener_local()
+            .done({
+                let notes = core_notes.clone();
+                move |id, seq| {
+                    if id == pipewire::core::PW_ID_CORE {
+                        notes.done.set(Some(seq.seq()));
+                    }
+                }
+            })
+            .error({
+                let (notes, log) = (core_notes.clone(), link.log.clone());
+                move |id, _seq, result, message| {
+                    let error = io::Error::from_raw_os_error(result.saturating_neg());
+                    log(
+                        Level::Debug,
+                        format_args!("PipeWire object {id}: {message} ({error})"),
+                    );
+                    // Errors of other objects concern a proxy; the stream reports its own.
+                    if id == pipewire::core::PW_ID_CORE && result == -libc::EPIPE {
+                        notes.lost.borrow_mut().get_or_insert(message.to_owned());
+                    }
+                }
+            })
+            .register();
+        let nodes = core
+            .get_registry_rc()
+            .map(NodeList::new)
+            .map_err(|error| cannot("asking PipeWire for its registry", &error))?;
+        let first_sync = core
+            .sync(0)
+            .map_err(|error| cannot("asking PipeWire for its nodes", &error))?
+            .seq();
+        link.inbox.put_connected();
+        Ok(Self {
+            config,
+            link,
+            commands,
+            notes: core_notes,
+            nodes,
+            first_sync,
+            listed: false,
+            node: None,
+            stream: None,
+            told: None,
+            retry_at: None,
+            offer: None,
+            end: None,
+            shared_socket,
+            _core_listener: core_listener,
+            core,
+        })
+    }
+
+    fn log(&self, level: Level, message: std::fmt::Arguments<'_>) {
+        (self.link.log)(level, message);
+    }
+
+    /// How long the loop may wait for events.
+    fn timeout(&self) -> Timeout {
+        let gone_at = self.stream.as_ref().and_then(CaptureStream::gone_at);
+        match [gone_at, self.retry_at].into_iter().flatten().min() {
+            // Rounded up to the loop's milliseconds, so that it does not spin to the moment.
+            Some(moment) => Timeout::Finite(
+                moment.saturating_duration_since(Instant::now()) + Duration::from_millis(1),
+            ),
+            None if self.commands.borrow().is_empty() => Timeout::Infinite,
+            None => Timeout::None,
+        }
+    }
+
+    /// Acts on what the callbacks of one turn of the loop have core_notes.
+    fn after_turn(&mut self) {
+        self.obey();
+        if let Some(reason) = self.notes.lost.borrow_mut().take() {
+            let text = format!(
+                "the PipeWire daemon has gone away ({reason}); was it stopped or restarted?"
+            );
+            self.link.inbox.put_failed(Failure::Daemon(text));
+            self.end = Some(End::Lost);
+        }
+        if self.end.is_some() {
+            return;
+        }
+        let (added, removed) = self.nodes.changes();
+        self.see_removal(&removed);
+        self.see_trouble();
+        if !self.listed && self.notes.done.get() == Some(self.first_sync) {
+            self.listed = true;
+        } else if !(self.listed && (added || self.retry_due())) {
+            return;
+        }
+        self.find_target();
+    }
+
+    fn obey(&mut self) {
+        loop {
+            // In a statement of its own: the borrow must end before the command runs.
+            let Some(command) = self.commands.borrow_mut().pop_front() else {
+                return;
+            };
+            match command {
+                Command::Requeue(buffer) => {
+                    if let Some(stream) = &self.stream {
+                        stream.requeue(buffer);
+                    }
+                }
+                Command::Offer(offer) => self.set_offer(offer),
+                Command::Quit => self.end = Some(End::Quit),
+            }
+        }
+    }
+
+    fn set_offer(&mut self, offer: Offer) {
+        self.log(Level::Debug, format_args!("offering {offer}"));
+        if let Some(stream) = &self.stream
+            && let Err(error) = stream.renegotiate(&offer)
+        {
+            self.log(
+                Level::Warning,
+                format_args!("changing the offered formats failed: {error}"),
+            );
+        }
+        self.offer = Some(offer);
+        if self.stream.is_none() && self.listed {
+            self.find_target();
+        }
+    }
+
+    /// The target's node has left the registry: that is certain, and at once (L2).
+    fn see_removal(&mut self, removed: &[u32]) {
+        let Some((id, node)) = self.node.as_ref().filter(|(id, _)| removed.contains(id)) else {
+            return;
+        };
+        let reason = format!("{} has been removed", describe(*id, node));
+        self.vanish(reason, None);
+    }
+
+    /// The stream reports an error, or its buffers have been gone for too long.
+    fn see_trouble(&mut self) {
+        let Some(stream) = &self.stream else {
+            return;
+        };
+        if stream.had_format() {
+            self.told = None;
+        }
+        let target = self.node.as_ref().map_or_else(
+            || self.config.target.to_string(),
+            |(id, n)| describe(*id, n),
+        );
+        let retry = Some(Instant::now() + RETRY_AFTER);
+        if let Some(error) = stream.take_error() {
+            if stream.had_format() || self.told == Some(Told::Vanished) {
+                self.vanish(
+                    format!("the stream from {target} broke off: {error}"),
+                    retry,
+                );
+            } else {
+                let offer = self.offer.as_ref().map(Offer::to_string);
+                let text = format!(
+                    "streaming from {target} failed: {error} (what is downstream takes {})",
+                    offer.unwrap_or_default()
+                );
+                self.stream = None;
+                self.link.inbox.put_failed(Failure::Stream(text));
+            }
+        } else if stream.gone_at().is_some_and(|at| at <= Instant::now()) {
+            let reason = format!("{target} has stopped streaming and taken its buffers away");
+            self.vanish(reason, retry);
+        }
+    }
+
+    fn vanish(&mut self, reason: String, retry_at: Option<Instant>) {
+        self.log(Level::Info, format_args!("{reason}"));
+        self.stream = None;
+        self.retry_at = retry_at;
+        self.link.counters.set_stage(Stage::Absent);
+        if self.told.replace(Told::Vanished) != Some(Told::Vanished) {
+            self.link.inbox.put_vanished(reason);
+        }
+    }
+
+    fn retry_due(&self) -> bool {
+        self.retry_at.is_some_and(|at| at <= Instant::now())
+    }
+
+    /// Connects a stream to the target, if it is there and none is.
+    fn find_target(&mut self) {
+        if self.stream.is_some() || (self.retry_at.is_some() && !self.retry_due()) {
+            return;
+        }
+        let known_as = self.node.as_ref().map(|(_, node)| node);
+        let Some((id, node)) = self.nodes.find(&self.config.target, known_as) else {
+            self.retry_at = None;
+            self.link.counters.set_stage(Stage::Absent);
+            if self.told.is_none() && self.node.is_none() {
+                self.told = Some(Told::Absent);
+                self.link.inbox.put_absent(format!(
+                    "{} does not exist (pw-cli ls Node lists what this client may see)",
+                    self.config.target
+                ));
+            }
+            return;
+        };
+        if !node.may_be_video() {
+            self.link.inbox.put_failed(Failure::Target(format!(
+                "{} is a {}, not a source of video",
+                describe(id, &node),
+                node.class.as_deref().unwrap_or("thing")
+            )));
+            return;
+        }
+        let Some(offer) = &self.offer else {
+            return;
+        };
+        self.retry_at = None;
+        let connected = CaptureStream::connect(
+            self.core.clone(),
+            self.link.clone(),
+            &self.config.name,
+            (id, &node),
+            offer,
+        );
+        let what = describe(id, &node);
+        match connected {
+            Ok(stream) => {
+                self.log(Level::Info, format_args!("connecting to {what}"));
+                self.stream = Some(stream);
+            }
+            Err(error) => self.link.inbox.put_failed(Failure::Stream(format!(
+                "setting up a stream from {what} failed: {error}"
+            ))),
+        }
+        self.node = Some((id, node));
+    }
+
+    /// Ends what the daemon does for us. On a socket that somebody else keeps open, such as the
+    /// portal's, the daemon does not notice that we have gone, and would go on streaming to us:
+    /// there, wait until it has confirmed.
+    fn say_goodbye(mut self, looped: &LoopRc) {
+        self.stream = None;
+        if self.end == Some(End::Lost) || !self.shared_socket {
+            return;
+        }
+        let deadline = Instant::now() + GOODBYE_LIMIT;
+        let Ok(sync) = self.core.sync(0) else {
+            return;
+        };
+        while self.notes.done.get() != Some(sync.seq())
+            && self.notes.lost.borrow().is_none()
+            && Instant::now() < deadline
+        {
+            // SAFETY: `run` has entered the loop, and leaves it after this.
+            unsafe { looped.iterate_unguarded(Timeout::Finite(GOODBYE_LIMIT)) };
+        }
+    }
+}
+
+fn describe(id: u32, node: &Node) -> String {
+    match &node.name {
+        Some(name) => format!("PipeWire node {id} ({name})"),
+        None => format!("PipeWire node {id}"),
+    }
+}
+
+/// The daemon's socket as libpipewire finds it (`pipewire(1)`, "ENVIRONMENT VARIABLES").
+fn socket_name() -> String {
+    let get = |key: &str| std::env::var_os(key).filter(|value| !value.is_empty());
+    let remote = get("PIPEWIRE_REMOTE").unwrap_or_else(|| "pipewire-0".into());
+    let folder = ["PIPEWIRE_RUNTIME_DIR", "XDG_RUNTIME_DIR", "USERPROFILE"]
+        .into_iter()
+        .find_map(get);
+    match folder {
+        // Joining leaves an absolute remote as it is.
+        Some(folder) => PathBuf::from(folder).join(remote).display().to_string(),
+        None => format!(
+            "{} (and neither PIPEWIRE_RUNTIME_DIR nor XDG_RUNTIME_DIR is set)",
+            PathBuf::from(remote).display()
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Target;
+    use super::*;
+
+    #[test]
+    fn nodes_are_named_for_people() {
+        let mut node = Node::default();
+        assert_eq!(describe(3, &node), "PipeWire node 3");
+        node.name = Some("mutter".into());
+        assert_eq!(describe(3, &node), "PipeWire node 3 (mutter)");
+        assert_eq!(Target::Object("x".into()).to_string(), "PipeWire node 'x'");
+    }
+}

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The figures behind the `stats` property.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use zerocopy_plugin_common::Quantiles;
+
+use crate::capture::Counters;
+
+/// What is counted beside the capture's own [`Counters`].
+#[derive(Default)]
+pub(super) struct Figures {
+    /// What the capture counts itself.
+    pub counters: Arc<Counters>,
+    /// Errors posted.
+    pub errors: u64,
+    /// Times that the producer has returned.
+    pub reconnects: u64,
+    frames: u64,
+    keepalives: u64,
+    bytes_received: u64,
+    bytes_sent: u64,
+    latency: Quantiles,
+}
+
+impl Figures {
+    /// Nothing has happened yet but what `counters` say.
+    pub fn new(counters: Arc<Counters>) -> Self {
+        Self {
+            counters,
+            ..Self::default()
+        }
+    }
+
+    /// A frame of `bytes` was copied and is about to leave, `latency` after it was captured.
+    pub fn add_frame(&mut self, bytes: usize, latency: Duration) {
+        self.frames += 1;
+        self.bytes_received += bytes as u64;
+        self.bytes_sent += bytes as u64;
+        self.latency.add(latency);
+    }
+
+    /// A frame of `bytes` is about to leave once more.
+    pub fn add_keepalive(&mut self, bytes: usize) {
+        self.keepalives += 1;
+        self.bytes_sent += bytes as u64;
+    }
+
+    /// The value of `stats`; docs/elements/pipewirezerocopysrc.md explains the fields.
+    pub fn structure(&self) -> gst::Structure {
+        let counters = &self.counters;
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let (p50, p99) = self.latency.p50_p99_us();
+        gst::Structure::builder("pipewirezerocopysrc-stats")
+            .field("frames", self.frames)
+            .field("bytes-sent", self.bytes_sent)
+            .field("bytes-received", self.bytes_received)
+            .field("dropped", load(&counters.dropped))
+            .field("errors", self.errors)
+            .field("reconnects", self.reconnects)
+            .field("transfer", "copy")
+            .field("keepalives", self.keepalives)
+            .field("copies", self.frames)
+            .field("corrupted", load(&counters.corrupted))
+            .field("empty", load(&counters.empty))
+            .field("held-buffers", load(&counters.held))
+            .field("memory", "system")
+            .field("sync", "none")
+            .field("latency-p50-us", p50)
+            .field("latency-p99-us", p99)
+            .build()
+    }
+}

@@ -1,0 +1,465 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! # pipewirezerocopysrc
+//!
+//! Captures a node of PipeWire that gives video: a desktop's ScreenCast (mutter, weston, sway, any
+//! portal), or anything else.
+//!
+//! The node is named by `pipewire-node-id`, which the ScreenCast session gives, or by
+//! `target-object`, its name or serial. Nodes of the portal are visible only over the socket from
+//! OpenPipeWireRemote: hand that to `pipewire-fd`.
+//!
+//! Desktops are captured by damage: a still one gives one frame and then nothing. The last frame
+//! is therefore resent after `keepalive-time`, with a new timestamp and the same memory, marked
+//! by an empty `GstDesktopDamage` meta; encoders and viewers downstream stay alive. Set it to 0
+//! where gaps are welcome. `target-fps` limits the rate the other way: of frames that come
+//! faster, the newest leaves when its time has come.
+//!
+//! A node that vanishes is told apart from a still screen; `on-disconnect` says what that means.
+//! An element message `pipewire-capture` with the field `state` (streaming, vanished, returned)
+//! tells the application.
+//!
+//! Two streams on one node disturb each other: use one source and a tee.
+//!
+//! This version puts out system memory, with one copy for each frame.
+//!
+//! ## Examples
+//!
+//! ```sh
+//! gst-launch-1.0 pipewirezerocopysrc pipewire-node-id=42 ! videoconvert ! autovideosink
+//! ```
+//! shows what node 42 shows.
+//!
+//! ```sh
+//! gst-launch-1.0 pipewirezerocopysrc target-object=desk keepalive-time=500 ! \
+//!   queue max-size-buffers=1 leaky=downstream ! videoconvert ! \
+//!   x264enc tune=zerolatency speed-preset=superfast ! h264parse ! mp4mux ! \
+//!   filesink location=desk.mp4 -e
+//! ```
+//! records the node called "desk"; frames that the encoder is too slow for are dropped before it.
+//!
+//! Since: 0.1
+
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use gst::glib;
+use gst::prelude::*;
+use gst::subclass::prelude::*;
+use gst_base::prelude::*;
+use gst_base::subclass::base_src::CreateSuccess;
+use gst_base::subclass::prelude::*;
+use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake, Waker};
+
+use super::caps;
+use super::figures::Figures;
+use super::settings::Settings;
+use super::streaming::{Ending, Negotiated, Streaming};
+use crate::capture::{Capture, Config, Counters, Failure, Level, Log};
+
+pub(super) static CAT: LazyLock<gst::DebugCategory> = LazyLock::new(|| {
+    gst::DebugCategory::new(
+        "pipewirezerocopysrc",
+        gst::DebugColorFlags::empty(),
+        Some("Frames of a PipeWire node"),
+    )
+});
+
+/// Limit for connecting to a unix socket, which the kernel does or refuses at once.
+const CONNECT_LIMIT: Duration = Duration::from_secs(5);
+
+/// The highest framerate of a producer that does not say, for the latency.
+const USUAL_FRAMERATE: (u32, u32) = (60, 1);
+
+/// The implementation of [`super::PipeWireZeroCopySrc`].
+#[derive(Default)]
+pub struct PipeWireZeroCopySrc {
+    pub(super) settings: Mutex<Settings>,
+    pub(super) streaming: Mutex<Option<Streaming>>,
+    pub(super) figures: Mutex<Figures>,
+    /// Ends the streaming thread's waits; apart from the rest, so that it never waits itself.
+    waker: Mutex<Option<Waker>>,
+}
+
+/// None of these locks is held where something could panic and leave a half-made change.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[glib::object_subclass]
+impl ObjectSubclass for PipeWireZeroCopySrc {
+    const NAME: &'static str = "GstPipeWireZeroCopySrc";
+    type Type = super::PipeWireZeroCopySrc;
+    type ParentType = gst_base::PushSrc;
+}
+
+impl ObjectImpl for PipeWireZeroCopySrc {
+    fn constructed(&self) {
+        self.parent_constructed();
+        let obj = self.obj();
+        obj.set_live(true);
+        obj.set_format(gst::Format::Time);
+    }
+
+    fn properties() -> &'static [glib::ParamSpec] {
+        static PROPERTIES: LazyLock<Vec<glib::ParamSpec>> = LazyLock::new(|| {
+            let mut properties = Settings::properties();
+            properties.push(
+                glib::ParamSpecBoxed::builder::<gst::Structure>("stats")
+                    .nick("Statistics")
+                    .blurb("What happened since the element was started; see the element's page")
+                    .read_only()
+                    .build(),
+            );
+            properties
+        });
+        &PROPERTIES
+    }
+
+    fn set_property(&self, _id: usize, value: &glib::Value, pspec: &glib::ParamSpec) {
+        lock(&self.settings).set(value, pspec);
+        // The thread may be waiting for a moment that the old value gave.
+        self.wake();
+    }
+
+    fn property(&self, _id: usize, pspec: &glib::ParamSpec) -> glib::Value {
+        match pspec.name() {
+            "stats" => lock(&self.figures).structure().to_value(),
+            _ => lock(&self.settings).get(pspec),
+        }
+    }
+}
+
+impl GstObjectImpl for PipeWireZeroCopySrc {}
+
+impl ElementImpl for PipeWireZeroCopySrc {
+    fn metadata() -> Option<&'static gst::subclass::ElementMetadata> {
+        static METADATA: LazyLock<gst::subclass::ElementMetadata> = LazyLock::new(|| {
+            gst::subclass::ElementMetadata::new(
+                "PipeWire screen capture",
+                "Source/Video",
+                "Captures a desktop's ScreenCast, or another video node of PipeWire",
+                "The gst-plugins-zerocopy authors",
+            )
+        });
+        Some(&METADATA)
+    }
+
+    fn pad_templates() -> &'static [gst::PadTemplate] {
+        static TEMPLATES: LazyLock<Vec<gst::PadTemplate>> = LazyLock::new(|| {
+            let src = gst::PadTemplate::new(
+                "src",
+                gst::PadDirection::Src,
+                gst::PadPresence::Always,
+                &caps::template(),
+            );
+            vec![src.expect("the template is valid")]
+        });
+        &TEMPLATES
+    }
+
+    fn send_event(&self, event: gst::Event) -> bool {
+        // The base class would end the stream at once, without another buffer.
+        if event.type_() == gst::EventType::Eos
+            && lock(&self.settings).resend_last
+            && let Some(streaming) = &mut *lock(&self.streaming)
+        {
+            gst::debug!(CAT, imp = self, "EOS: resending the last frame first");
+            streaming.ending = Ending::ResendLast;
+            self.wake();
+            return true;
+        }
+        self.parent_send_event(event)
+    }
+}
+
+impl BaseSrcImpl for PipeWireZeroCopySrc {
+    fn start(&self) -> Result<(), gst::ErrorMessage> {
+        let settings = lock(&self.settings).clone();
+        let unusable = |text: String| gst::error_msg!(gst::ResourceError::Settings, ["{text}"]);
+        settings.check().map_err(unusable)?;
+        let target = settings.target().map_err(unusable)?;
+        let remote = settings.remote().map_err(unusable)?;
+        let failed = |error: std::io::Error| {
+            gst::error_msg!(
+                gst::ResourceError::Failed,
+                ["cannot start capturing: {error}"]
+            )
+        };
+        let mut waiter = Waiter::new().map_err(failed)?;
+        let counters = Arc::new(Counters::default());
+        let described = target.to_string();
+        gst::info!(CAT, imp = self, "capturing {described}");
+        let config = Config {
+            remote,
+            target,
+            name: self.obj().name().replace('\0', ""),
+            log: self.log(),
+        };
+        let capture = Capture::start(config, waiter.waker(), counters.clone()).map_err(failed)?;
+        wait_for_connection(&capture, &mut waiter)?;
+        *lock(&self.figures) = Figures::new(counters);
+        *lock(&self.waker) = Some(waiter.waker());
+        *lock(&self.streaming) = Some(Streaming::new(capture, waiter, described));
+        Ok(())
+    }
+
+    fn stop(&self) -> Result<(), gst::ErrorMessage> {
+        *lock(&self.waker) = None;
+        // Dropped with no lock held: it joins the loop thread, which logs.
+        let streaming = lock(&self.streaming).take();
+        drop(streaming);
+        Ok(())
+    }
+
+    fn is_seekable(&self) -> bool {
+        false
+    }
+
+    fn unlock(&self) -> Result<(), gst::ErrorMessage> {
+        if let Some(waker) = &*lock(&self.waker) {
+            waker.cancel();
+        }
+        Ok(())
+    }
+
+    fn unlock_stop(&self) -> Result<(), gst::ErrorMessage> {
+        if let Some(waker) = &*lock(&self.waker) {
+            waker.reset();
+        }
+        Ok(())
+    }
+
+    fn query(&self, query: &mut gst::QueryRef) -> bool {
+        if let gst::QueryViewMut::Latency(latency) = query.view_mut() {
+            // A frame is here at the latest when the next one is drawn. Frames are copied, so
+            // downstream may keep them as long as it likes.
+            latency.set(true, self.latency(), gst::ClockTime::NONE);
+            return true;
+        }
+        BaseSrcImplExt::parent_query(self, query)
+    }
+
+    /// Tells PipeWire what downstream takes and, once the producer has fixed a format, sets caps.
+    fn negotiate(&self) -> Result<(), gst::LoggableError> {
+        let pad = self.obj().src_pad().clone();
+        let allowed = pad.peer_query_caps(Some(&caps::template()));
+        let offer = caps::offer(&allowed);
+        if offer.0.is_empty() {
+            return Err(gst::loggable_error!(
+                CAT,
+                "downstream takes no video in system memory that this element has"
+            ));
+        }
+        let (wanted, offered_anew) = {
+            let mut streaming = lock(&self.streaming);
+            let Some(streaming) = &mut *streaming else {
+                return Err(gst::loggable_error!(CAT, "not started"));
+            };
+            let anew = streaming.offer != offer;
+            if anew {
+                streaming.capture.offer(offer.clone());
+                streaming.offer = offer;
+            }
+            (streaming.wanted, anew)
+        };
+        let Some(wanted) = wanted else {
+            // Caps come with the first frame.
+            return Ok(());
+        };
+        let Some(caps) = caps::caps_for(&wanted, &allowed) else {
+            if offered_anew {
+                gst::debug!(CAT, imp = self, "waiting for the producer to change format");
+                self.forget_format();
+                return Ok(());
+            }
+            return Err(gst::loggable_error!(
+                CAT,
+                "the producer gives {wanted:?}, which downstream does not take"
+            ));
+        };
+        gst::info!(CAT, imp = self, "caps {caps}");
+        let info = gst_video::VideoInfo::from_caps(&caps)
+            .map_err(|_| gst::loggable_error!(CAT, "{caps} are no video"))?;
+        // Downstream is called: no lock is held.
+        self.obj()
+            .set_caps(&caps)
+            .map_err(|_| gst::loggable_error!(CAT, "downstream refused {caps}"))?;
+        let mut changed = false;
+        if let Some(streaming) = &mut *lock(&self.streaming) {
+            let before = streaming.negotiated.replace(Negotiated {
+                source: wanted,
+                info: info.clone(),
+            });
+            changed = before.is_none_or(|before| before.source != wanted);
+            let fits = |last: &gst::Buffer| last.size() == info.size();
+            if changed || !streaming.last.as_ref().is_none_or(fits) {
+                // It has the old format.
+                streaming.last = None;
+            }
+        }
+        if changed {
+            let message = gst::message::Latency::builder().src(&*self.obj()).build();
+            // Fails only while the element is being disposed of.
+            let _ = self.obj().post_message(message);
+        }
+        Ok(())
+    }
+
+    /// Takes downstream's pool if it will do, else one of our own, both with as much freedom of
+    /// layout as downstream allows.
+    fn decide_allocation(
+        &self,
+        query: &mut gst::query::Allocation,
+    ) -> Result<(), gst::LoggableError> {
+        let Some(caps) = query.get_owned().0 else {
+            // Nothing is negotiated before the first frame, and nothing allocated.
+            return Ok(());
+        };
+        let info = gst_video::VideoInfo::from_caps(&caps)
+            .map_err(|_| gst::loggable_error!(CAT, "{caps} are no video"))?;
+        let size = u32::try_from(info.size())
+            .map_err(|_| gst::loggable_error!(CAT, "frames over 4 GiB"))?;
+        let with_meta = query
+            .find_allocation_meta::<gst_video::VideoMeta>()
+            .is_some();
+        let configure = |pool: &gst::BufferPool, size: u32, min: u32, max: u32| {
+            let mut config = pool.config();
+            config.set_params(Some(&caps), size, min, max);
+            if with_meta {
+                config.add_option(gst_video::BUFFER_POOL_OPTION_VIDEO_META);
+            }
+            pool.set_config(config).is_ok()
+        };
+        let proposed = query.allocation_pools().next();
+        let chosen = proposed.and_then(|(pool, proposed_size, min, max)| {
+            let size = size.max(proposed_size);
+            // One is kept for keepalives, one is being filled, one is downstream.
+            let enough = max == 0 || max >= min + 2;
+            let pool = pool.filter(|pool| enough && configure(pool, size, min, max))?;
+            Some((pool, size, min, max))
+        });
+        let (pool, size, min, max) = if let Some(chosen) = chosen {
+            chosen
+        } else {
+            let pool = gst_video::VideoBufferPool::new().upcast();
+            if !configure(&pool, size, 2, 0) {
+                return Err(gst::loggable_error!(CAT, "no buffer pool for {caps}"));
+            }
+            (pool, size, 2, 0)
+        };
+        if query.allocation_pools().next().is_some() {
+            query.set_nth_allocation_pool(0, Some(&pool), size, min, max);
+        } else {
+            query.add_allocation_pool(Some(&pool), size, min, max);
+        }
+        Ok(())
+    }
+}
+
+impl PushSrcImpl for PipeWireZeroCopySrc {
+    fn create(
+        &self,
+        _buffer: Option<&mut gst::BufferRef>,
+    ) -> Result<CreateSuccess, gst::FlowError> {
+        let taken = lock(&self.streaming)
+            .as_mut()
+            .and_then(|streaming| streaming.waiter.take());
+        let Some(mut waiter) = taken else {
+            return Err(gst::FlowError::Flushing);
+        };
+        let result = self.next_buffer(&mut waiter);
+        if let Some(streaming) = &mut *lock(&self.streaming) {
+            streaming.waiter = Some(waiter);
+            if result == Err(gst::FlowError::Flushing) {
+                // Time in PAUSED is not waited for the producer.
+                streaming.waiting_since = None;
+            }
+        }
+        result.map(CreateSuccess::NewBuffer)
+    }
+}
+
+impl PipeWireZeroCopySrc {
+    fn wake(&self) {
+        if let Some(waker) = &*lock(&self.waker) {
+            waker.wake();
+        }
+    }
+
+    pub(super) fn is_cancelled(&self) -> bool {
+        lock(&self.waker).as_ref().is_none_or(Waker::is_cancelled)
+    }
+
+    /// The time from one frame to the next at the highest rate that the producer has.
+    fn latency(&self) -> gst::ClockTime {
+        let format = lock(&self.streaming)
+            .as_ref()
+            .and_then(|streaming| streaming.negotiated.as_ref().map(|n| n.source));
+        let (num, den) = format
+            .and_then(|format| {
+                let fixed = Some(format.framerate).filter(|rate| rate.0 > 0);
+                fixed.or(format.max_framerate)
+            })
+            .unwrap_or(USUAL_FRAMERATE);
+        gst::ClockTime::SECOND
+            .mul_div_ceil(den.into(), num.max(1).into())
+            .unwrap_or(gst::ClockTime::SECOND)
+    }
+
+    /// A log for the capture's thread, which knows no GStreamer.
+    fn log(&self) -> Log {
+        let element = self.obj().downgrade();
+        Arc::new(move |level, message| {
+            let Some(element) = element.upgrade() else {
+                return;
+            };
+            match level {
+                Level::Warning => gst::warning!(CAT, obj = element, "{message}"),
+                Level::Info => gst::info!(CAT, obj = element, "{message}"),
+                Level::Debug => gst::debug!(CAT, obj = element, "{message}"),
+                Level::Trace => gst::trace!(CAT, obj = element, "{message}"),
+            }
+        })
+    }
+}
+
+/// Waits until the loop thread has a connection, so that the application learns at once, from the
+/// state change, that it cannot have one.
+fn wait_for_connection(capture: &Capture, waiter: &mut Waiter) -> Result<(), gst::ErrorMessage> {
+    let deadline = Deadline::after(CONNECT_LIMIT);
+    loop {
+        match capture.inbox().connection() {
+            Some(Ok(())) => return Ok(()),
+            Some(Err(failure)) => return Err(failure_message(&failure)),
+            None => {}
+        }
+        match waiter.wait(deadline) {
+            Ok(Wake::TimedOut) => {
+                return Err(gst::error_msg!(
+                    gst::ResourceError::OpenRead,
+                    [
+                        "connecting to PipeWire took longer than {} s",
+                        CONNECT_LIMIT.as_secs()
+                    ]
+                ));
+            }
+            Ok(_) => {}
+            Err(error) => {
+                return Err(gst::error_msg!(
+                    gst::ResourceError::Failed,
+                    ["waiting for PipeWire failed: {error}"]
+                ));
+            }
+        }
+    }
+}
+
+pub(super) fn failure_message(failure: &Failure) -> gst::ErrorMessage {
+    match failure {
+        Failure::Connect(text) => gst::error_msg!(gst::ResourceError::OpenRead, ["{text}"]),
+        Failure::Target(text) => gst::error_msg!(gst::ResourceError::Settings, ["{text}"]),
+        Failure::Daemon(text) => gst::error_msg!(gst::ResourceError::Read, ["{text}"]),
+        Failure::Stream(text) => gst::error_msg!(gst::CoreError::Negotiation, ["{text}"]),
+    }
+}

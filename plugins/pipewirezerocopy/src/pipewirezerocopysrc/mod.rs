@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+use gst::glib;
+use gst::prelude::*;
+
+mod caps;
+mod damage;
+mod figures;
+mod imp;
+mod schedule;
+mod settings;
+mod streaming;
+
+glib::wrapper! {
+    /// The element `pipewirezerocopysrc`: frames of a PipeWire node as a live video stream.
+    pub struct PipeWireZeroCopySrc(ObjectSubclass<imp::PipeWireZeroCopySrc>)
+        @extends gst_base::PushSrc, gst_base::BaseSrc, gst::Element, gst::Object;
+}
+
+/// In which memory frames leave.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, glib::Enum)]
+#[enum_type(name = "GstPipeWireZeroCopySrcOutputMode")]
+#[repr(i32)]
+pub enum OutputMode {
+    /// The best that downstream takes and this machine can do.
+    #[default]
+    #[enum_value(
+        name = "The best that downstream takes and this machine can do",
+        nick = "auto"
+    )]
+    Auto,
+    /// CUDA memory.
+    #[enum_value(name = "CUDA memory (not in this version)", nick = "cuda")]
+    Cuda,
+    /// The producer's DMA-BUFs.
+    #[enum_value(
+        name = "The producer's DMA-BUFs, passed on (not in this version)",
+        nick = "dmabuf"
+    )]
+    DmaBuf,
+    /// System memory.
+    #[enum_value(name = "System memory", nick = "system")]
+    System,
+}
+
+/// What a vanished producer means.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, glib::Enum)]
+#[enum_type(name = "GstPipeWireZeroCopySrcOnDisconnect")]
+#[repr(i32)]
+pub enum OnDisconnect {
+    /// An error.
+    #[default]
+    #[enum_value(name = "An error", nick = "error")]
+    Error,
+    /// The end of the stream.
+    #[enum_value(name = "The end of the stream", nick = "eos")]
+    Eos,
+    /// A pause, until the node is back.
+    #[enum_value(
+        name = "A pause without keepalives, until the node is back",
+        nick = "none"
+    )]
+    None,
+}
+
+pub(crate) fn register(plugin: &gst::Plugin) -> Result<(), glib::BoolError> {
+    gst::Element::register(
+        Some(plugin),
+        "pipewirezerocopysrc",
+        gst::Rank::NONE,
+        PipeWireZeroCopySrc::static_type(),
+    )
+}

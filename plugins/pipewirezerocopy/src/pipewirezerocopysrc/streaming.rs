@@ -1,0 +1,434 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What the streaming thread does from one buffer to the next: wait, copy a frame, resend the
+//! last one, tell the application what has happened to the producer.
+
+use std::time::{Duration, Instant};
+
+use gst::prelude::*;
+use gst::subclass::prelude::*;
+use gst_base::prelude::*;
+use gst_video::prelude::*;
+use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake};
+
+use super::imp::{CAT, PipeWireZeroCopySrc, failure_message, lock};
+use super::schedule::Schedule;
+use super::settings::Settings;
+use super::{OnDisconnect, damage};
+use crate::capture::frame::Frame;
+use crate::capture::{Capture, Counters, Interest, Look, Monotonic, Offer, StreamFormat};
+
+/// What downstream and the producer have agreed on.
+#[derive(Clone, Debug)]
+pub(super) struct Negotiated {
+    pub source: StreamFormat,
+    pub info: gst_video::VideoInfo,
+}
+
+/// The end of the stream, as the application asked for it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum Ending {
+    #[default]
+    No,
+    /// Resend the last frame, then end.
+    ResendLast,
+    Now,
+}
+
+/// What lives from `start()` to `stop()`.
+pub(super) struct Streaming {
+    pub capture: Capture,
+    /// The streaming thread's waiter, taken out while it waits: nothing is locked then (L11).
+    pub waiter: Option<Waiter>,
+    /// For messages.
+    pub target: String,
+    pub offer: Offer,
+    /// What the frame that is there needs.
+    pub wanted: Option<StreamFormat>,
+    pub negotiated: Option<Negotiated>,
+    /// The last frame, for resending it.
+    pub last: Option<gst::Buffer>,
+    pub last_pts: Option<gst::ClockTime>,
+    pub schedule: Schedule,
+    /// Since when the first frame, or the first of a new format, is waited for.
+    pub waiting_since: Option<Instant>,
+    pub frame_seen: bool,
+    /// The application knows that the producer is there.
+    pub announced: bool,
+    /// The producer is gone; there is nothing to keep alive.
+    pub vanished: bool,
+    pub ending: Ending,
+}
+
+/// What the streaming thread does next.
+enum Step {
+    Push(StreamFormat),
+    Negotiate(StreamFormat),
+    Resend,
+    End,
+    Vanished(String),
+    Fail(gst::ErrorMessage),
+    Wait(Deadline),
+}
+
+impl Streaming {
+    /// Nothing has come yet of `target`.
+    pub fn new(capture: Capture, waiter: Waiter, target: String) -> Self {
+        Self {
+            capture,
+            waiter: Some(waiter),
+            target,
+            offer: Offer::default(),
+            wanted: None,
+            negotiated: None,
+            last: None,
+            last_pts: None,
+            schedule: Schedule::default(),
+            waiting_since: None,
+            frame_seen: false,
+            announced: false,
+            vanished: false,
+            ending: Ending::No,
+        }
+    }
+
+    /// Decides what to do at `now`.
+    fn next_step(&mut self, settings: &Settings, counters: &Counters, now: Instant) -> Step {
+        match self.ending {
+            Ending::No => {}
+            Ending::ResendLast if self.last.is_some() => {
+                self.ending = Ending::Now;
+                return Step::Resend;
+            }
+            Ending::ResendLast | Ending::Now => return Step::End,
+        }
+        let early = settings
+            .min_interval()
+            .and_then(|interval| self.schedule.frame_at(interval))
+            .filter(|due| *due > now);
+        let interest = early.map_or(Interest::All, |_| Interest::News);
+        match (self.capture.inbox().look(interest), early) {
+            // A frame is held back, or `look` was asked to be silent about one: until then, a
+            // newer one may take its place.
+            (Look::Frame(_) | Look::Nothing, Some(due)) => Step::Wait(Deadline::at(due)),
+            (Look::Frame(format), None) => match &self.negotiated {
+                Some(negotiated) if negotiated.source == format => Step::Push(format),
+                _ => Step::Negotiate(format),
+            },
+            (Look::Vanished(reason), _) => Step::Vanished(reason),
+            (Look::Failed(failure), _) => Step::Fail(failure_message(&failure)),
+            (Look::Absent(reason), _) if settings.on_disconnect != OnDisconnect::None => {
+                Step::Fail(gst::error_msg!(gst::ResourceError::NotFound, ["{reason}"]))
+            }
+            // Its return is waited for; look again for what else there is.
+            (Look::Absent(_), _) => Step::Wait(Deadline::at(now)),
+            (Look::Nothing, None) => self.idle_step(settings, counters, now),
+        }
+    }
+
+    /// What to do while no frame comes.
+    fn idle_step(&mut self, settings: &Settings, counters: &Counters, now: Instant) -> Step {
+        if self.vanished {
+            return Step::Wait(Deadline::NEVER);
+        }
+        if !self.frame_seen {
+            let since = *self.waiting_since.get_or_insert(now);
+            let limit = settings.first_frame_timeout;
+            if limit == 0 {
+                return Step::Wait(Deadline::NEVER);
+            }
+            let end = since + Duration::from_millis(limit.into());
+            if end > now {
+                return Step::Wait(Deadline::at(end));
+            }
+            return Step::Fail(gst::error_msg!(
+                gst::ResourceError::Read,
+                [
+                    "no frame from {} within {limit} ms (first-frame-timeout): {}",
+                    self.target,
+                    counters.stage().advice()
+                ]
+            ));
+        }
+        let due = settings
+            .keepalive()
+            .filter(|_| self.last.is_some())
+            .and_then(|period| self.schedule.keepalive_at(period));
+        match due {
+            Some(due) if due <= now => Step::Resend,
+            Some(due) => Step::Wait(Deadline::at(due)),
+            None => Step::Wait(Deadline::NEVER),
+        }
+    }
+}
+
+impl PipeWireZeroCopySrc {
+    /// Waits for the next thing to push. Nothing is locked while it waits.
+    pub(super) fn next_buffer(&self, waiter: &mut Waiter) -> Result<gst::Buffer, gst::FlowError> {
+        let counters = lock(&self.figures).counters.clone();
+        loop {
+            let settings = lock(&self.settings).clone();
+            let step = match &mut *lock(&self.streaming) {
+                Some(streaming) => streaming.next_step(&settings, &counters, Instant::now()),
+                None => return Err(gst::FlowError::Flushing),
+            };
+            match step {
+                Step::Push(format) => {
+                    if let Some(buffer) = self.take_frame(&format, &settings)? {
+                        return Ok(buffer);
+                    }
+                }
+                Step::Negotiate(format) => self.renegotiate(format)?,
+                Step::Resend => {
+                    if let Some(buffer) = self.resend(&settings) {
+                        return Ok(buffer);
+                    }
+                }
+                Step::End => return Err(gst::FlowError::Eos),
+                Step::Vanished(reason) => self.see_vanished(&reason, settings.on_disconnect)?,
+                Step::Fail(message) => return self.fail(message),
+                Step::Wait(deadline) => match waiter.wait(deadline) {
+                    Ok(Wake::Cancelled) => return Err(gst::FlowError::Flushing),
+                    Ok(_) => {}
+                    Err(error) => {
+                        return self.fail(gst::error_msg!(
+                            gst::ResourceError::Failed,
+                            ["waiting for a frame failed: {error}"]
+                        ));
+                    }
+                },
+            }
+        }
+    }
+
+    /// Sets caps for a frame that is there.
+    fn renegotiate(&self, format: StreamFormat) -> Result<(), gst::FlowError> {
+        if let Some(streaming) = &mut *lock(&self.streaming) {
+            streaming.wanted = Some(format);
+        }
+        let agreed = self.obj().negotiate();
+        if self.is_cancelled() {
+            return Err(gst::FlowError::Flushing);
+        }
+        if !agreed {
+            gst::element_imp_error!(
+                self,
+                gst::CoreError::Negotiation,
+                [
+                    "downstream does not take what the producer gives: {} of {}x{} pixels in \
+                     system memory (videoconvert or videoscale help)",
+                    format.format.name(),
+                    format.width,
+                    format.height
+                ]
+            );
+            return Err(gst::FlowError::NotNegotiated);
+        }
+        if let Some(streaming) = &mut *lock(&self.streaming) {
+            let agreed = streaming.negotiated.as_ref().map(|n| n.source);
+            if agreed != Some(format) {
+                // Downstream has changed its mind, and the producer is asked for another format.
+                streaming.capture.inbox().discard();
+            }
+        }
+        Ok(())
+    }
+
+    /// The producer's present format is of no use any more; another is on its way.
+    pub(super) fn forget_format(&self) {
+        if let Some(streaming) = &mut *lock(&self.streaming) {
+            streaming.wanted = None;
+            streaming.negotiated = None;
+            streaming.last = None;
+            streaming.frame_seen = false;
+            streaming.waiting_since = None;
+        }
+    }
+
+    /// Copies the frame that is there into a buffer of the pool, and gives PipeWire's back. None
+    /// if a frame of another format has taken its place.
+    fn take_frame(
+        &self,
+        format: &StreamFormat,
+        settings: &Settings,
+    ) -> Result<Option<gst::Buffer>, gst::FlowError> {
+        let Some(pool) = self.obj().buffer_pool() else {
+            return Err(gst::FlowError::NotNegotiated);
+        };
+        // First, because the pool may make us wait: no frame is held meanwhile (L4).
+        let mut buffer = pool.acquire_buffer(None)?;
+        let (frame, info) = {
+            let streaming = lock(&self.streaming);
+            let Some(streaming) = &*streaming else {
+                return Err(gst::FlowError::Flushing);
+            };
+            let Some(negotiated) = &streaming.negotiated else {
+                return Ok(None);
+            };
+            match streaming.capture.inbox().take(format) {
+                Some(frame) => (frame, negotiated.info.clone()),
+                None => return Ok(None),
+            }
+        };
+        let captured = frame.captured;
+        let copied = copy(&frame, &mut buffer, &info);
+        drop(frame);
+        if !copied {
+            return self.fail(gst::error_msg!(
+                gst::StreamError::Failed,
+                [
+                    "a frame of {}x{} does not fit a buffer of the pool",
+                    info.width(),
+                    info.height()
+                ]
+            ));
+        }
+        self.stamp(&mut buffer, captured);
+        let now = Instant::now();
+        lock(&self.figures).add_frame(info.size(), Monotonic::now().since(captured));
+        let mut announce = None;
+        if let Some(streaming) = &mut *lock(&self.streaming) {
+            streaming.frame_seen = true;
+            streaming.waiting_since = None;
+            streaming.schedule.frame_left(now, settings.min_interval());
+            let keep = settings.keepalive_time > 0 || settings.resend_last;
+            streaming.last = keep.then(|| buffer.clone());
+            if !streaming.announced {
+                announce = Some("streaming");
+            } else if streaming.vanished {
+                announce = Some("returned");
+            }
+            streaming.announced = true;
+            streaming.vanished = false;
+        }
+        if let Some(state) = announce {
+            if state == "returned" {
+                lock(&self.figures).reconnects += 1;
+            }
+            self.announce(state, None);
+        }
+        gst::trace!(CAT, imp = self, "frame {:?}", buffer.pts());
+        Ok(Some(buffer))
+    }
+
+    /// The last frame once more: the same memory, a new timestamp, a mark.
+    fn resend(&self, settings: &Settings) -> Option<gst::Buffer> {
+        let last = {
+            let mut streaming = lock(&self.streaming);
+            let streaming = streaming.as_mut()?;
+            let period = settings.keepalive().unwrap_or_default();
+            streaming.schedule.keepalive_left(Instant::now(), period);
+            streaming.last.clone()?
+        };
+        let mut buffer = last.copy();
+        {
+            let buffer = buffer.get_mut()?;
+            // So that the pool does not reuse the memory while downstream has this buffer.
+            gst::ParentBufferMeta::add(buffer, &last);
+            damage::mark_unchanged(buffer);
+            buffer.unset_flags(gst::BufferFlags::DISCONT);
+        }
+        self.stamp(&mut buffer, Monotonic::now());
+        lock(&self.figures).add_keepalive(buffer.size());
+        gst::trace!(CAT, imp = self, "keepalive {:?}", buffer.pts());
+        Some(buffer)
+    }
+
+    /// Sets the running time at which the buffer was captured, later than that of the one before.
+    fn stamp(&self, buffer: &mut gst::Buffer, captured: Monotonic) {
+        let obj = self.obj();
+        let now = obj
+            .clock()
+            .zip(obj.base_time())
+            .map(|(clock, base)| clock.time().saturating_sub(base));
+        let age = gst::ClockTime::try_from(Monotonic::now().since(captured));
+        let mut pts = now.map(|now| now.saturating_sub(age.unwrap_or_default()));
+        if let Some(streaming) = &mut *lock(&self.streaming) {
+            // A capture time before a keepalive's is moved behind it.
+            let least = streaming
+                .last_pts
+                .map(|last| last + gst::ClockTime::from_nseconds(1));
+            pts = pts.max(least);
+            streaming.last_pts = pts;
+        }
+        if let Some(buffer) = buffer.get_mut() {
+            buffer.set_pts(pts);
+            buffer.set_dts(gst::ClockTime::NONE);
+        }
+    }
+
+    fn see_vanished(&self, reason: &str, meaning: OnDisconnect) -> Result<(), gst::FlowError> {
+        self.announce("vanished", Some(reason));
+        if let Some(streaming) = &mut *lock(&self.streaming) {
+            streaming.vanished = true;
+        }
+        match meaning {
+            OnDisconnect::Error => self.fail(gst::error_msg!(
+                gst::ResourceError::NotFound,
+                ["the producer has vanished: {reason}"]
+            )),
+            OnDisconnect::Eos => {
+                gst::info!(CAT, imp = self, "EOS: {reason}");
+                self.end_or_resend();
+                Ok(())
+            }
+            OnDisconnect::None => {
+                gst::info!(CAT, imp = self, "waiting for the node's return: {reason}");
+                Ok(())
+            }
+        }
+    }
+
+    /// Ends the stream, after the last frame once more where that is wanted.
+    fn end_or_resend(&self) {
+        let resend = lock(&self.settings).resend_last;
+        if let Some(streaming) = &mut *lock(&self.streaming) {
+            streaming.ending = if resend {
+                Ending::ResendLast
+            } else {
+                Ending::Now
+            };
+        }
+    }
+
+    /// Posts an error and ends the stream.
+    fn fail<T>(&self, message: gst::ErrorMessage) -> Result<T, gst::FlowError> {
+        lock(&self.figures).errors += 1;
+        self.post_error_message(message);
+        Err(gst::FlowError::Error)
+    }
+
+    fn announce(&self, state: &str, reason: Option<&str>) {
+        let structure = gst::Structure::builder("pipewire-capture")
+            .field("state", state)
+            .field("memory", "system")
+            .field("reason", reason.unwrap_or_default())
+            .build();
+        let message = gst::message::Element::builder(structure)
+            .src(&*self.obj())
+            .build();
+        // Fails only while the element is being disposed of.
+        let _ = self.obj().post_message(message);
+    }
+}
+
+/// Copies a frame's rows, each once, into a buffer of `info`'s format. Padding becomes opaque
+/// alpha where the output has alpha and the frame has not.
+fn copy(frame: &Frame, buffer: &mut gst::Buffer, info: &gst_video::VideoInfo) -> bool {
+    let Some(buffer) = buffer.get_mut() else {
+        return false;
+    };
+    let Ok(mut out) = gst_video::VideoFrameRef::from_buffer_ref_writable(buffer, info) else {
+        return false;
+    };
+    let opaque_at = info
+        .format_info()
+        .has_alpha()
+        .then(|| frame.layout.format.sibling()?.alpha_byte())
+        .flatten();
+    (0..frame.layout.planes().len()).all(|plane| {
+        let stride = usize::try_from(out.plane_stride()[plane]).unwrap_or(0);
+        out.plane_data_mut(plane as u32)
+            .is_ok_and(|data| frame.copy_plane(plane, data, stride, opaque_at))
+    })
+}

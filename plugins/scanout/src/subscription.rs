@@ -1,0 +1,307 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! A subscription to the pushed frames of one scanout; no GStreamer in it.
+//!
+//! One thread owns it and waits in [`Subscription::next`]. Others leave a wish in [`Wishes`] and
+//! wake that thread.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+
+use helix_protocol::connection::{ConnectionError, Event};
+use helix_protocol::message::{Config, EnableScanout, FrameResponse};
+use helix_protocol::transport::ConnectError;
+use helix_protocol::wait::{Deadline, Waiter};
+use helix_protocol::{Address, Connection, Limits, Message, Payload, Stream, encode};
+
+/// Deployed hosts close a connection whose client says nothing for 60 s or more (quirk 10 of
+/// docs/protocol.md).
+const SIGN_OF_LIFE: Duration = Duration::from_secs(20);
+
+/// What other threads want said to the host.
+#[derive(Debug, Default)]
+pub struct Wishes {
+    /// A keyframe.
+    pub keyframe: AtomicBool,
+    /// Another bitrate, in bit/s; 0 = none.
+    pub bitrate: AtomicU32,
+}
+
+/// What is subscribed to.
+#[derive(Clone, Debug)]
+pub struct Target {
+    /// The host.
+    pub address: Address,
+    /// The scanout.
+    pub scanout_id: u32,
+    /// Switch it on first.
+    pub enable: Option<EnableScanout>,
+    /// Limit for connecting, for each reply and for the answer to a PING; `None` = none.
+    pub timeout: Option<Duration>,
+}
+
+/// Why there is no subscription, or none any more.
+#[derive(Debug, thiserror::Error)]
+pub enum SubscriptionError {
+    /// The waker was used.
+    #[error("cancelled")]
+    Cancelled,
+    /// There is no connection.
+    #[error("{0}")]
+    Connect(ConnectError),
+    /// The host refuses; asking again is of no use.
+    #[error("{0}")]
+    Refused(String),
+    /// The connection ended; another one may do better.
+    #[error("{0}")]
+    Lost(String),
+}
+
+impl From<ConnectError> for SubscriptionError {
+    fn from(error: ConnectError) -> Self {
+        match error {
+            ConnectError::Cancelled => Self::Cancelled,
+            error => Self::Connect(error),
+        }
+    }
+}
+
+impl From<ConnectionError> for SubscriptionError {
+    fn from(error: ConnectionError) -> Self {
+        match error {
+            ConnectionError::Cancelled => Self::Cancelled,
+            error => Self::Lost(error.to_string()),
+        }
+    }
+}
+
+/// What the host pushed.
+#[derive(Debug)]
+pub struct Pushed {
+    /// Times and kind of the access unit.
+    pub response: FrameResponse,
+    /// The access unit.
+    pub data: Payload,
+}
+
+/// A subscription that the host has confirmed.
+pub struct Subscription {
+    connection: Connection<()>,
+    target: Target,
+    /// Bytes received when `heard` was set.
+    received: u64,
+    /// When the host last sent something.
+    heard: Instant,
+    /// When this side last sent something.
+    spoke: Instant,
+    /// A PING has gone out since the host last sent something.
+    asked: bool,
+}
+
+impl Subscription {
+    /// Connects, switches the scanout on where that is wanted, and subscribes.
+    pub fn start(target: Target, waiter: &mut Waiter) -> Result<Self, SubscriptionError> {
+        let deadline = target.timeout.map_or(Deadline::NEVER, Deadline::after);
+        let stream = Stream::connect(&target.address, waiter, deadline)?;
+        let connection = Connection::new(stream, Limits::client(), waiter)
+            .map_err(|error| SubscriptionError::Lost(error.to_string()))?;
+        let now = Instant::now();
+        let mut this = Self {
+            connection,
+            target,
+            received: 0,
+            heard: now,
+            spoke: now,
+            asked: false,
+        };
+        let id = this.target.scanout_id;
+        if let Some(enable) = this.target.enable {
+            this.connection
+                .send(encode::enable_scanout(id as u16, &enable));
+            let enabled = this.answer(waiter, |message| match message {
+                Message::ScanoutResp(resp) if resp.scanout_id == id => Some(resp.success),
+                _ => None,
+            })?;
+            if !enabled {
+                return Err(this.refused("does not switch on"));
+            }
+        }
+        this.connection.send(encode::subscribe(id));
+        let subscribed = this.answer(waiter, |message| match message {
+            Message::SubscribeResp {
+                scanout_id,
+                success,
+            } if *scanout_id == id => Some(*success),
+            _ => None,
+        })?;
+        if !subscribed {
+            return Err(this.refused("does not offer"));
+        }
+        Ok(this)
+    }
+
+    /// Who is at the other end, for logs.
+    pub fn peer(&self) -> String {
+        self.connection.stream().peer()
+    }
+
+    /// Bytes sent and received on this connection.
+    pub fn bytes(&self) -> (u64, u64) {
+        (
+            self.connection.bytes_sent(),
+            self.connection.bytes_received(),
+        )
+    }
+
+    /// The next pushed access unit. Silence of frames is no error as long as the host answers
+    /// PING.
+    pub fn next(
+        &mut self,
+        waiter: &mut Waiter,
+        wishes: &Wishes,
+    ) -> Result<Pushed, SubscriptionError> {
+        loop {
+            self.fulfil(wishes);
+            let event = self.connection.next(waiter, self.next_check())?;
+            self.note_life();
+            if let Event::Message(envelope) = event {
+                match envelope.message {
+                    Message::FrameResponse(response, data) => {
+                        return Ok(Pushed { response, data });
+                    }
+                    Message::Error(error) => {
+                        let text = format!("the host says: {}: {}", error.code, error.text);
+                        return Err(SubscriptionError::Lost(text));
+                    }
+                    _ => {}
+                }
+            }
+            self.check_life()?;
+        }
+    }
+
+    /// Switches the scanout off, if it was switched on here, and closes.
+    pub fn end(mut self, waiter: &mut Waiter) {
+        if self.target.enable.is_none() {
+            return;
+        }
+        let id = self.target.scanout_id;
+        self.connection.send(encode::disable_scanout(id as u16, id));
+        // There is no reply. Of use only to a host that takes it now.
+        let deadline = Deadline::after(Duration::from_millis(200));
+        while self.connection.queued() > 0
+            && matches!(
+                self.connection.next(waiter, deadline),
+                Ok(Event::Message(_) | Event::Woken)
+            )
+        {}
+    }
+
+    fn refused(&self, how: &str) -> SubscriptionError {
+        let Target {
+            address,
+            scanout_id,
+            ..
+        } = &self.target;
+        SubscriptionError::Refused(format!(
+            "{address} {how} scanout {scanout_id} (is it configured there, and is scanout-id right?)"
+        ))
+    }
+
+    /// Waits for the message that `pick` finds an answer in.
+    fn answer<T>(
+        &mut self,
+        waiter: &mut Waiter,
+        pick: impl Fn(&Message) -> Option<T>,
+    ) -> Result<T, SubscriptionError> {
+        let deadline = self.target.timeout.map_or(Deadline::NEVER, Deadline::after);
+        loop {
+            match self.connection.next(waiter, deadline)? {
+                Event::Message(envelope) => {
+                    if let Message::Error(error) = envelope.message {
+                        return Err(SubscriptionError::Refused(format!(
+                            "{} says: {}: {}",
+                            self.target.address, error.code, error.text
+                        )));
+                    }
+                    if let Some(answer) = pick(&envelope.message) {
+                        return Ok(answer);
+                    }
+                }
+                Event::TimedOut => {
+                    return Err(SubscriptionError::Lost(format!(
+                        "{} accepted the connection but does not answer (does it push screens?)",
+                        self.target.address
+                    )));
+                }
+                Event::Drained | Event::Woken => {}
+            }
+        }
+    }
+
+    fn fulfil(&mut self, wishes: &Wishes) {
+        let id = self.target.scanout_id as u16;
+        if wishes.keyframe.swap(false, Ordering::AcqRel) {
+            // Legacy hosts skip it.
+            self.connection.send(encode::keyframe_req(id));
+        }
+        let bitrate = wishes.bitrate.swap(0, Ordering::AcqRel);
+        if bitrate > 0 {
+            // On a subscribed connection only the bitrate counts (quirk 11).
+            let config = Config {
+                bitrate,
+                framerate_num: 60,
+                framerate_den: 1,
+                profile: 77,
+                realtime: true,
+                ..Config::default()
+            };
+            self.connection.send(encode::config_req(id, &config));
+        }
+    }
+
+    /// When silence must be looked into.
+    fn next_check(&self) -> Deadline {
+        let sign_of_life = Deadline::at(self.spoke + SIGN_OF_LIFE);
+        match self.target.timeout {
+            None => sign_of_life,
+            Some(limit) if self.asked => Deadline::at(self.heard + 2 * limit).min(sign_of_life),
+            Some(limit) => Deadline::at(self.heard + limit).min(sign_of_life),
+        }
+    }
+
+    fn note_life(&mut self) {
+        let received = self.connection.bytes_received();
+        if received != self.received {
+            self.received = received;
+            self.heard = Instant::now();
+            self.asked = false;
+        }
+    }
+
+    fn check_life(&mut self) -> Result<(), SubscriptionError> {
+        let silence = self.heard.elapsed();
+        if let Some(limit) = self.target.timeout {
+            if self.asked && silence >= 2 * limit {
+                return Err(SubscriptionError::Lost(format!(
+                    "no sign of life for {} ms, not even to a PING (timeout)",
+                    silence.as_millis()
+                )));
+            }
+            if !self.asked && silence >= limit {
+                self.ping();
+                self.asked = true;
+            }
+        }
+        if self.spoke.elapsed() >= SIGN_OF_LIFE {
+            self.ping();
+        }
+        Ok(())
+    }
+
+    fn ping(&mut self) {
+        self.connection
+            .send(encode::ping(self.target.scanout_id as u16));
+        self.spoke = Instant::now();
+    }
+}

@@ -1,0 +1,549 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! # vsockenc
+//!
+//! Encodes raw video to H.264 on another machine: the host of this VM or container, where the
+//! hardware encoder is. Frames go to a `helix-host` (or a host application that speaks the same
+//! protocol) over a unix socket, TCP or AF_VSOCK, and access units come back.
+//!
+//! Frames are sent as they come and finished as their replies come, with at most `max-in-flight`
+//! between; a frame's reply never waits for the next frame. When the host is lost, frames are
+//! dropped, and counted, until it is found again or `reconnect-timeout` has passed; the stream
+//! then goes on with a keyframe.
+//!
+//! `keyframe-interval` counts frames; a force-key-unit event from either side asks for a keyframe
+//! at once. `bitrate` may be changed while playing.
+//!
+//! ## Example
+//!
+//! ```sh
+//! helix-host --listen tcp:127.0.0.1:15937 &
+//! gst-launch-1.0 videotestsrc num-buffers=300 ! video/x-raw,format=NV12,width=1280,height=720 ! \
+//!   vsockenc tcp-host=127.0.0.1 bitrate=2000000 ! h264parse ! mp4mux ! filesink location=out.mp4
+//! ```
+//!
+//! Since: 0.1
+
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+
+use gst::glib;
+use gst::prelude::*;
+use gst::subclass::prelude::*;
+use gst_video::prelude::*;
+use gst_video::subclass::prelude::*;
+use helix_protocol::Limits;
+use helix_protocol::message::Config;
+use helix_protocol::wait::{Waiter, Waker};
+
+use super::Transfer;
+use super::output::{Handle, Output};
+use super::settings::Settings;
+use super::stream_lock::StreamUnlocked;
+use crate::pixels::{Pixels, pixel_format};
+use crate::session::{Counts, Request, Session, SessionSettings, Submission};
+
+pub(super) static CAT: LazyLock<gst::DebugCategory> = LazyLock::new(|| {
+    gst::DebugCategory::new(
+        "vsockenc",
+        gst::DebugColorFlags::empty(),
+        Some("H.264 encoding on a host"),
+    )
+});
+
+/// Frames per second where the caps give none.
+const DEFAULT_FRAMERATE: gst::Fraction = gst::Fraction::new_raw(60, 1);
+
+/// Below this, a bitrate was probably meant in kbit/s (L28).
+const LOW_BITRATE: u32 = 100_000;
+
+/// What lives from `start()` to `stop()`.
+pub(super) struct Streaming {
+    session: Arc<Session>,
+    /// The streaming thread's waiter, taken out while it waits.
+    waiter: Option<Waiter>,
+    pub input: Option<Input>,
+}
+
+#[derive(Clone)]
+pub(super) struct Input {
+    pub state: gst_video::VideoCodecState<'static, gst_video::video_codec_state::Readable>,
+    pub info: gst_video::VideoInfo,
+    config: Config,
+}
+
+/// The implementation of [`super::VsockEnc`].
+#[derive(Default)]
+pub struct VsockEnc {
+    settings: Mutex<Settings>,
+    pub(super) streaming: Mutex<Option<Streaming>>,
+    pub(super) output: Mutex<Output>,
+    /// Ends the streaming thread's waits; apart from the rest, so that it never waits itself.
+    waker: Mutex<Option<Waker>>,
+}
+
+/// None of these locks is held where something could panic and leave a half-made change.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[glib::object_subclass]
+impl ObjectSubclass for VsockEnc {
+    const NAME: &'static str = "GstVsockEnc";
+    type Type = super::VsockEnc;
+    type ParentType = gst_video::VideoEncoder;
+}
+
+impl ObjectImpl for VsockEnc {
+    fn properties() -> &'static [glib::ParamSpec] {
+        static PROPERTIES: LazyLock<Vec<glib::ParamSpec>> = LazyLock::new(Settings::properties);
+        &PROPERTIES
+    }
+
+    fn set_property(&self, _id: usize, value: &glib::Value, pspec: &glib::ParamSpec) {
+        let bitrate = {
+            let mut settings = lock(&self.settings);
+            settings.set(value, pspec);
+            settings.bitrate
+        };
+        if pspec.name() == "bitrate" {
+            self.change_bitrate(bitrate);
+        }
+    }
+
+    fn property(&self, _id: usize, pspec: &glib::ParamSpec) -> glib::Value {
+        match pspec.name() {
+            "stats" => self.stats().to_value(),
+            _ => lock(&self.settings).get(pspec),
+        }
+    }
+}
+
+impl GstObjectImpl for VsockEnc {}
+
+impl ElementImpl for VsockEnc {
+    fn metadata() -> Option<&'static gst::subclass::ElementMetadata> {
+        static METADATA: LazyLock<gst::subclass::ElementMetadata> = LazyLock::new(|| {
+            gst::subclass::ElementMetadata::new(
+                "H.264 encoder on the host",
+                "Codec/Encoder/Video",
+                "Encodes video on the host of this VM or container, over AF_VSOCK, TCP or a unix \
+                 socket",
+                "The gst-plugins-zerocopy authors",
+            )
+        });
+        Some(&METADATA)
+    }
+
+    fn pad_templates() -> &'static [gst::PadTemplate] {
+        static TEMPLATES: LazyLock<Vec<gst::PadTemplate>> = LazyLock::new(|| {
+            use gst_video::VideoFormat as V;
+            let sink = gst_video::VideoCapsBuilder::new()
+                .format_list([V::Bgrx, V::Bgra, V::Rgbx, V::Rgba, V::Nv12])
+                .width_range(1..=8192)
+                .height_range(1..=8192)
+                .build();
+            let src = gst::Caps::builder("video/x-h264")
+                .field("stream-format", "byte-stream")
+                .field("alignment", "au")
+                .build();
+            let template = |name, direction, caps| {
+                gst::PadTemplate::new(name, direction, gst::PadPresence::Always, caps)
+                    .expect("the template is valid")
+            };
+            vec![
+                template("sink", gst::PadDirection::Sink, &sink),
+                template("src", gst::PadDirection::Src, &src),
+            ]
+        });
+        &TEMPLATES
+    }
+
+    fn change_state(
+        &self,
+        transition: gst::StateChange,
+    ) -> Result<gst::StateChangeSuccess, gst::StateChangeError> {
+        if transition == gst::StateChange::PausedToReady {
+            // The base class deactivates the pads first, and that waits for the streaming thread.
+            self.cancel();
+        }
+        self.parent_change_state(transition)
+    }
+}
+
+impl VideoEncoderImpl for VsockEnc {
+    fn start(&self) -> Result<(), gst::ErrorMessage> {
+        let settings = lock(&self.settings).clone();
+        if let Transfer::ResourceId | Transfer::Fd = settings.transfer {
+            return Err(gst::error_msg!(
+                gst::ResourceError::Settings,
+                [
+                    "transfer={:?} is not in this version: use auto or pixels",
+                    settings.transfer
+                ]
+            ));
+        }
+        let failed = |error: std::io::Error| {
+            gst::error_msg!(
+                gst::ResourceError::Failed,
+                ["cannot start a session: {error}"]
+            )
+        };
+        let waiter = Waiter::new().map_err(failed)?;
+        let address = settings.connection.address();
+        gst::info!(
+            CAT,
+            imp = self,
+            "encoding on {address}, bitrate {} bit/s ({} kbit/s)",
+            settings.bitrate,
+            settings.bitrate / 1000
+        );
+        warn_of_low_bitrate(self, settings.bitrate);
+        *lock(&self.output) = Output::default();
+        *lock(&self.waker) = Some(waiter.waker());
+        let session = Session::start(
+            SessionSettings {
+                connection: settings.connection,
+                keyframe_interval: settings.keyframe_interval,
+            },
+            waiter.waker(),
+            Handle::new(&self.obj(), address),
+        )
+        .map_err(failed)?;
+        *lock(&self.streaming) = Some(Streaming {
+            session: Arc::new(session),
+            waiter: Some(waiter),
+            input: None,
+        });
+        Ok(())
+    }
+
+    fn stop(&self) -> Result<(), gst::ErrorMessage> {
+        self.cancel();
+        // Dropped with no lock held: it joins a thread that may be calling us.
+        let streaming = lock(&self.streaming).take();
+        drop(streaming);
+        *lock(&self.waker) = None;
+        Ok(())
+    }
+
+    fn set_format(
+        &self,
+        state: &gst_video::VideoCodecState<'static, gst_video::video_codec_state::Readable>,
+    ) -> Result<(), gst::LoggableError> {
+        let info = state.info();
+        let limit = Limits::default().pixels as usize;
+        let Some(format) = pixel_format(info.format()) else {
+            return Err(gst::loggable_error!(
+                CAT,
+                "format {} cannot be sent",
+                info.format()
+            ));
+        };
+        // Odd sizes of NV12 are sent as the next even ones.
+        let even = |side: u32| side.next_multiple_of(2) as usize;
+        let size = match format {
+            helix_protocol::message::PixelFormat::Nv12 => {
+                even(info.width()) * even(info.height()) * 3 / 2
+            }
+            _ => info.width() as usize * info.height() as usize * 4,
+        };
+        if size > limit {
+            let text = format!(
+                "a {}x{} {} frame has {size} bytes, over the host's limit of {limit} bytes; \
+                 scale it down or use NV12",
+                info.width(),
+                info.height(),
+                info.format()
+            );
+            gst::element_imp_error!(self, gst::StreamError::Format, ("{text}"));
+            return Err(gst::loggable_error!(CAT, "{text}"));
+        }
+        // What is under way belongs to the format before.
+        if self.drain() == Submission::Cancelled {
+            return Err(gst::loggable_error!(CAT, "flushing"));
+        }
+        let (num, den) = framerate(state);
+        let config = Config {
+            width: info.width(),
+            height: info.height(),
+            bitrate: lock(&self.settings).bitrate,
+            framerate_num: num,
+            framerate_den: den,
+            profile: self.wanted_profile(),
+            level: level(info.width(), info.height(), num, den),
+            realtime: true,
+        };
+        let duration = gst::ClockTime::SECOND
+            .mul_div_ceil(den.into(), num.into())
+            .unwrap_or(gst::ClockTime::ZERO);
+        let in_flight = lock(&self.settings).max_in_flight;
+        // A reply comes within a frame's time, or frames pile up until `max-in-flight`.
+        self.obj()
+            .set_latency(duration, duration * u64::from(in_flight));
+        gst::debug!(CAT, imp = self, "{config:?}");
+        if let Some(streaming) = &mut *lock(&self.streaming) {
+            streaming.session.configure(config);
+            streaming.input = Some(Input {
+                info: info.clone(),
+                state: state.clone(),
+                config,
+            });
+        }
+        Ok(())
+    }
+
+    fn handle_frame(
+        &self,
+        frame: gst_video::VideoCodecFrame,
+    ) -> Result<gst::FlowSuccess, gst::FlowError> {
+        if let Some(error) = lock(&self.output).flow {
+            return Err(error);
+        }
+        let number = frame.system_frame_number();
+        let buffer = frame.input_buffer_owned().ok_or(gst::FlowError::Error)?;
+        let nanos = |time: Option<gst::ClockTime>| time.map_or(0, |time| time.nseconds() as i64);
+        let (pts, duration) = (nanos(frame.pts()), nanos(frame.duration()));
+        let force_keyframe = frame
+            .flags()
+            .contains(gst_video::VideoCodecFrameFlags::FORCE_KEYFRAME);
+        // It holds the stream lock (L24); its number finds it again.
+        drop(frame);
+
+        let info = lock(&self.streaming)
+            .as_ref()
+            .and_then(|streaming| streaming.input.as_ref())
+            .map(|input| input.info.clone())
+            .ok_or(gst::FlowError::NotNegotiated)?;
+        let Some(pixels) = Pixels::new(buffer, &info) else {
+            gst::element_imp_error!(
+                self,
+                gst::StreamError::Encode,
+                [
+                    "a buffer cannot be read as a {}x{} {} frame",
+                    info.width(),
+                    info.height(),
+                    info.format()
+                ]
+            );
+            return Err(gst::FlowError::Error);
+        };
+        let request = Request {
+            frame: number,
+            pts,
+            duration,
+            force_keyframe,
+            pixels,
+        };
+        let max_in_flight = lock(&self.settings).max_in_flight;
+        let submission =
+            self.wait(|session, waiter| session.submit(waiter, max_in_flight, request));
+        match submission {
+            Submission::Accepted => Ok(gst::FlowSuccess::Ok),
+            Submission::NoHost => {
+                self.finish_without_output(number, "no host");
+                Ok(gst::FlowSuccess::Ok)
+            }
+            Submission::Cancelled => Err(gst::FlowError::Flushing),
+            Submission::Failed => Err(gst::FlowError::Error),
+        }
+    }
+
+    fn finish(&self) -> Result<gst::FlowSuccess, gst::FlowError> {
+        match self.drain() {
+            Submission::Cancelled => Err(gst::FlowError::Flushing),
+            Submission::Failed => Err(gst::FlowError::Error),
+            Submission::Accepted | Submission::NoHost => Ok(gst::FlowSuccess::Ok),
+        }
+    }
+
+    fn flush(&self) -> bool {
+        // The base class forgets the open frames; their replies then find no frame.
+        lock(&self.output).flush();
+        true
+    }
+
+    fn sink_event(&self, event: gst::Event) -> bool {
+        match event.view() {
+            gst::EventView::FlushStart(_) => self.cancel(),
+            gst::EventView::FlushStop(_) => {
+                if let Some(waker) = &*lock(&self.waker) {
+                    waker.reset();
+                }
+            }
+            _ => {}
+        }
+        self.parent_sink_event(event)
+    }
+
+    fn propose_allocation(
+        &self,
+        query: &mut gst::query::Allocation,
+    ) -> Result<(), gst::LoggableError> {
+        // Rows are sent from where they lie, whatever the stride.
+        query.add_allocation_meta::<gst_video::VideoMeta>(None);
+        self.parent_propose_allocation(query)
+    }
+}
+
+impl VsockEnc {
+    fn cancel(&self) {
+        if let Some(waker) = &*lock(&self.waker) {
+            waker.cancel();
+        }
+    }
+
+    /// Runs something that may wait for the session, on the streaming thread, with neither a lock
+    /// of ours nor the stream lock held.
+    fn wait(&self, work: impl FnOnce(&Session, &mut Waiter) -> Submission) -> Submission {
+        let taken = lock(&self.streaming)
+            .as_mut()
+            .and_then(|streaming| Some((streaming.session.clone(), streaming.waiter.take()?)));
+        let Some((session, mut waiter)) = taken else {
+            return Submission::Cancelled;
+        };
+        let result = {
+            let obj = self.obj();
+            let _unlocked = StreamUnlocked::new(obj.upcast_ref());
+            work(&session, &mut waiter)
+        };
+        if let Some(streaming) = &mut *lock(&self.streaming) {
+            streaming.waiter = Some(waiter);
+        }
+        result
+    }
+
+    /// Waits, on the streaming thread, until every frame is finished.
+    fn drain(&self) -> Submission {
+        if lock(&self.streaming)
+            .as_ref()
+            .is_none_or(|streaming| streaming.input.is_none())
+        {
+            return Submission::Accepted;
+        }
+        self.wait(Session::drain)
+    }
+
+    fn change_bitrate(&self, bitrate: u32) {
+        warn_of_low_bitrate(self, bitrate);
+        if let Some(streaming) = &mut *lock(&self.streaming)
+            && let Some(input) = &mut streaming.input
+        {
+            input.config.bitrate = bitrate;
+            streaming.session.configure(input.config);
+            gst::info!(CAT, imp = self, "bitrate is now {bitrate} bit/s");
+        }
+    }
+
+    /// The profile that downstream asks for, as `profile_idc`; main where it does not care.
+    fn wanted_profile(&self) -> u8 {
+        let caps = self.obj().src_pad().peer_query_caps(None);
+        let wanted = caps.iter().find_map(|structure| {
+            let profile = structure.value("profile").ok()?;
+            profile.get::<String>().ok().or_else(|| {
+                profile
+                    .get::<gst::List>()
+                    .ok()?
+                    .first()?
+                    .get::<String>()
+                    .ok()
+            })
+        });
+        match wanted.as_deref() {
+            Some("constrained-baseline" | "baseline") => 66,
+            Some(profile) if profile.contains("high") => 100,
+            _ => 77,
+        }
+    }
+
+    fn stats(&self) -> gst::Structure {
+        let (in_flight, counts) = lock(&self.streaming)
+            .as_ref()
+            .map_or((0, Counts::default()), |streaming| {
+                streaming.session.counts()
+            });
+        let (frames, dropped) = {
+            let output = lock(&self.output);
+            (output.frames, output.dropped)
+        };
+        let (p50, p99) = counts.reply.p50_p99_us();
+        gst::Structure::builder("vsockenc-stats")
+            .field("frames", frames)
+            .field("bytes-sent", counts.bytes_sent)
+            .field("bytes-received", counts.bytes_received)
+            .field("dropped", dropped)
+            .field("errors", counts.errors)
+            .field("reconnects", counts.reconnects)
+            .field("transfer", "pixels")
+            .field("in-flight", u64::from(in_flight))
+            .field("pixel-bytes", counts.pixel_bytes)
+            .field("resource-frames", 0u64)
+            .field("fd-frames", 0u64)
+            .field("reply-p50-us", p50)
+            .field("reply-p99-us", p99)
+            .build()
+    }
+}
+
+fn warn_of_low_bitrate(imp: &VsockEnc, bitrate: u32) {
+    if bitrate < LOW_BITRATE {
+        gst::warning!(
+            CAT,
+            imp = imp,
+            "bitrate is {bitrate} bit/s, which is very low: the property is in bit/s, not kbit/s"
+        );
+    }
+}
+
+/// `max-framerate` of the caps, else `framerate`, else 60/1.
+fn framerate(
+    state: &gst_video::VideoCodecState<'static, gst_video::video_codec_state::Readable>,
+) -> (u32, u32) {
+    let caps = state.caps();
+    let field = |name| {
+        let caps = caps.as_ref()?;
+        caps.structure(0)?
+            .get::<gst::Fraction>(name)
+            .ok()
+            .filter(|rate| rate.numer() > 0)
+    };
+    let rate = field("max-framerate")
+        .or_else(|| field("framerate"))
+        .unwrap_or(DEFAULT_FRAMERATE);
+    (rate.numer().unsigned_abs(), rate.denom().unsigned_abs())
+}
+
+/// The lowest H.264 level, times ten, whose frame size and macroblock rate (ITU-T H.264, table
+/// A-1) suffice.
+fn level(width: u32, height: u32, framerate_num: u32, framerate_den: u32) -> u8 {
+    const LEVELS: [(u8, u64, u64); 8] = [
+        (31, 3_600, 108_000),
+        (32, 5_120, 216_000),
+        (40, 8_192, 245_760),
+        (42, 8_704, 522_240),
+        (50, 22_080, 589_824),
+        (51, 36_864, 983_040),
+        (52, 36_864, 2_073_600),
+        (60, 139_264, 4_177_920),
+    ];
+    let size = u64::from(width.div_ceil(16)) * u64::from(height.div_ceil(16));
+    let rate = size * u64::from(framerate_num) / u64::from(framerate_den.max(1));
+    LEVELS
+        .iter()
+        .find(|(_, most, fastest)| size <= *most && rate <= *fastest)
+        .map_or(62, |(level, ..)| *level)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::level;
+
+    #[test]
+    fn the_lowest_level_that_suffices() {
+        assert_eq!(level(1280, 720, 30, 1), 31);
+        assert_eq!(level(1280, 720, 60, 1), 32);
+        assert_eq!(level(1920, 1080, 30, 1), 40);
+        assert_eq!(level(1920, 1080, 60, 1), 42);
+        assert_eq!(level(3840, 2160, 60, 1), 52);
+        assert_eq!(level(8192, 8192, 240, 1), 62);
+    }
+}

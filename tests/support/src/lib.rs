@@ -1,0 +1,6 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What the tests of several crates share.
+
+pub mod peer;
+pub mod process;
