@@ -94,9 +94,8 @@ fn error(tag: Option<RequestTag>) -> Message {
 
 /// One message of each type: its name, its bytes, and the fields of its payload in order.
 fn samples() -> Vec<(&'static str, Vec<u8>, Vec<(&'static str, usize)>)> {
-    let with = |fields: &[(&'static str, usize)], more: &[(&'static str, usize)]| {
-        [fields, more].concat()
-    };
+    let with =
+        |fields: &[(&'static str, usize)], more: &[(&'static str, usize)]| [fields, more].concat();
     let scanout = [("scanout_id", 4)];
     vec![
         (
@@ -397,11 +396,7 @@ fn limits_of_each_side_refuse_what_only_the_other_side_receives() {
 fn bytes_without_the_magic_are_refused_as_another_protocol() {
     for garbage in [&b"GET / HTTP/1.1\r\n\r\n"[..], &[0; 64], b"RFXHxxxxxxxx"] {
         let found = u32::from_le_bytes(garbage[..4].try_into().unwrap());
-        refused(
-            Limits::default(),
-            garbage,
-            &DecodeError::BadMagic { found },
-        );
+        refused(Limits::default(), garbage, &DecodeError::BadMagic { found });
     }
     let text = DecodeError::BadMagic { found: 1 }.to_string();
     assert!(text.contains("magic is 0x00000001"), "{text}");
