@@ -236,7 +236,7 @@ def check(row, known, output):
     if film.frames < stage.min_frames:
         faults.append(f"{film.frames} frames, at least {stage.min_frames} are needed")
     if not film.monotonic:
-        faults.append("timestamps in the film do not go forward")
+        faults.append("timestamps in the film go back")
     if film.darkest < MIN_LUMA:
         faults.append(f"a picture is black (mean luma {film.darkest:.0f})")
     if stage.moving:

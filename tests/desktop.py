@@ -31,6 +31,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -206,7 +207,7 @@ class Desktop:
 
         address = self.client_env["DBUS_SESSION_BUS_ADDRESS"]
         dbus = self._spawn("dbus", ["dbus-daemon", "--session", "--nofork", f"--address={address}"])
-        self._await_file("bus", dbus)
+        self._await_socket("bus", dbus)
         flags = (
             Gio.DBusConnectionFlags.AUTHENTICATION_CLIENT
             | Gio.DBusConnectionFlags.MESSAGE_BUS_CONNECTION
@@ -214,7 +215,7 @@ class Desktop:
         self.bus = Gio.DBusConnection.new_for_address_sync(address, flags, None, None)
         self.bus.set_exit_on_close(False)
 
-        self._await_file("pipewire-0", self._spawn("pipewire", ["pipewire"]))
+        self._await_socket("pipewire-0", self._spawn("pipewire", ["pipewire"]))
         self._start_wireplumber()
 
         names = []
@@ -227,7 +228,7 @@ class Desktop:
             ["mutter", "--headless", "--wayland", "--no-x11"]
             + [f"--wayland-display={WAYLAND_DISPLAY}", f"--virtual-monitor={monitor_size}"],
         )
-        self._await_file(WAYLAND_DISPLAY, compositor)
+        self._await_socket(WAYLAND_DISPLAY, compositor)
         self._await(f"D-Bus name {SCREENCAST}", lambda: names, START_TIMEOUT, compositor)
         monitor.cancel()
         self._started = True
@@ -352,16 +353,22 @@ class Desktop:
             raise DesktopError(f"{SCREENCAST}{interface}.{method}: {error.message}") from error
         return reply[0] if reply else None
 
-    def _await_file(self, name, child):
-        path = self.runtime_dir / name
-        self._await(f"{name} of {child.name}", path.exists, START_TIMEOUT, child)
+    def _await_socket(self, name, child):
+        """Returns when `child` accepts on the socket `name`. The file alone is there too early."""
+
+        def accepts():
+            with socket.socket(socket.AF_UNIX) as probe:
+                return probe.connect_ex(str(self.runtime_dir / name)) == 0
+
+        self._await(f"{name} of {child.name}", accepts, START_TIMEOUT, child)
 
     def _await(self, what, condition, seconds, child):
         """Run the main context until `condition` holds. Fails after `seconds` or when `child` ends."""
         context = GLib.MainContext.default()
         deadline = time.monotonic() + seconds
-        # Events wake the context; the tick is there to notice a dead child and the deadline.
-        tick = GLib.timeout_add(100, lambda: GLib.SOURCE_CONTINUE)
+        # Events wake the context; the tick notices what sends none: a socket that now accepts, a dead
+        # child, the deadline.
+        tick = GLib.timeout_add(20, lambda: GLib.SOURCE_CONTINUE)
         try:
             while not condition():
                 if child.process.poll() is not None:

@@ -32,6 +32,8 @@ class Film:
     """What a decoded film shows. PSNR in dB against the known picture, empty without one."""
 
     frames: int = 0
+    # No timestamp before the last one's. Equal ones happen in MP4, whose clock ticks 6000 times a second:
+    # a picture that was captured just before a keepalive leaves 1 ns after it.
     monotonic: bool = True
     darkest: float = 255.0  # least mean luma of a picture, 16 is black
     flattest: float = 255.0  # least spread of luma in a picture, 0 is one colour
@@ -158,7 +160,7 @@ def examine(path, known=None, sheet=None, expected_frames=0):
     for pts, data, width, height in decoded(path):
         picture = planes(data, width, height)
         film.frames += 1
-        film.monotonic &= last_pts is None or pts > last_pts
+        film.monotonic &= last_pts is None or pts >= last_pts
         last_pts = pts
         film.darkest = min(film.darkest, float(picture[0].mean()))
         film.flattest = min(film.flattest, float(picture[0].std()))

@@ -1,2 +1,33 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Under construction.
+
+//! The host peer of vsockenc and scanoutsrc: encodes the frames that clients send, and pushes
+//! screens to those who subscribe. docs/helix-host.md is the manual of the program.
+//!
+//! Threads and who owns what:
+//!
+//! - [`Server`] has one thread that accepts.
+//! - Each client has one thread, which owns its connection and its [`session`]. It blocks in one
+//!   place, the connection's wait, and never on an encoder or on another client.
+//! - Each encoder is a GStreamer pipeline with its own thread; what comes out goes into a queue of
+//!   the client and wakes it.
+//! - Each [`scanout`] that somebody watches has one thread, which owns the screen's pipeline and
+//!   its encoder.
+
+mod access_unit;
+mod client;
+mod encoder;
+mod picture;
+mod probe;
+mod scanout;
+mod server;
+mod session;
+mod settings;
+mod source;
+mod subscriber;
+
+pub use encoder::{Encoder, Output};
+pub use access_unit::AccessUnit;
+pub use picture::Picture;
+pub use scanout::{ScanoutSpec, SCANOUTS};
+pub use server::{Config, Server, StartError};
+pub use settings::{EncoderError, EncoderSpec, Keyframes, Tuning};

@@ -1,3 +1,138 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
-//! Under construction.
-fn main() {}
+
+//! The program: options, logs and signals around [`helix_host::Server`].
+
+use std::io::{self, IsTerminal, Write};
+use std::process::ExitCode;
+
+use clap::{ArgAction, Parser, ValueEnum};
+use helix_host::{Config, ScanoutSpec, Server};
+use helix_protocol::Address;
+use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::iterator::Signals;
+use tracing_subscriber::EnvFilter;
+
+const EXAMPLES: &str = "\
+Examples:
+  Encode for guests that reach this machine's loopback (QEMU user networking):
+    helix-host
+
+  A unix socket for containers, TCP for guests, a software encoder of your choice:
+    helix-host --listen unix:/run/user/1000/helix.sock --listen tcp:127.0.0.1:15937 \\
+               --encoder \"x264enc speed-preset=medium\"
+
+  Guests over AF_VSOCK (vsockenc without any setting connects there):
+    helix-host --listen vsock:5000
+
+  Push a test picture to whoever subscribes to scanout 1, and look at it:
+    helix-host --scanout 1=\"videotestsrc is-live=true ! video/x-raw,width=1280,height=720\"
+    gst-launch-1.0 scanoutsrc tcp-host=127.0.0.1 scanout-id=1 ! h264parse ! avdec_h264 ! \\
+               videoconvert ! autovideosink
+
+  Push a recording as it is, without encoding it again:
+    helix-host --scanout 2=\"filesrc location=x.h264 ! h264parse ! identity sync=true\"
+
+The log goes to standard error; RUST_LOG (for example helix_host=debug) wins over -v.
+SIGTERM and SIGINT end the program and remove its unix sockets.";
+
+/// The host peer of vsockenc and scanoutsrc: encodes with the best H.264 encoder that GStreamer
+/// has here what clients send, and pushes screens to those who subscribe.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXAMPLES)]
+struct Options {
+    /// Where to listen: tcp:HOST:PORT, unix:PATH or vsock:PORT; may be given several times.
+    /// TCP port 0 takes a free one, and standard output says which.
+    #[arg(long, value_name = "ADDRESS", default_value = "tcp:127.0.0.1:15937")]
+    listen: Vec<Address>,
+
+    /// The H.264 encoder: auto, or a GStreamer element with its settings as for gst-launch-1.0.
+    /// auto is the first that really encodes of nvh264enc, vah264enc, vtenc_h264_hw, x264enc
+    /// and openh264enc.
+    #[arg(long, value_name = "ELEMENT", default_value = "auto")]
+    encoder: String,
+
+    /// A screen to push: its id (0 to 15) and a gst-launch-1.0 description that ends in
+    /// video/x-raw, which is encoded, or video/x-h264, which goes out as it is; may be given
+    /// several times. It runs while somebody is subscribed.
+    #[arg(long, value_name = "ID=DESCRIPTION")]
+    scanout: Vec<ScanoutSpec>,
+
+    /// Clients at once; more are sent away with an error.
+    #[arg(long, value_name = "N", default_value_t = 64,
+          value_parser = clap::value_parser!(u16).range(1..))]
+    max_clients: u16,
+
+    /// The largest frame, in bytes of pixels (deployed hosts: 64 MiB).
+    #[arg(long, value_name = "N", default_value_t = 67_108_864,
+          value_parser = clap::value_parser!(u32).range(4..=1 << 30))]
+    max_frame_bytes: u32,
+
+    /// Say more in the log; twice for everything.
+    #[arg(short, long, action = ArgAction::Count)]
+    verbose: u8,
+
+    /// How the log is written.
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    log_format: LogFormat,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+enum LogFormat {
+    /// A line for a person.
+    Text,
+    /// A JSON object a line.
+    Json,
+}
+
+fn main() -> ExitCode {
+    let options = Options::parse();
+    start_log(&options);
+    match run(options) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // Standard error may be closed; the exit code says it too.
+            let _ = writeln!(io::stderr(), "helix-host: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(options: Options) -> Result<(), Box<dyn std::error::Error>> {
+    // From here on the signals wait for us instead of ending the process.
+    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    let server = Server::start(Config {
+        listen: options.listen,
+        encoder: options.encoder,
+        scanouts: options.scanout,
+        max_clients: options.max_clients.into(),
+        max_frame_bytes: options.max_frame_bytes,
+    })?;
+    let mut stdout = io::stdout();
+    for address in server.addresses() {
+        // Nobody may be reading; that is no reason to stop.
+        let _ = writeln!(stdout, "listening on {address}");
+    }
+    let _ = stdout.flush();
+    if let Some(signal) = signals.forever().next() {
+        tracing::info!(signal, "ending");
+    }
+    server.stop();
+    Ok(())
+}
+
+fn start_log(options: &Options) {
+    let level = match options.verbose {
+        0 => "info",
+        1 => "debug",
+        _ => "trace",
+    };
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(level));
+    let log = tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(io::stderr)
+        .with_ansi(io::stderr().is_terminal());
+    match options.log_format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().init(),
+    }
+}

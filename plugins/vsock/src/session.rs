@@ -36,6 +36,8 @@ pub trait Client: Send + 'static {
     fn encoded(&self, frame: u32, response: FrameResponse, data: Payload, after_loss: bool);
     /// The frame will have no access unit.
     fn dropped(&self, frame: u32, reason: &str);
+    /// The host refused a frame for the first time on this connection.
+    fn refused(&self, reason: &str);
     /// The host was lost and is being called again.
     fn reconnecting(&self, reason: &str);
     /// The session has ended: what was tried, on what, and what to do.
@@ -437,6 +439,8 @@ struct Conversation {
     after_loss: bool,
     /// A reply to a request has come.
     answered: bool,
+    /// The host has refused a frame.
+    refused: bool,
     /// When the host last sent or took something.
     progress: Instant,
     /// The latest of: the oldest open request became the oldest, a reply came.
@@ -456,6 +460,7 @@ impl Conversation {
             open: VecDeque::new(),
             after_loss,
             answered: false,
+            refused: false,
             progress: now,
             waiting_since: now,
             ping: None,
@@ -593,6 +598,9 @@ impl Conversation {
         if self.open.is_empty() {
             // Said before anything was asked, as by a host that takes no more clients.
             return Err(End::Lost(reason));
+        }
+        if !std::mem::replace(&mut self.refused, true) {
+            worker.client.refused(&reason);
         }
         self.drop_oldest(worker, &reason);
         self.start_waiting();

@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use gst::prelude::*;
-use zerocopy_test_support::Recording;
+use zerocopy_test_support::desktop::Recording;
 
 use super::desktop;
 use super::run::{Run, is_keepalive, pts};

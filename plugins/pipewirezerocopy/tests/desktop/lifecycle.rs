@@ -8,14 +8,11 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
-use zerocopy_test_support::Recording;
+use zerocopy_test_support::desktop::Recording;
+use zerocopy_test_support::process::{open_fds, threads};
 
 use super::desktop;
 use super::run::Run;
-
-fn entries(folder: &str) -> usize {
-    fs::read_dir(folder).unwrap().count()
-}
 
 #[test]
 fn starting_and_stopping_leaves_nothing_behind() {
@@ -28,7 +25,7 @@ fn starting_and_stopping_leaves_nothing_behind() {
         run.play();
         run.frame();
         run.stop();
-        let now = (entries("/proc/self/fd"), entries("/proc/self/task"));
+        let now = (open_fds(), threads());
         // The first rounds load plugins and fill caches.
         if round >= 2 {
             assert_eq!(
@@ -164,7 +161,10 @@ fn gst_launch_plays_a_desktop_that_the_environment_names() {
     let text = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{text}");
     let size = fs::metadata(&out).unwrap().len();
-    assert!(size > 0 && size % (320 * 240 * 3 / 2) == 0, "{size} bytes");
+    assert!(
+        size > 0 && size.is_multiple_of(320 * 240 * 3 / 2),
+        "{size} bytes"
+    );
     desktop.close(&cast);
 }
 

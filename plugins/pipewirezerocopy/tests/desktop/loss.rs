@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
-use zerocopy_test_support::{Desktop, Recording, Victim};
+use zerocopy_test_support::desktop::{Desktop, Recording, Victim};
 
 use super::desktop;
 use super::run::{Producer, Run, is_keepalive};

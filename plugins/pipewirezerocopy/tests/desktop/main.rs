@@ -8,7 +8,7 @@
 
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 
-use zerocopy_test_support::Desktop;
+use zerocopy_test_support::desktop::Desktop;
 
 mod content;
 mod keepalive;

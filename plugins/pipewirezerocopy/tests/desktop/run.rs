@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use gst::prelude::*;
 use gst_video::prelude::*;
-use zerocopy_test_support::Desktop;
+use zerocopy_test_support::desktop::Desktop;
 
 /// Catches a hang; nothing takes nearly as long.
 pub const LONG: Duration = Duration::from_secs(20);
@@ -65,9 +65,8 @@ impl Run {
     }
 
     pub fn play(&self) {
-        if self.pipeline.set_state(gst::State::Playing).is_err() {
-            panic!("starting failed: {}", self.error());
-        }
+        let started = self.pipeline.set_state(gst::State::Playing);
+        assert!(started.is_ok(), "starting failed: {}", self.error());
     }
 
     pub fn stop(&self) {

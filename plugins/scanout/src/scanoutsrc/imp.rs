@@ -557,7 +557,7 @@ impl ScanoutSrc {
     fn fail(&self, streaming: &mut Streaming, reason: &str) -> gst::FlowError {
         lock(&self.counts).errors += 1;
         self.post(streaming, ConnectionState::Lost, "", reason);
-        gst::element_imp_error!(self, gst::ResourceError::OpenRead, ["{reason}"]);
+        gst::element_imp_error!(self, gst::ResourceError::OpenRead, ("{reason}"));
         gst::FlowError::Error
     }
 

@@ -96,6 +96,8 @@ struct Input {
 struct Output {
     caps: H264Caps,
     flow: Option<gst::FlowError>,
+    /// Frames that were dropped before there were caps; the base class still holds them.
+    unfinished: Vec<u32>,
     frames: u64,
     dropped: u64,
 }
@@ -347,7 +349,7 @@ impl VideoEncoderImpl for VsockEnc {
                 info.height(),
                 info.format()
             );
-            gst::element_imp_error!(self, gst::StreamError::Format, ["{text}"]);
+            gst::element_imp_error!(self, gst::StreamError::Format, ("{text}"));
             return Err(gst::loggable_error!(CAT, "{text}"));
         }
         // What is under way belongs to the format before.
@@ -450,7 +452,9 @@ impl VideoEncoderImpl for VsockEnc {
 
     fn flush(&self) -> bool {
         // The base class forgets the open frames; their replies then find no frame.
-        lock(&self.output).flow = None;
+        let mut output = lock(&self.output);
+        output.flow = None;
+        output.unfinished.clear();
         true
     }
 
@@ -549,10 +553,21 @@ impl VsockEnc {
 
     fn finish_without_output(&self, number: u32, reason: &str) {
         gst::debug!(CAT, imp = self, "frame {number} is dropped: {reason}");
-        lock(&self.output).dropped += 1;
-        if let Some(frame) = self.obj().frame(number as i32) {
-            // Fails while there are no caps yet, which is no reason to stop.
-            let _ = self.obj().finish_frame(frame);
+        let obj = self.obj();
+        let Some(mut frame) = obj.frame(number as i32) else {
+            return;
+        };
+        let mut output = lock(&self.output);
+        output.dropped += 1;
+        if output.caps.is_known() {
+            drop(output);
+            // Downstream has no part in a frame that does not come.
+            let _ = obj.finish_frame(frame);
+        } else {
+            // The base class takes it as an error that a frame is finished without caps. What is
+            // large in it need not wait for them.
+            release_input(&mut frame);
+            output.unfinished.push(number);
         }
     }
 
@@ -632,7 +647,7 @@ impl VsockEnc {
             gst::element_imp_error!(
                 self,
                 gst::CoreError::Negotiation,
-                ["the host sends {wanted}, but downstream takes only {downstream}"]
+                ("the host sends {wanted}, but downstream takes only {downstream}")
             );
         })
     }
@@ -704,6 +719,12 @@ impl Client for Handle {
         }
     }
 
+    fn refused(&self, reason: &str) {
+        if let Some(element) = self.element.upgrade() {
+            gst::element_warning!(element, gst::StreamError::Encode, ("{reason}"));
+        }
+    }
+
     fn reconnecting(&self, reason: &str) {
         if let Some(element) = self.element.upgrade() {
             gst::warning!(CAT, obj = element, "{reason}; calling again");
@@ -714,9 +735,22 @@ impl Client for Handle {
     fn failed(&self, reason: &str) {
         self.post(ConnectionState::Lost, "", reason);
         if let Some(element) = self.element.upgrade() {
-            gst::element_error!(element, gst::ResourceError::OpenReadWrite, ["{reason}"]);
+            gst::element_error!(element, gst::ResourceError::OpenReadWrite, ("{reason}"));
         }
     }
+}
+
+/// Takes the input buffer out of a frame that will have no output.
+fn release_input(frame: &mut gst_video::VideoCodecFrame) {
+    use gst::glib::translate::ToGlibPtr;
+    let frame: *mut gst_video::ffi::GstVideoCodecFrame = frame.to_glib_none().0;
+    // SAFETY: the frame is alive, and the guard holds the stream lock, under which alone the base
+    // class looks at this field. A frame may have no input buffer; the reference moves out of it.
+    let buffer: Option<gst::Buffer> = unsafe {
+        let buffer = std::mem::replace(&mut (*frame).input_buffer, std::ptr::null_mut());
+        glib::translate::from_glib_full(buffer)
+    };
+    drop(buffer);
 }
 
 fn warn_of_low_bitrate(imp: &VsockEnc, bitrate: u32) {

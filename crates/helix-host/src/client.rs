@@ -1,0 +1,299 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! One client: its thread, its connection, what it asked for.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use helix_protocol::connection::{ConnectionError, Event};
+use helix_protocol::encode;
+use helix_protocol::message::{ErrorCode, FrameRequest, FrameResponse, ScanoutResp};
+use helix_protocol::wait::{Deadline, Waiter, Wake};
+use helix_protocol::{Connection, Limits, Message, Stream};
+
+use crate::access_unit::AccessUnit;
+use crate::scanout::{Scanout, Subscription};
+use crate::session::{Session, error};
+use crate::settings::EncoderSpec;
+use crate::subscriber::Next;
+
+/// Requests and replies of one client at once. Beyond this nothing more is read from it.
+const OPEN: usize = 16;
+/// Pushed frames handed to the connection at once; more wait where they can still be dropped.
+const PUSHED: usize = 4;
+/// How long a client that is being closed may take to read what is left for it.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+/// How long the peer's last bytes are read and thrown away, so that the system does not reset
+/// the connection before the peer has read why it ends.
+const LINGER: Duration = Duration::from_secs(1);
+
+/// What all clients share.
+pub struct Host {
+    /// The encoder for FRAME_REQUESTs.
+    pub encoder: Arc<EncoderSpec>,
+    /// By id.
+    pub scanouts: BTreeMap<u32, Arc<Scanout>>,
+    /// Bytes of pixels in one frame.
+    pub max_frame_bytes: u32,
+}
+
+/// One client, in its thread.
+pub struct Client {
+    host: Arc<Host>,
+    waiter: Waiter,
+    connection: Connection<AccessUnit>,
+    session: Session,
+    subscription: Option<Subscription>,
+    /// Set when nothing more is read: the client is gone when all is sent, or at this moment.
+    closing: Option<Instant>,
+    /// Whether an ERROR that ends the connection is among what is left to send.
+    linger: bool,
+}
+
+impl Client {
+    /// Takes over a client's socket.
+    pub fn new(host: Arc<Host>, stream: Stream, waiter: Waiter) -> std::io::Result<Self> {
+        let limits = Limits {
+            pixels: host.max_frame_bytes,
+            ..Limits::host()
+        };
+        let connection = Connection::new(stream, limits, &waiter)?;
+        let session = Session::new(host.encoder.clone(), waiter.waker());
+        Ok(Self {
+            host,
+            waiter,
+            connection,
+            session,
+            subscription: None,
+            closing: None,
+            linger: false,
+        })
+    }
+
+    /// Serves the client until it goes, errs, or the host ends.
+    pub fn run(mut self) {
+        let reason = loop {
+            self.session.collect(&mut self.connection);
+            self.push_frames();
+            let open = self.session.open() + self.connection.queued();
+            let deadline = match self.closing {
+                Some(_) if open == 0 => break "done".to_owned(),
+                Some(moment) if Instant::now() >= moment => {
+                    break "it does not read what is left for it".to_owned();
+                }
+                Some(moment) => Deadline::at(moment),
+                None => Deadline::NEVER,
+            };
+            self.connection.set_reading(
+                self.closing.is_none()
+                    && open < OPEN
+                    && self.session.pixels() < self.host.max_frame_bytes as usize,
+            );
+            let deadline = self
+                .session
+                .deadline()
+                .map_or(deadline, |moment| deadline.min(Deadline::at(moment)));
+            match self.connection.next(&mut self.waiter, deadline) {
+                Ok(Event::Message(envelope)) => self.handle(envelope.session_id, envelope.message),
+                Ok(Event::Drained | Event::Woken | Event::TimedOut) => {}
+                // It may have closed its sending side only, and still wait for replies.
+                Err(ConnectionError::Closed) => self.close(),
+                Err(ConnectionError::Decode(reason)) => {
+                    tracing::warn!(%reason, "invalid message");
+                    self.refuse_and_close(ErrorCode::INVALID_MESSAGE, reason.to_string());
+                }
+                Err(ConnectionError::Cancelled) => break "the host ends".to_owned(),
+                Err(ConnectionError::Io(error)) => break error.to_string(),
+            }
+        };
+        self.subscription = None;
+        if self.linger {
+            self.linger();
+        }
+        tracing::info!(
+            reason,
+            received = self.connection.bytes_received(),
+            sent = self.connection.bytes_sent(),
+            "client gone"
+        );
+    }
+
+    fn handle(&mut self, session_id: u16, message: Message) {
+        match message {
+            Message::FrameRequest(request, Some(pixels)) => {
+                self.session.encode(session_id, &request, pixels);
+            }
+            Message::FrameRequest(request, None) => self.refuse_resource(session_id, &request),
+            Message::KeyframeReq => match &self.subscription {
+                Some(subscription) => subscription.force_keyframe(),
+                None => self.session.want_keyframe(),
+            },
+            Message::ConfigReq(config) => {
+                tracing::debug!(?config, "CONFIG_REQ");
+                match &self.subscription {
+                    Some(subscription) if config.bitrate > 0 => {
+                        subscription.set_bitrate(config.bitrate);
+                    }
+                    Some(_) => {}
+                    None => self.session.configure(&config),
+                }
+            }
+            Message::Ping => self.connection.send(encode::pong(session_id)),
+            Message::EnableScanout(enable) => {
+                let id = enable.scanout_id;
+                let success = self.host.scanouts.contains_key(&id);
+                tracing::debug!(scanout = id, success, "ENABLE_SCANOUT");
+                let resp = ScanoutResp {
+                    scanout_id: id,
+                    success,
+                    connector: if success {
+                        format!("Virtual-{}", id + 1)
+                    } else {
+                        format!("no scanout {id} here")
+                    },
+                };
+                self.connection
+                    .send(encode::scanout_resp(session_id, &resp));
+            }
+            Message::DisableScanout { scanout_id } => {
+                tracing::debug!(scanout = scanout_id, "DISABLE_SCANOUT");
+            }
+            Message::Subscribe { scanout_id } => self.subscribe(scanout_id),
+            // Not spoken yet, and skipped as a deployed host would: the PING that follows a HELLO
+            // tells the client so.
+            Message::Hello(_) | Message::Unknown { .. } => {
+                tracing::debug!(?message, "skipped");
+            }
+            Message::FrameResponse(..)
+            | Message::ConfigResp(_)
+            | Message::Pong
+            | Message::ScanoutResp(_)
+            | Message::SubscribeResp { .. }
+            | Message::HelloResp(_)
+            | Message::Error(_) => {
+                tracing::debug!(?message, "a host's message from a client, skipped");
+            }
+        }
+    }
+
+    fn refuse_resource(&mut self, session_id: u16, request: &FrameRequest) {
+        // Quirk 5: a host that took resource 0 for "the console" showed a guest what was not its.
+        let (code, text) = if request.resource_id == 0 {
+            (
+                ErrorCode::INVALID_MESSAGE,
+                "FRAME_REQUEST: resource_id is 0 and no pixels follow; send one or the other"
+                    .to_owned(),
+            )
+        } else {
+            (
+                ErrorCode::RESOURCE_NOT_FOUND,
+                format!(
+                    "FRAME_REQUEST: resource_id {} cannot be resolved by this host; send pixels",
+                    request.resource_id
+                ),
+            )
+        };
+        self.session.refuse(session_id, code, text);
+    }
+
+    fn subscribe(&mut self, scanout_id: u32) {
+        let subscription = match self.host.scanouts.get(&scanout_id) {
+            None => {
+                tracing::warn!(scanout = scanout_id, "SUBSCRIBE: there is no such scanout");
+                None
+            }
+            Some(scanout) => scanout
+                .subscribe(self.waiter.waker())
+                .inspect_err(|error| tracing::error!(scanout = scanout_id, %error, "SUBSCRIBE"))
+                .ok(),
+        };
+        self.connection
+            .send(encode::subscribe_resp(scanout_id, subscription.is_some()));
+        if subscription.is_some() {
+            tracing::info!(scanout = scanout_id, "subscribed");
+            self.subscription = subscription;
+        }
+    }
+
+    /// Hands pushed frames to the connection.
+    fn push_frames(&mut self) {
+        if self.closing.is_some() {
+            return;
+        }
+        let Some(subscription) = &self.subscription else {
+            return;
+        };
+        let id = subscription.scanout_id();
+        while self.connection.queued() < PUSHED {
+            match subscription.next() {
+                Next::Frame(frame) => {
+                    let response = FrameResponse {
+                        pts: frame.pts,
+                        dts: frame.pts,
+                        is_keyframe: frame.unit.is_keyframe(),
+                        ..FrameResponse::default()
+                    };
+                    let size = helix_protocol::connection::Body::size(&frame.unit) as u32;
+                    let head = encode::frame_response(id as u16, &response, size);
+                    self.connection.send_with(head, frame.unit);
+                }
+                Next::Ended(reason) => {
+                    self.subscription = None;
+                    self.refuse_and_close(ErrorCode::INTERNAL, reason);
+                    return;
+                }
+                Next::Empty | Next::NeedsKeyframe => return,
+            }
+        }
+    }
+
+    /// Reads no more, and goes when all replies are out.
+    fn close(&mut self) {
+        self.subscription = None;
+        self.closing
+            .get_or_insert_with(|| Instant::now() + LAST_WORDS);
+    }
+
+    /// Answers with an ERROR behind all other replies, and closes.
+    fn refuse_and_close(&mut self, code: ErrorCode, text: String) {
+        self.session.refuse(0, code, text);
+        self.linger = true;
+        self.close();
+    }
+
+    /// Ends the sending side and throws away what still comes, until the peer closes too.
+    fn linger(&mut self) {
+        let stream = self.connection.stream();
+        if socket2::SockRef::from(stream)
+            .shutdown(std::net::Shutdown::Write)
+            .is_err()
+        {
+            return;
+        }
+        let deadline = Deadline::after(LINGER);
+        let mut space = vec![0; 64 * 1024];
+        while !deadline.has_passed() {
+            match stream.recv(&mut space) {
+                Ok(0) => return,
+                Ok(_) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                    match self.waiter.wait(deadline) {
+                        Ok(Wake::Ready | Wake::Woken) => {}
+                        Ok(Wake::TimedOut | Wake::Cancelled) | Err(_) => return,
+                    }
+                }
+                Err(_) => return,
+            }
+        }
+    }
+}
+
+/// For a client that cannot be served: says why, as far as the socket takes it at once.
+pub fn turn_away(stream: &Stream, text: &str) {
+    let head = error(0, ErrorCode::INTERNAL, text.to_owned());
+    // It is gone in the next moment; there is nothing to do about a failure.
+    let _ = stream.send(&[std::io::IoSlice::new(&head)]);
+    let _ = socket2::SockRef::from(stream).shutdown(std::net::Shutdown::Write);
+}
+

@@ -1,0 +1,368 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! One running encoder: raw pictures in, access units out, nothing waits.
+//!
+//! ```text
+//! appsrc ! videoconvert ! {NV12, I420} ! ENCODER ! profile ! h264parse ! appsink
+//! ```
+//!
+//! [`Encoder::push`] hands a picture to the pipeline's own thread and returns. What becomes of it
+//! arrives as [`Output`], from that thread, in the order of the pictures: exactly one output for
+//! each picture, unless the whole encoder fails.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use gst::ClockTime;
+use gst::prelude::*;
+use gst_video::{UpstreamForceKeyUnitEvent, VideoInfo};
+
+use crate::access_unit::AccessUnit;
+use crate::picture::Picture;
+use crate::settings::{EncoderSpec, Tuning};
+
+/// The step from one picture's timestamp to the next, as the encoder sees it. Rate control takes
+/// it seriously, so nothing absurd from a client may get there.
+const LEAST_STEP: ClockTime = ClockTime::from_mseconds(1);
+const LONGEST_STEP: ClockTime = ClockTime::SECOND;
+/// Two timestamps that differ by less are the same: steps are at least twice this.
+const TOLERANCE: ClockTime = ClockTime::from_useconds(500);
+
+/// What became of a picture. `T` is the ticket that was pushed with it.
+#[derive(Debug)]
+pub enum Output<T> {
+    /// It is encoded.
+    Unit(T, AccessUnit),
+    /// The encoder went on to a later picture without a word about this one.
+    Skipped(T),
+    /// The encoder is broken; none of the pictures in it comes out. Make a new one.
+    Failed(String),
+}
+
+/// A pipeline around an encoder.
+pub struct Encoder<T: Send + 'static> {
+    spec: EncoderSpec,
+    pipeline: gst::Pipeline,
+    source: gst_app::AppSrc,
+    encoder: gst::Element,
+    shared: Arc<Shared<T>>,
+    minimum: (u32, u32),
+    /// What the pictures have been like so far.
+    info: Option<VideoInfo>,
+    /// Our own time of the last picture, and the sender's.
+    last: Option<(ClockTime, i64)>,
+}
+
+struct Pending<T> {
+    time: ClockTime,
+    since: Instant,
+    ticket: T,
+}
+
+struct Shared<T> {
+    pending: Mutex<VecDeque<Pending<T>>>,
+    failed: Mutex<bool>,
+    output: Box<dyn Fn(Output<T>) + Send + Sync>,
+}
+
+impl<T: Send + 'static> Encoder<T> {
+    /// Starts an encoder. `output` is called from its thread and must return soon.
+    pub fn start(
+        spec: &EncoderSpec,
+        tuning: &Tuning,
+        output: impl Fn(Output<T>) + Send + Sync + 'static,
+    ) -> Result<Self, String> {
+        let shared = Arc::new(Shared {
+            pending: Mutex::new(VecDeque::new()),
+            failed: Mutex::new(false),
+            output: Box::new(output),
+        });
+        let encoder = spec.build(tuning).map_err(|error| error.to_string())?;
+        let source = gst_app::AppSrc::builder()
+            .format(gst::Format::Time)
+            // Pictures in flight are counted by who pushes them.
+            .max_bytes(0)
+            .build();
+        let sink = gst_app::AppSink::builder()
+            .sync(false)
+            .async_(false)
+            .enable_last_sample(false)
+            .callbacks(
+                gst_app::AppSinkCallbacks::builder()
+                    .new_sample({
+                        let shared = shared.clone();
+                        move |sink| {
+                            let sample = sink.pull_sample().map_err(|_| gst::FlowError::Eos)?;
+                            shared.encoded(&sample);
+                            Ok(gst::FlowSuccess::Ok)
+                        }
+                    })
+                    .build(),
+            )
+            .build();
+        let element = |factory: &str| {
+            gst::ElementFactory::make(factory)
+                .build()
+                .map_err(|_| missing(factory))
+        };
+        let filter = |caps: gst::Caps| {
+            gst::ElementFactory::make("capsfilter")
+                .property("caps", caps)
+                .build()
+                .map_err(|_| missing("capsfilter"))
+        };
+        // 4:2:0 only: x264enc would rather have Y444 and then write a profile nobody decodes.
+        let raw = gst::Caps::builder("video/x-raw")
+            .field("format", gst::List::new(["NV12", "I420"]))
+            .build();
+        let stream = gst::Caps::builder("video/x-h264")
+            .field("stream-format", "byte-stream")
+            .field("alignment", "au")
+            .build();
+        let parser = gst::ElementFactory::make("h264parse")
+            // Parameter sets with each keyframe (L27).
+            .property("config-interval", -1)
+            .build()
+            .map_err(|_| missing("h264parse"))?;
+        let convert = element("videoconvert")?;
+        let (raw, profile, stream) = (
+            filter(raw)?,
+            filter(spec.profile_caps(tuning.profile))?,
+            filter(stream)?,
+        );
+        let chain = [
+            source.upcast_ref(),
+            &convert,
+            &raw,
+            &encoder,
+            &profile,
+            &parser,
+            &stream,
+            sink.upcast_ref(),
+        ];
+        let pipeline = gst::Pipeline::new();
+        pipeline
+            .add_many(chain)
+            .and_then(|()| gst::Element::link_many(chain))
+            .map_err(|error| format!("cannot build a pipeline around {}: {error}", spec.name()))?;
+        if let Some(bus) = pipeline.bus() {
+            let shared = shared.clone();
+            bus.set_sync_handler(move |_, message| {
+                if let gst::MessageView::Error(error) = message.view() {
+                    shared.fail(describe(error));
+                }
+                gst::BusSyncReply::Drop
+            });
+        }
+        let this = Self {
+            spec: spec.clone(),
+            pipeline,
+            source,
+            encoder,
+            shared,
+            minimum: spec.minimum_size(),
+            info: None,
+            last: None,
+        };
+        this.pipeline
+            .set_state(gst::State::Playing)
+            .map_err(|_| format!("{} does not start", spec.name()))?;
+        Ok(this)
+    }
+
+    /// Has a picture encoded. `timestamp` is the sender's, in nanoseconds; only its distance to
+    /// the one before counts.
+    pub fn push(
+        &mut self,
+        picture: Picture,
+        keyframe: bool,
+        timestamp: i64,
+        ticket: T,
+    ) -> Result<(), String> {
+        let Picture { mut buffer, info } = picture.at_least(self.minimum)?;
+        let time = self.time_of(timestamp, &info);
+        // An encoder's first picture is a keyframe without asking. Asking all the same makes
+        // x264enc in GStreamer 1.22 deaf to all later requests: it takes note of this one's time
+        // after having moved it by 1000 h, and waits for that to pass.
+        let force = keyframe && self.info.is_some();
+        if self.info.as_ref() != Some(&info) {
+            let caps = info
+                .to_caps()
+                .map_err(|error| format!("the picture has no caps: {error}"))?;
+            self.source.set_caps(Some(&caps));
+            self.info = Some(info);
+        }
+        if force {
+            // For the first picture from this time on: this one.
+            let event = UpstreamForceKeyUnitEvent::builder()
+                .running_time(time)
+                .all_headers(true)
+                .build();
+            if !self
+                .encoder
+                .static_pad("src")
+                .is_some_and(|pad| pad.send_event(event))
+            {
+                tracing::debug!(encoder = %self.spec.name(), "the encoder refuses a key unit");
+            }
+        }
+        {
+            let buffer = buffer.make_mut();
+            buffer.set_pts(time);
+            buffer.set_dts(ClockTime::NONE);
+            buffer.set_duration(ClockTime::NONE);
+        }
+        self.shared.pending().push_back(Pending {
+            time,
+            since: Instant::now(),
+            ticket,
+        });
+        self.source.push_buffer(buffer).map(drop).map_err(|flow| {
+            self.shared.pending().pop_back();
+            format!("{} takes no more pictures: {flow}", self.spec.name())
+        })
+    }
+
+    /// Changes the bitrate, in bit/s, from the next picture on.
+    pub fn set_bitrate(&self, bits: u32) {
+        self.spec.set_bitrate(&self.encoder, bits);
+    }
+
+    /// Pictures whose output has not come.
+    pub fn in_flight(&self) -> usize {
+        self.shared.pending().len()
+    }
+
+    /// Since when the oldest of them is in the encoder.
+    pub fn busy_since(&self) -> Option<Instant> {
+        self.shared.pending().front().map(|pending| pending.since)
+    }
+
+    /// Takes the encoder down without waiting for it: for one that hangs.
+    pub fn abandon(self) {
+        let name = self.spec.name();
+        let dropped = std::thread::Builder::new()
+            .name("helix-abandon".to_owned())
+            .spawn(move || drop(self));
+        if let Err(error) = dropped {
+            tracing::error!(encoder = %name, %error, "no thread to take the encoder down");
+        }
+    }
+
+    /// Our own monotonic time of a picture.
+    fn time_of(&mut self, timestamp: i64, info: &VideoInfo) -> ClockTime {
+        let time = match self.last {
+            None => ClockTime::ZERO,
+            Some((time, before)) => {
+                let step = match timestamp.checked_sub(before) {
+                    Some(step) if step > 0 => ClockTime::from_nseconds(step as u64),
+                    // The sender's clock stood still or jumped back.
+                    _ => frame_duration(info),
+                };
+                time + step.clamp(LEAST_STEP, LONGEST_STEP)
+            }
+        };
+        self.last = Some((time, timestamp));
+        time
+    }
+}
+
+impl<T: Send + 'static> Drop for Encoder<T> {
+    fn drop(&mut self) {
+        // Whatever still comes out is nobody's.
+        *self.shared.failed() = true;
+        if self.pipeline.set_state(gst::State::Null).is_err() {
+            tracing::debug!(encoder = %self.spec.name(), "the pipeline did not stop cleanly");
+        }
+    }
+}
+
+impl<T> Shared<T> {
+    fn pending(&self) -> MutexGuard<'_, VecDeque<Pending<T>>> {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn failed(&self) -> MutexGuard<'_, bool> {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Finds out which picture a buffer is of, by its time, and tells.
+    fn encoded(&self, sample: &gst::Sample) {
+        // x264enc moves timestamps and segment by 1000 h together: the running time stays.
+        let time = sample
+            .buffer()
+            .and_then(gst::BufferRef::pts)
+            .zip(sample.segment())
+            .and_then(|(pts, segment)| {
+                segment
+                    .downcast_ref::<ClockTime>()
+                    .and_then(|segment| segment.to_running_time(pts))
+            });
+        let (Some(time), Some(buffer)) = (time, sample.buffer_owned()) else {
+            self.fail("the encoder wrote a buffer without a timestamp".to_owned());
+            return;
+        };
+        let Some(unit) = AccessUnit::new(buffer) else {
+            self.fail("the encoder wrote a buffer that cannot be read".to_owned());
+            return;
+        };
+        loop {
+            let first = {
+                let mut pending = self.pending();
+                match pending.front() {
+                    Some(first) if first.time <= time + TOLERANCE => pending.pop_front(),
+                    _ => None,
+                }
+            };
+            if *self.failed() {
+                return;
+            }
+            match first {
+                Some(first) if first.time + TOLERANCE >= time => {
+                    (self.output)(Output::Unit(first.ticket, unit));
+                    return;
+                }
+                Some(first) => (self.output)(Output::Skipped(first.ticket)),
+                None => {
+                    tracing::debug!(%time, "the encoder wrote a picture that nobody sent");
+                    return;
+                }
+            }
+        }
+    }
+
+    fn fail(&self, reason: String) {
+        if !std::mem::replace(&mut *self.failed(), true) {
+            (self.output)(Output::Failed(reason));
+        }
+    }
+}
+
+fn missing(factory: &str) -> String {
+    format!("GStreamer's element {factory} is not installed")
+}
+
+/// What an error message says, in one line.
+pub fn describe(error: &gst::message::Error) -> String {
+    let source = error
+        .src()
+        .map(|source| source.name().to_string())
+        .unwrap_or_default();
+    match error.debug() {
+        Some(debug) => format!(
+            "{source}: {} ({})",
+            error.error().message(),
+            debug.lines().last().unwrap_or_default()
+        ),
+        None => format!("{source}: {}", error.error().message()),
+    }
+}
+
+/// How long one picture is shown.
+pub fn frame_duration(info: &VideoInfo) -> ClockTime {
+    let fps = info.fps();
+    ClockTime::SECOND
+        .mul_div_floor(fps.denom().unsigned_abs().into(), fps.numer().unsigned_abs().into())
+        .unwrap_or(LEAST_STEP)
+}

@@ -1,0 +1,320 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Listening, accepting, ending.
+
+use std::collections::BTreeMap;
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use helix_protocol::transport::{BindError, is_local};
+use helix_protocol::wait::{Deadline, Waiter, Wake, Waker};
+use helix_protocol::{Address, Listener, Stream};
+
+use crate::client::{Client, Host, turn_away};
+use crate::probe;
+use crate::scanout::{Scanout, ScanoutSpec};
+use crate::settings::EncoderError;
+use crate::source::Description;
+
+/// After an error of accept() (too many open files) it is tried again this much later.
+const ACCEPT_RETRY: Duration = Duration::from_millis(100);
+/// How long clients, encoders and scanouts may take to end.
+const STOP: Duration = Duration::from_secs(5);
+
+/// What the host is to do.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Where to listen.
+    pub listen: Vec<Address>,
+    /// `auto`, or an element and its properties.
+    pub encoder: String,
+    /// The screens to push.
+    pub scanouts: Vec<ScanoutSpec>,
+    /// Clients at once.
+    pub max_clients: usize,
+    /// Bytes of pixels in one frame.
+    pub max_frame_bytes: u32,
+}
+
+/// Why the host does not start.
+#[derive(Debug, thiserror::Error)]
+pub enum StartError {
+    /// GStreamer is not there.
+    #[error("GStreamer does not start: {0}")]
+    Gstreamer(#[from] gst::glib::Error),
+    /// See [`EncoderError`].
+    #[error(transparent)]
+    Encoder(#[from] EncoderError),
+    /// The same id on two scanouts.
+    #[error("scanout {0} is given twice; each id stands for one screen")]
+    ScanoutTwice(u32),
+    /// gst-launch's parser refused it.
+    #[error(
+        "scanout {id}: '{description}' is no description of a screen: {reason} \
+         (gst-launch-1.0 {description} ! fakesink shows whether it works)"
+    )]
+    Description {
+        /// Which.
+        id: u32,
+        /// What was given.
+        description: String,
+        /// What the parser said.
+        reason: String,
+    },
+    /// See [`BindError`].
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// The system has no more of something.
+    #[error("the system refused a thread or a descriptor: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// A running host.
+pub struct Server {
+    addresses: Vec<Address>,
+    host: Arc<Host>,
+    clients: Arc<Clients>,
+    waker: Waker,
+    acceptor: Option<JoinHandle<()>>,
+}
+
+/// The clients' threads, so that they can be ended.
+#[derive(Default)]
+struct Clients {
+    wakers: Mutex<BTreeMap<u64, Waker>>,
+    gone: Condvar,
+}
+
+impl Server {
+    /// Finds the encoder, checks the scanouts, and listens.
+    pub fn start(config: Config) -> Result<Self, StartError> {
+        gst::init()?;
+        let mut descriptions = BTreeMap::new();
+        for ScanoutSpec { id, description } in config.scanouts {
+            let parsed = Description::parse(&description).map_err(|reason| {
+                StartError::Description {
+                    id,
+                    description,
+                    reason,
+                }
+            })?;
+            if descriptions.insert(id, parsed).is_some() {
+                return Err(StartError::ScanoutTwice(id));
+            }
+        }
+        let encoder = Arc::new(probe::encoder(&config.encoder)?);
+        tracing::info!(encoder = %encoder.name(), "encoder chosen");
+        let scanouts = descriptions
+            .into_iter()
+            .map(|(id, description)| (id, Scanout::new(id, description, encoder.clone())))
+            .collect();
+        let mut listeners = Vec::new();
+        for address in &config.listen {
+            let listener = Listener::bind(address)?;
+            let address = listener.address();
+            if !is_local(address) {
+                tracing::warn!(
+                    %address,
+                    "reachable from outside this machine, by anybody: the protocol has no secret"
+                );
+            }
+            listeners.push(listener);
+        }
+        let host = Arc::new(Host {
+            encoder,
+            scanouts,
+            max_frame_bytes: config.max_frame_bytes,
+        });
+        let clients = Arc::<Clients>::default();
+        let addresses = listeners
+            .iter()
+            .map(|listener| listener.address().clone())
+            .collect();
+        let waiter = Waiter::new()?;
+        for listener in &listeners {
+            waiter.register(listener.as_fd())?;
+        }
+        let waker = waiter.waker();
+        let acceptor = Acceptor {
+            listeners,
+            waiter,
+            host: host.clone(),
+            clients: clients.clone(),
+            max_clients: config.max_clients,
+            next_id: 0,
+        };
+        let acceptor = std::thread::Builder::new()
+            .name("helix-accept".to_owned())
+            .spawn(move || acceptor.run())?;
+        Ok(Self {
+            addresses,
+            host,
+            clients,
+            waker,
+            acceptor: Some(acceptor),
+        })
+    }
+
+    /// Where it listens, with the ports that the system chose.
+    pub fn addresses(&self) -> &[Address] {
+        &self.addresses
+    }
+
+    /// Ends all connections and pipelines. Takes at most some seconds; what does not end by then
+    /// is left behind.
+    pub fn stop(mut self) {
+        self.end();
+    }
+
+    fn end(&mut self) {
+        let Some(acceptor) = self.acceptor.take() else {
+            return;
+        };
+        let deadline = Instant::now() + STOP;
+        self.waker.cancel();
+        // It blocks nowhere but in the wait that was cancelled. Its listeners go with it.
+        if acceptor.join().is_err() {
+            tracing::error!("the accepting thread had panicked");
+        }
+        for waker in self.clients.wakers().values() {
+            waker.cancel();
+        }
+        for scanout in self.host.scanouts.values() {
+            scanout.stop(deadline);
+        }
+        self.clients.wait(deadline);
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+struct Acceptor {
+    listeners: Vec<Listener>,
+    waiter: Waiter,
+    host: Arc<Host>,
+    clients: Arc<Clients>,
+    max_clients: usize,
+    next_id: u64,
+}
+
+impl Acceptor {
+    fn run(mut self) {
+        loop {
+            let deadline = if self.accept() {
+                Deadline::NEVER
+            } else {
+                Deadline::after(ACCEPT_RETRY)
+            };
+            match self.waiter.wait(deadline) {
+                Ok(Wake::Cancelled) => return,
+                Ok(_) => {}
+                Err(error) => {
+                    tracing::error!(%error, "waiting for clients failed; no more are accepted");
+                    return;
+                }
+            }
+        }
+    }
+
+    /// Takes all clients that wait; whether there was no error.
+    fn accept(&mut self) -> bool {
+        let mut fine = true;
+        for index in 0..self.listeners.len() {
+            loop {
+                match self.listeners[index].accept() {
+                    Ok(Some(stream)) => self.welcome(stream),
+                    Ok(None) => break,
+                    Err(error) => {
+                        let address = self.listeners[index].address();
+                        tracing::warn!(%address, %error, "accept failed, trying again");
+                        fine = false;
+                        break;
+                    }
+                }
+            }
+        }
+        fine
+    }
+
+    fn welcome(&mut self, stream: Stream) {
+        let peer = stream.peer();
+        if self.clients.wakers().len() >= self.max_clients {
+            tracing::warn!(peer, limit = self.max_clients, "too many clients, turned away");
+            turn_away(
+                &stream,
+                &format!(
+                    "too many clients: this host takes {} (--max-clients)",
+                    self.max_clients
+                ),
+            );
+            return;
+        }
+        self.next_id += 1;
+        if let Err(error) = self.spawn(self.next_id, stream, &peer) {
+            tracing::error!(peer, %error, "no thread for a client");
+        }
+    }
+
+    fn spawn(&self, id: u64, stream: Stream, peer: &str) -> io::Result<()> {
+        let waiter = Waiter::new()?;
+        let waker = waiter.waker();
+        let client = Client::new(self.host.clone(), stream, waiter)?;
+        let place = Place {
+            id,
+            clients: self.clients.clone(),
+        };
+        self.clients.wakers().insert(id, waker);
+        let span = tracing::info_span!("client", id, peer);
+        std::thread::Builder::new()
+            .name(format!("helix-client-{id}"))
+            .spawn(move || {
+                let _place = place;
+                let _span = span.entered();
+                tracing::info!("connected");
+                client.run();
+            })?;
+        Ok(())
+    }
+}
+
+/// A client's entry among the clients; leaves with its thread, even when that panics.
+struct Place {
+    id: u64,
+    clients: Arc<Clients>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.clients.wakers().remove(&self.id);
+        self.clients.gone.notify_all();
+    }
+}
+
+impl Clients {
+    fn wakers(&self) -> MutexGuard<'_, BTreeMap<u64, Waker>> {
+        self.wakers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn wait(&self, deadline: Instant) {
+        let mut wakers = self.wakers();
+        while !wakers.is_empty() {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                tracing::warn!(clients = wakers.len(), "clients that do not end are left behind");
+                return;
+            }
+            wakers = self
+                .gone
+                .wait_timeout(wakers, left)
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+        }
+    }
+}

@@ -1,0 +1,385 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What one client has asked its encoder for, and the answers in the order of the questions.
+//!
+//! Deployed clients match replies to requests by order alone (docs/protocol.md, quirk 3), so an
+//! error waits behind the frames that were asked for before it.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use helix_protocol::encode::{self, Head};
+use helix_protocol::message::{Config, ErrorCode, ErrorMessage, FrameRequest, FrameResponse};
+use helix_protocol::wait::Waker;
+use helix_protocol::{Connection, Payload};
+
+use crate::access_unit::AccessUnit;
+use crate::encoder::{Encoder, Output};
+use crate::picture::Picture;
+use crate::settings::{EncoderSpec, Keyframes, Tuning};
+
+/// After this long without a word an encoder is taken to hang.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Encoders made one after the other without a single picture between them.
+const FAILURES: u32 = 3;
+/// Rest after that many failures.
+const REST: Duration = Duration::from_secs(1);
+
+/// One client's encoder.
+pub struct Session {
+    spec: Arc<EncoderSpec>,
+    tuning: Tuning,
+    framerate: gst::Fraction,
+    encoder: Option<Running>,
+    /// Former encoders that still have frames to finish.
+    retiring: Vec<Running>,
+    outputs: Arc<Outputs>,
+    next_generation: u64,
+    replies: VecDeque<Reply>,
+    next_number: u64,
+    keyframe_wanted: bool,
+    failures: u32,
+    rest_until: Option<Instant>,
+}
+
+/// An encoder, and how many there were before it: what a former one says is not taken for the
+/// present one's.
+struct Running {
+    generation: u64,
+    encoder: Encoder<u64>,
+}
+
+/// An open request, or its answer that waits for those before it.
+enum Reply {
+    Encoding {
+        number: u64,
+        generation: u64,
+        session_id: u16,
+        request: FrameRequest,
+        bytes: usize,
+    },
+    Ready(Head, Option<AccessUnit>),
+}
+
+/// From the encoder's thread to the client's.
+struct Outputs {
+    queue: Mutex<VecDeque<(u64, Output<u64>)>>,
+    waker: Waker,
+}
+
+impl Session {
+    /// A session without an encoder; the first frame makes one. `waker` wakes the client's thread
+    /// when there is something to [`Session::collect`].
+    pub fn new(spec: Arc<EncoderSpec>, waker: Waker) -> Self {
+        Self {
+            spec,
+            tuning: Tuning {
+                bitrate: None,
+                profile: 77,
+                keyframes: Keyframes::OnDemand,
+            },
+            framerate: gst::Fraction::new(60, 1),
+            encoder: None,
+            retiring: Vec::new(),
+            outputs: Arc::new(Outputs {
+                queue: Mutex::default(),
+                waker,
+            }),
+            next_generation: 0,
+            replies: VecDeque::new(),
+            next_number: 0,
+            keyframe_wanted: false,
+            failures: 0,
+            rest_until: None,
+        }
+    }
+
+    /// Requests without an answer.
+    pub fn open(&self) -> usize {
+        self.replies.len()
+    }
+
+    /// Bytes of the pixels that the encoder holds.
+    pub fn pixels(&self) -> usize {
+        self.replies
+            .iter()
+            .map(|reply| match reply {
+                Reply::Encoding { bytes, .. } => *bytes,
+                Reply::Ready(..) => 0,
+            })
+            .sum()
+    }
+
+    /// When to call [`Session::collect`] even if nobody woke the thread.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.encoder
+            .iter()
+            .chain(&self.retiring)
+            .filter_map(|running| running.encoder.busy_since())
+            .min()
+            .map(|since| since + PATIENCE)
+    }
+
+    /// CONFIG_REQ: takes effect with the next frame.
+    pub fn configure(&mut self, config: &Config) {
+        if config.bitrate > 0 && self.tuning.bitrate != Some(config.bitrate) {
+            self.tuning.bitrate = Some(config.bitrate);
+            if let Some(running) = &self.encoder {
+                running.encoder.set_bitrate(config.bitrate);
+            }
+        }
+        self.framerate = framerate(config);
+        if config.profile != 0 && config.profile != self.tuning.profile {
+            let changes =
+                self.spec.profile_caps(config.profile) != self.spec.profile_caps(self.tuning.profile);
+            self.tuning.profile = config.profile;
+            if changes {
+                self.retire();
+            }
+        }
+    }
+
+    /// KEYFRAME_REQ: the next frame is one.
+    pub fn want_keyframe(&mut self) {
+        self.keyframe_wanted = true;
+    }
+
+    /// FRAME_REQUEST with pixels.
+    pub fn encode(&mut self, session_id: u16, request: &FrameRequest, pixels: Payload) {
+        let bytes = pixels.len();
+        match Picture::from_request(request, pixels, self.framerate) {
+            Err(text) => self.refuse(session_id, ErrorCode::INVALID_MESSAGE, text),
+            Ok(picture) => {
+                if let Err(text) = self.push(session_id, request, picture, bytes) {
+                    self.refuse(session_id, ErrorCode::ENCODE_FAILED, text);
+                }
+            }
+        }
+    }
+
+    /// Answers a request with an ERROR, after all requests before it.
+    pub fn refuse(&mut self, session_id: u16, code: ErrorCode, text: String) {
+        tracing::debug!(code = code.0, text, "request refused");
+        self.replies
+            .push_back(Reply::Ready(error(session_id, code, text), None));
+    }
+
+    /// Takes what the encoder has done and queues the answers whose turn it is.
+    pub fn collect(&mut self, connection: &mut Connection<AccessUnit>) {
+        let outputs = std::mem::take(
+            &mut *self
+                .outputs
+                .queue
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner),
+        );
+        for (generation, output) in outputs {
+            match output {
+                Output::Unit(number, unit) => self.encoded(number, unit),
+                Output::Skipped(number) => {
+                    self.fail_one(number, "the encoder skipped this frame");
+                }
+                Output::Failed(reason) => {
+                    if let Some(running) = self.take(generation) {
+                        self.fail(&running, &reason);
+                    }
+                }
+            }
+        }
+        self.retiring
+            .retain(|running| running.encoder.in_flight() > 0);
+        if let Some(running) = self.hanging() {
+            self.fail(&running, "it hangs");
+            running.encoder.abandon();
+        }
+        while let Some(Reply::Ready(..)) = self.replies.front() {
+            match self.replies.pop_front() {
+                Some(Reply::Ready(head, Some(unit))) => connection.send_with(head, unit),
+                Some(Reply::Ready(head, None)) => connection.send(head),
+                Some(Reply::Encoding { .. }) | None => {}
+            }
+        }
+    }
+
+    fn push(
+        &mut self,
+        session_id: u16,
+        request: &FrameRequest,
+        picture: Picture,
+        bytes: usize,
+    ) -> Result<(), String> {
+        let number = self.next_number;
+        let keyframe = request.force_keyframe || self.keyframe_wanted;
+        let running = self.running()?;
+        let generation = running.generation;
+        if let Err(reason) = running.encoder.push(picture, keyframe, request.pts, number) {
+            // If it was the picture's fault, a new encoder costs a keyframe and no more.
+            self.retire();
+            return Err(reason);
+        }
+        self.next_number += 1;
+        self.keyframe_wanted = false;
+        self.replies.push_back(Reply::Encoding {
+            number,
+            generation,
+            session_id,
+            request: *request,
+            bytes,
+        });
+        Ok(())
+    }
+
+    /// The encoder; a new one if there is none.
+    fn running(&mut self) -> Result<&mut Running, String> {
+        let running = match self.encoder.take() {
+            Some(running) => running,
+            None => self.start()?,
+        };
+        Ok(self.encoder.insert(running))
+    }
+
+    fn start(&mut self) -> Result<Running, String> {
+        if self.failures >= FAILURES {
+            let now = Instant::now();
+            if now < *self.rest_until.get_or_insert(now + REST) {
+                return Err(format!(
+                    "{} failed {FAILURES} times in a row; the next attempt is a second away",
+                    self.spec.name()
+                ));
+            }
+            self.rest_until = None;
+        }
+        let generation = self.next_generation;
+        self.next_generation += 1;
+        let outputs = self.outputs.clone();
+        let encoder = Encoder::start(&self.spec, &self.tuning, move |output| {
+            outputs
+                .queue
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner)
+                .push_back((generation, output));
+            outputs.waker.wake();
+        })
+        .inspect_err(|_| self.failures += 1)?;
+        tracing::debug!(encoder = %self.spec.name(), "encoder started");
+        Ok(Running {
+            generation,
+            encoder,
+        })
+    }
+
+    /// Has the next frame start a new encoder; the old one finishes what it has.
+    fn retire(&mut self) {
+        self.retiring.extend(self.encoder.take());
+    }
+
+    /// Takes out the encoder of a generation.
+    fn take(&mut self, generation: u64) -> Option<Running> {
+        let wanted = |running: &mut Running| running.generation == generation;
+        self.encoder.take_if(wanted).or_else(|| {
+            let index = self
+                .retiring
+                .iter()
+                .position(|running| running.generation == generation)?;
+            Some(self.retiring.swap_remove(index))
+        })
+    }
+
+    /// Takes out an encoder that has not said anything for too long.
+    fn hanging(&mut self) -> Option<Running> {
+        let generation = self
+            .encoder
+            .iter()
+            .chain(&self.retiring)
+            .find(|running| {
+                running
+                    .encoder
+                    .busy_since()
+                    .is_some_and(|since| since.elapsed() >= PATIENCE)
+            })?
+            .generation;
+        self.take(generation)
+    }
+
+    fn encoded(&mut self, number: u64, unit: AccessUnit) {
+        self.failures = 0;
+        if let Some(reply) = self.find(number)
+            && let Reply::Encoding {
+                session_id,
+                request,
+                ..
+            } = *reply
+        {
+            let response = FrameResponse {
+                pts: request.pts,
+                // Nothing is reordered.
+                dts: request.pts,
+                is_keyframe: unit.is_keyframe(),
+                tag: request.tag,
+                nal_count: 1,
+            };
+            let size = helix_protocol::connection::Body::size(&unit) as u32;
+            let head = encode::frame_response(session_id, &response, size);
+            *reply = Reply::Ready(head, Some(unit));
+        }
+    }
+
+    fn fail_one(&mut self, number: u64, text: &str) {
+        if let Some(reply) = self.find(number)
+            && let Reply::Encoding { session_id, .. } = *reply
+        {
+            let head = error(session_id, ErrorCode::ENCODE_FAILED, text.to_owned());
+            *reply = Reply::Ready(head, None);
+        }
+    }
+
+    /// Answers everything that a broken encoder leaves undone.
+    fn fail(&mut self, running: &Running, reason: &str) {
+        tracing::warn!(encoder = %self.spec.name(), reason, "encoding failed");
+        self.failures += 1;
+        for reply in &mut self.replies {
+            if let Reply::Encoding {
+                session_id,
+                generation,
+                ..
+            } = *reply
+                && generation == running.generation
+            {
+                let text = format!("{}: {reason}", self.spec.name());
+                *reply = Reply::Ready(error(session_id, ErrorCode::ENCODE_FAILED, text), None);
+            }
+        }
+    }
+
+    fn find(&mut self, wanted: u64) -> Option<&mut Reply> {
+        self.replies
+            .iter_mut()
+            .find(|reply| matches!(reply, Reply::Encoding { number, .. } if *number == wanted))
+    }
+}
+
+/// An ERROR without a tag.
+pub fn error(session_id: u16, code: ErrorCode, text: String) -> Head {
+    encode::error(
+        session_id,
+        &ErrorMessage {
+            code,
+            text,
+            tag: None,
+        },
+    )
+}
+
+/// The frame rate of a CONFIG_REQ, or 60 where it has none that makes sense.
+fn framerate(config: &Config) -> gst::Fraction {
+    match (
+        i32::try_from(config.framerate_num),
+        i32::try_from(config.framerate_den),
+    ) {
+        (Ok(num), Ok(den)) if num > 0 && den > 0 && (1..=1000).contains(&(num / den)) => {
+            gst::Fraction::new(num, den)
+        }
+        _ => gst::Fraction::new(60, 1),
+    }
+}

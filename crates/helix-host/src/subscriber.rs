@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What waits for one subscriber of a scanout: a few whole frames, never more, and never a frame
+//! whose reference got lost.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use helix_protocol::connection::Body;
+use helix_protocol::wait::Waker;
+
+use crate::access_unit::AccessUnit;
+
+/// Frames that wait at most; half a second at 60 Hz. Whoever is further behind is better off with
+/// a new keyframe.
+const FRAMES: usize = 30;
+/// Bytes that wait at most, unless a single frame is larger.
+const BYTES: usize = 8 * 1024 * 1024;
+
+/// A frame of a push stream.
+#[derive(Clone, Debug)]
+pub struct Frame {
+    /// The picture.
+    pub unit: AccessUnit,
+    /// When it was captured: this machine's CLOCK_MONOTONIC, in nanoseconds.
+    pub pts: i64,
+}
+
+/// The queue between a scanout and one client's thread.
+#[derive(Debug)]
+pub struct Subscriber {
+    queue: Mutex<Queue>,
+    waker: Waker,
+}
+
+#[derive(Debug)]
+struct Queue {
+    frames: VecDeque<Frame>,
+    bytes: usize,
+    /// Deltas are of no use until a keyframe comes.
+    lost: bool,
+    /// Frames not queued since the last one that was.
+    dropped: u64,
+    ended: Option<String>,
+}
+
+/// What a client's thread finds.
+pub enum Next {
+    /// Send this.
+    Frame(Frame),
+    /// Nothing is there.
+    Empty,
+    /// Nothing is there, and only a keyframe will bring something: ask for one.
+    NeedsKeyframe,
+    /// Nothing will come any more, for this reason.
+    Ended(String),
+}
+
+impl Subscriber {
+    /// A newcomer; it waits for a keyframe. `waker` wakes its thread.
+    pub fn new(waker: Waker) -> Self {
+        Self {
+            queue: Mutex::new(Queue {
+                frames: VecDeque::new(),
+                bytes: 0,
+                lost: true,
+                dropped: 0,
+                ended: None,
+            }),
+            waker,
+        }
+    }
+
+    /// Offers a frame.
+    pub fn push(&self, frame: &Frame) {
+        let mut queue = self.queue();
+        let size = frame.unit.size();
+        let full = queue.frames.len() >= FRAMES || queue.bytes + size > BYTES;
+        if frame.unit.is_keyframe() {
+            if full {
+                // Decoding can start here as well, so what waits may go.
+                queue.dropped += queue.frames.len() as u64;
+                queue.frames.clear();
+                queue.bytes = 0;
+            }
+            queue.lost = false;
+        } else if full && !queue.frames.is_empty() {
+            queue.lost = true;
+        }
+        if queue.lost {
+            queue.dropped += 1;
+            return;
+        }
+        if queue.dropped > 0 {
+            tracing::debug!(dropped = queue.dropped, "a subscriber starts at a keyframe");
+            queue.dropped = 0;
+        }
+        queue.bytes += size;
+        queue.frames.push_back(frame.clone());
+        drop(queue);
+        self.waker.wake();
+    }
+
+    /// Says that a frame was lost on the way here.
+    pub fn interrupt(&self) {
+        self.queue().lost = true;
+    }
+
+    /// Ends the subscription after what is queued.
+    pub fn end(&self, reason: &str) {
+        self.queue().ended = Some(reason.to_owned());
+        self.waker.wake();
+    }
+
+    /// What to do next; for the client's thread.
+    pub fn next(&self) -> Next {
+        let mut queue = self.queue();
+        if let Some(frame) = queue.frames.pop_front() {
+            queue.bytes -= frame.unit.size();
+            return Next::Frame(frame);
+        }
+        if let Some(reason) = queue.ended.take() {
+            return Next::Ended(reason);
+        }
+        if queue.lost {
+            return Next::NeedsKeyframe;
+        }
+        Next::Empty
+    }
+
+    fn queue(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

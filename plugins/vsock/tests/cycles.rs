@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Starting and stopping again and again; alone in its process, so that its figures are its own.
+
+use gst::prelude::*;
+use zerocopy_test_support::peer::{Peer, Seen};
+use zerocopy_test_support::process;
+
+#[test]
+fn starting_and_stopping_leaves_no_descriptor_and_no_thread() {
+    gst::init().unwrap();
+    gstvsock::plugin_register_static().unwrap();
+    let peer = Peer::answering();
+    let cycle = || {
+        let pipeline = gst::parse::launch(&format!(
+            "videotestsrc num-buffers=3 ! video/x-raw,format=NV12,width=64,height=48 ! \
+             vsockenc tcp-host=127.0.0.1 tcp-port={} ! fakesink",
+            peer.port()
+        ))
+        .unwrap();
+        pipeline.set_state(gst::State::Playing).unwrap();
+        let message = pipeline.bus().unwrap().timed_pop_filtered(
+            gst::ClockTime::from_seconds(20),
+            &[gst::MessageType::Eos, gst::MessageType::Error],
+        );
+        assert_eq!(message.unwrap().type_(), gst::MessageType::Eos);
+        pipeline.set_state(gst::State::Null).unwrap();
+        pipeline.bus().unwrap().set_flushing(true);
+        drop(pipeline);
+        peer.wait_for(|seen| matches!(seen, Seen::Closed).then_some(()));
+    };
+    // The first ones start GStreamer's own pools of threads.
+    for _ in 0..5 {
+        cycle();
+    }
+    let before = (process::open_fds(), process::threads());
+    for _ in 0..50 {
+        cycle();
+    }
+    let after = (process::open_fds(), process::threads());
+    assert!(
+        after.0 <= before.0 && after.1 <= before.1,
+        "{before:?} became {after:?}"
+    );
+}
