@@ -2,5 +2,6 @@
 
 //! What the tests of several crates share.
 
+pub mod desktop;
 pub mod peer;
 pub mod process;

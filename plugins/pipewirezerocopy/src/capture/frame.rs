@@ -18,7 +18,7 @@ use super::negotiate::StreamFormat;
 use super::worker::Command;
 use super::{Counters, Monotonic};
 
-/// A producer's memory, mapped for reading.
+/// A producer's memory, mapped for reading by us and for as long as we need it.
 ///
 /// The producer may write to it at any time. No reference to its bytes is ever formed; they are
 /// only copied out.
@@ -58,9 +58,7 @@ impl Mapping {
                 format!("a block that ends at byte {end} of memory that has {size} bytes"),
             ));
         }
-        // SAFETY: sysconf has no preconditions.
-        let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096);
-        let start = offset % page;
+        let start = offset % page_size();
         let mapped = start + len;
         // SAFETY: A new mapping at an address of the kernel's choice touches no memory of ours.
         let base = unsafe {
@@ -78,6 +76,47 @@ impl Mapping {
         }
         let base = NonNull::new(base)
             .ok_or_else(|| io::Error::other("mmap succeeded with a null pointer"))?;
+        Ok(Self {
+            base,
+            mapped,
+            start,
+            len,
+        })
+    }
+
+    /// Maps the same memory as the `len` bytes at `address` once more, so that it stays readable
+    /// when that mapping is gone.
+    ///
+    /// Fails where the memory is not shared: there is nothing then that could be mapped again.
+    ///
+    /// # Safety
+    /// `len` bytes at `address` must be mapped now.
+    pub unsafe fn again(address: NonNull<libc::c_void>, len: u32) -> io::Result<Self> {
+        let len = len as usize;
+        if len == 0 {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                "an empty block",
+            ));
+        }
+        let start = address.as_ptr().addr() % page_size();
+        let mapped = start + len;
+        // SAFETY: With an old size of 0, mremap leaves the old mapping alone and maps its pages at
+        // an address of the kernel's choice as well, or fails with EINVAL where they are private
+        // (mremap(2)). The page that `address` is in is mapped by the contract above.
+        let base = unsafe {
+            libc::mremap(
+                address.as_ptr().byte_sub(start),
+                0,
+                mapped,
+                libc::MREMAP_MAYMOVE,
+            )
+        };
+        if base == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        let base = NonNull::new(base)
+            .ok_or_else(|| io::Error::other("mremap succeeded with a null pointer"))?;
         Ok(Self {
             base,
             mapped,
@@ -114,7 +153,7 @@ impl Mapping {
             return false;
         }
         // SAFETY: `start + offset + out.len()` is within `start + len`, which is what is mapped
-        // (checked above and in `new`). `out` is memory of this process and cannot overlap. The
+        // (checked above, in `new` and in `again`). `out` is memory of this process and cannot overlap. The
         // producer may write meanwhile: any byte value is then a valid, if torn, pixel.
         unsafe {
             std::ptr::copy_nonoverlapping(
@@ -129,9 +168,14 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: `base` and `mapped` are what mmap gave, and nothing points into it any more.
+        // SAFETY: `base` and `mapped` are what mmap or mremap gave, and nothing points into it any more.
         unsafe { libc::munmap(self.base.as_ptr(), self.mapped) };
     }
+}
+
+fn page_size() -> usize {
+    // SAFETY: sysconf has no preconditions.
+    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
 }
 
 fn file_size(fd: BorrowedFd<'_>) -> io::Result<u64> {
@@ -311,6 +355,48 @@ mod tests {
             assert!(mapping.copy_out(10, &mut out));
             assert_eq!(out[..], bytes[offset + 10..offset + 1000]);
         }
+    }
+
+    #[test]
+    fn memory_stays_readable_when_the_mapping_it_was_found_by_is_gone() {
+        let bytes: Vec<u8> = (0..10_000).map(|n| (n % 251) as u8).collect();
+        let memory = memfd(&bytes);
+        let first = Mapping::new(memory.as_fd(), 0, 10_000).unwrap();
+        for offset in [0usize, 1, 4096, 5000] {
+            // SAFETY: `first` maps 10 000 bytes and lives on.
+            let again = unsafe { Mapping::again(first.base.byte_add(offset), 1000) }.unwrap();
+            let mut out = [0; 1000];
+            assert!(again.copy_out(0, &mut out));
+            assert_eq!(out[..], bytes[offset..offset + 1000]);
+            memory
+                .write_all_at(&[bytes[offset] ^ 1], offset as u64)
+                .unwrap();
+            let mut changed = [0];
+            assert!(again.copy_out(0, &mut changed));
+            assert_eq!(
+                changed[0],
+                bytes[offset] ^ 1,
+                "it is the memory, not a copy"
+            );
+            memory
+                .write_all_at(&[bytes[offset]], offset as u64)
+                .unwrap();
+        }
+        // SAFETY: As above.
+        let again = unsafe { Mapping::again(first.base, 10_000) }.unwrap();
+        drop(first);
+        drop(memory);
+        let mut out = vec![0; 10_000];
+        assert!(again.copy_out(0, &mut out));
+        assert_eq!(out, bytes);
+    }
+
+    #[test]
+    fn memory_that_is_not_shared_is_refused() {
+        let mut private = vec![0u8; 100_000];
+        let address = NonNull::new(private.as_mut_ptr().cast()).unwrap();
+        // SAFETY: The vector is mapped while it lives.
+        assert!(unsafe { Mapping::again(address, 100_000) }.is_err());
     }
 
     #[test]

@@ -222,11 +222,11 @@ fn enum_format(entry: &OfferEntry) -> PodBytes {
 
 /// The answers to a `Format`: which buffers, and which metadata, we want for it.
 ///
-/// Memory is asked for as memory file descriptors only. They can be mapped and kept readable for
-/// as long as a frame lives; memory that PipeWire owns could not.
+/// Memory is asked for as file descriptors or as what the daemon shares with both sides. Either
+/// can be mapped by us, and so kept readable for as long as a frame lives.
 pub fn format_answers() -> Vec<PodBytes> {
     let (default, min, max) = BUFFERS;
-    let memory = 1 << libspa::sys::SPA_DATA_MemFd;
+    let memory = (1 << libspa::sys::SPA_DATA_MemFd) | (1 << libspa::sys::SPA_DATA_MemPtr);
     let buffers = Object {
         type_: SpaTypes::ObjectParamBuffers.as_raw(),
         id: ParamType::Buffers.as_raw(),

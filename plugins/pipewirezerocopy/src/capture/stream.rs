@@ -9,6 +9,7 @@
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
+use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -450,16 +451,25 @@ fn crop(metas: &[spa_sys::spa_meta]) -> Option<Region> {
 
 /// Maps a block, and says whether it can no longer shrink.
 fn map(data: &spa_sys::spa_data) -> Result<(Mapping, bool), String> {
-    if data.type_ != spa_sys::SPA_DATA_MemFd {
-        return Err(format!("memory of type {} was not asked for", data.type_));
+    let text = |error: std::io::Error| error.to_string();
+    match data.type_ {
+        spa_sys::SPA_DATA_MemFd => {
+            let fd = i32::try_from(data.fd)
+                .ok()
+                .filter(|fd| *fd >= 0)
+                .ok_or("it has no file descriptor")?;
+            // SAFETY: PipeWire keeps the descriptor open until remove_buffer, longer than this.
+            let fd = unsafe { BorrowedFd::borrow_raw(fd) };
+            let mapping = Mapping::new(fd, data.mapoffset, data.maxsize).map_err(text)?;
+            Ok((mapping, Mapping::is_sealed(fd)))
+        }
+        // Memory that the daemon has allocated for both sides; PipeWire has mapped it.
+        spa_sys::SPA_DATA_MemPtr => {
+            let address = NonNull::new(data.data).ok_or("it has no address")?;
+            // SAFETY: PipeWire keeps `maxsize` bytes mapped there until remove_buffer.
+            let mapping = unsafe { Mapping::again(address, data.maxsize) }.map_err(text)?;
+            Ok((mapping, true))
+        }
+        other => Err(format!("memory of type {other} was not asked for")),
     }
-    let fd = i32::try_from(data.fd)
-        .ok()
-        .filter(|fd| *fd >= 0)
-        .ok_or("it has no file descriptor")?;
-    // SAFETY: PipeWire keeps the descriptor open until remove_buffer, longer than this call.
-    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-    let mapping =
-        Mapping::new(fd, data.mapoffset, data.maxsize).map_err(|error| error.to_string())?;
-    Ok((mapping, Mapping::is_sealed(fd)))
 }

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Pixels, formats and caps, against producers whose every pixel is known.
+
+use gst::prelude::*;
+
+use super::desktop;
+use super::run::{Producer, Run, expected_pixels, pixels};
+
+/// A run on a producer by name, for a sink that takes `caps`.
+fn run_on(desktop: &zerocopy_test_support::desktop::Desktop, name: &str, caps: &str) -> Run {
+    let run = Run::new(desktop, caps);
+    run.src.set_property("target-object", name);
+    // The producer may not have shown up in the registry yet.
+    run.src.set_property_from_str("on-disconnect", "none");
+    run
+}
+
+fn size(sample: &gst::Sample) -> (i32, i32) {
+    let structure = sample.caps().unwrap().structure(0).unwrap();
+    (
+        structure.get("width").unwrap(),
+        structure.get("height").unwrap(),
+    )
+}
+
+fn format(sample: &gst::Sample) -> String {
+    let structure = sample.caps().unwrap().structure(0).unwrap();
+    structure.get("format").unwrap()
+}
+
+#[test]
+fn every_format_arrives_as_it_was_drawn() {
+    let desktop = desktop();
+    for name in [
+        "BGRA", "RGBA", "ARGB", "ABGR", "BGRx", "RGBx", "xRGB", "xBGR", "BGR", "RGB", "NV12",
+    ] {
+        // Odd sizes: rows with padding, chroma that rounds up.
+        let caps = format!("format={name},width=99,height=35");
+        let node = format!("content-{name}");
+        let _producer = Producer::start(&desktop, &node, &caps);
+        let run = run_on(&desktop, &node, "video/x-raw");
+        run.play();
+        let sample = run.frame();
+        assert_eq!(format(&sample), name);
+        assert_eq!(size(&sample), (99, 35));
+        let (expected, got) = (expected_pixels(&caps), pixels(&sample));
+        // Padding is not drawn; every other byte is compared.
+        let padding = name.find('x');
+        let differs = (0..expected.len().max(got.len()))
+            .find(|index| expected.get(*index) != got.get(*index) && padding != Some(index % 4));
+        assert_eq!(differs, None, "{name}: byte that differs");
+    }
+}
+
+#[test]
+fn padding_goes_out_as_opaque_alpha_where_alpha_is_asked_for() {
+    let desktop = desktop();
+    let caps = "format=BGRx,width=64,height=16";
+    let _producer = Producer::start(&desktop, "sibling", caps);
+    let run = run_on(&desktop, "sibling", "video/x-raw,format=BGRA");
+    run.play();
+    let sample = run.frame();
+    assert_eq!(format(&sample), "BGRA");
+    let (expected, got) = (expected_pixels(caps), pixels(&sample));
+    for (expected, got) in expected.chunks(4).zip(got.chunks(4)) {
+        assert_eq!(expected[..3], got[..3]);
+        assert_eq!(got[3], 255);
+    }
+}
+
+#[test]
+fn a_change_of_size_and_format_goes_on_in_new_caps() {
+    let desktop = desktop();
+    let producer = Producer::start(&desktop, "changing", "format=BGRx,width=64,height=48");
+    let run = run_on(&desktop, "changing", "video/x-raw");
+    run.play();
+    assert_eq!(size(&run.frame()), (64, 48));
+    for caps in [
+        "format=BGRx,width=100,height=40",
+        "format=RGBA,width=32,height=32",
+    ] {
+        producer.change(caps);
+        let expected = expected_pixels(caps);
+        let wanted = full(caps);
+        let sample = loop {
+            let sample = run.frame();
+            if sample.caps().unwrap().can_intersect(&wanted) {
+                break sample;
+            }
+        };
+        let got = pixels(&sample);
+        let same = expected
+            .iter()
+            .zip(&got)
+            .enumerate()
+            .all(|(index, (a, b))| a == b || (caps.contains("BGRx") && index % 4 == 3));
+        assert!(same && expected.len() == got.len(), "content after {caps}");
+    }
+}
+
+fn full(caps: &str) -> gst::Caps {
+    format!("video/x-raw,{caps}").parse().unwrap()
+}
+
+#[test]
+fn a_framerate_that_downstream_fixes_is_on_the_caps() {
+    let desktop = desktop();
+    let _producer = Producer::start(&desktop, "rated", "format=BGRx,width=64,height=48");
+    let run = run_on(&desktop, "rated", "video/x-raw,framerate=24/1");
+    run.play();
+    let sample = run.frame();
+    let rate: gst::Fraction = sample
+        .caps()
+        .unwrap()
+        .structure(0)
+        .unwrap()
+        .get("framerate")
+        .unwrap();
+    assert_eq!(rate, gst::Fraction::new(24, 1));
+}
+
+#[test]
+fn a_format_that_is_not_shared_is_an_error_that_names_both() {
+    let desktop = desktop();
+    let _producer = Producer::start(&desktop, "stubborn", "format=BGRx,width=64,height=48");
+    let run = run_on(&desktop, "stubborn", "video/x-raw,format=NV12");
+    run.play();
+    let error = run.error();
+    assert!(error.contains("stubborn"), "{error}");
+    assert!(error.contains("NV12"), "{error}");
+}
+
+#[test]
+fn memory_that_this_version_does_not_give_is_refused() {
+    let desktop = desktop();
+    let run = run_on(&desktop, "any", "video/x-raw(memory:DMABuf)");
+    run.play();
+    let error = run.error();
+    assert!(error.contains("not-negotiated"), "{error}");
+}

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Starting and stopping, from inside and as a user would from the shell.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use gst::prelude::*;
+use zerocopy_test_support::desktop::Recording;
+use zerocopy_test_support::process::{open_fds, threads};
+
+use super::desktop;
+use super::run::Run;
+
+#[test]
+fn starting_and_stopping_leaves_nothing_behind() {
+    let mut desktop = desktop();
+    let cast = desktop.screencast(Recording::Monitor);
+    // One socket for all of them, as from the portal.
+    let run = Run::on_node(&desktop, cast.node);
+    let mut before = None;
+    for round in 0..10 {
+        run.play();
+        run.frame();
+        run.stop();
+        let now = (open_fds(), threads());
+        // The first rounds load plugins and fill caches.
+        if round >= 2 {
+            assert_eq!(
+                *before.get_or_insert(now),
+                now,
+                "descriptors and threads after round {round}"
+            );
+        }
+    }
+    desktop.close(&cast);
+}
+
+#[test]
+fn pausing_and_going_on_needs_no_new_frame() {
+    let mut desktop = desktop();
+    let cast = desktop.screencast(Recording::Monitor);
+    let run = Run::on_node(&desktop, cast.node);
+    run.play();
+    run.frame();
+    run.pipeline.set_state(gst::State::Paused).unwrap();
+    while run.frame_within(Duration::from_millis(100)).is_some() {}
+    run.play();
+    run.frame();
+    desktop.close(&cast);
+}
+
+#[test]
+fn stopping_during_the_wait_for_the_first_frame_is_immediate() {
+    let desktop = desktop();
+    let run = Run::new(&desktop, "video/x-raw");
+    run.src.set_property("target-object", "nobody");
+    run.src.set_property_from_str("on-disconnect", "none");
+    run.src.set_property("first-frame-timeout", 0u32);
+    run.play();
+    assert!(run.frame_within(Duration::from_millis(200)).is_none());
+    let start = Instant::now();
+    run.stop();
+    assert!(
+        start.elapsed() < Duration::from_millis(500),
+        "stopping took {:?}",
+        start.elapsed()
+    );
+}
+
+#[test]
+fn a_flush_does_not_end_the_stream() {
+    let mut desktop = desktop();
+    let cast = desktop.screencast(Recording::Monitor);
+    let run = Run::on_node(&desktop, cast.node);
+    run.play();
+    run.frame();
+    assert!(run.src.send_event(gst::event::FlushStart::new()));
+    assert!(
+        run.src
+            .send_event(gst::event::FlushStop::builder(false).build())
+    );
+    while run.frame_within(Duration::ZERO).is_some() {}
+    run.frame();
+    desktop.close(&cast);
+}
+
+#[test]
+fn the_statistics_have_every_field_of_the_contract() {
+    let mut desktop = desktop();
+    let cast = desktop.screencast(Recording::Monitor);
+    let run = Run::on_node(&desktop, cast.node);
+    run.play();
+    run.frame();
+    let stats = run.src.property::<gst::Structure>("stats");
+    assert_eq!(stats.name(), "pipewirezerocopysrc-stats");
+    for name in [
+        "frames",
+        "bytes-sent",
+        "bytes-received",
+        "dropped",
+        "errors",
+        "reconnects",
+        "keepalives",
+        "copies",
+        "corrupted",
+        "held-buffers",
+        "latency-p50-us",
+        "latency-p99-us",
+    ] {
+        assert!(stats.get::<u64>(name).is_ok(), "{name} in {stats}");
+    }
+    assert_eq!(stats.get::<&str>("memory"), Ok("system"));
+    assert_eq!(stats.get::<&str>("sync"), Ok("none"));
+    assert!(stats.get::<&str>("transfer").is_ok());
+    assert!(run.stat("frames") >= 1);
+    assert_eq!(run.stat("copies"), run.stat("frames"));
+    assert!(run.stat("bytes-received") >= 640 * 480 * 4);
+    desktop.close(&cast);
+}
+
+/// The plugin as it was built for this test.
+fn plugin() -> PathBuf {
+    let deps = std::env::current_exe().unwrap();
+    let plugin = deps.with_file_name("libgstpipewirezerocopy.so");
+    assert!(plugin.exists(), "{} is not there", plugin.display());
+    plugin
+}
+
+fn gst_launch(folder: &Path, pipeline: &str) -> Command {
+    let mut command = Command::new("gst-launch-1.0");
+    command
+        .arg(format!("--gst-plugin-load={}", plugin().display()))
+        .args(pipeline.split_whitespace())
+        .env("GST_REGISTRY", folder.join("registry.bin"))
+        .env_remove("PIPEWIRE_REMOTE")
+        .env_remove("PIPEWIRE_RUNTIME_DIR");
+    command
+}
+
+#[test]
+fn gst_launch_plays_a_desktop_that_the_environment_names() {
+    let mut desktop = desktop();
+    let cast = desktop.screencast(Recording::Monitor);
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("frame.raw");
+    let pipeline = format!(
+        "pipewirezerocopysrc pipewire-node-id={} capture-source=pipewire buffer-type=shm \
+         keepalive-time=50 num-buffers=5 ! queue max-size-buffers=1 leaky=downstream ! \
+         videoconvert ! videoscale ! video/x-raw,format=I420,width=320,height=240 ! \
+         filesink location={}",
+        cast.node,
+        out.display()
+    );
+    let output = gst_launch(folder.path(), &pipeline)
+        .envs(desktop.environment().iter().cloned())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{text}");
+    let size = fs::metadata(&out).unwrap().len();
+    assert!(
+        size > 0 && size.is_multiple_of(320 * 240 * 3 / 2),
+        "{size} bytes"
+    );
+    desktop.close(&cast);
+}
+
+#[test]
+fn without_a_daemon_the_error_names_its_socket() {
+    let folder = tempfile::tempdir().unwrap();
+    let output = gst_launch(
+        folder.path(),
+        "pipewirezerocopysrc pipewire-node-id=42 ! fakesink",
+    )
+    .env("XDG_RUNTIME_DIR", folder.path())
+    .output()
+    .unwrap();
+    assert!(!output.status.success());
+    let text = String::from_utf8_lossy(&output.stderr);
+    let socket = folder.path().join("pipewire-0");
+    assert!(text.contains(socket.to_str().unwrap()), "{text}");
+}

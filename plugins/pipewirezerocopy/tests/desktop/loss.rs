@@ -1,0 +1,134 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Producers that vanish, daemons that die, nodes that do not exist.
+
+use std::time::{Duration, Instant};
+
+use gst::prelude::*;
+use zerocopy_test_support::desktop::{Desktop, Recording, Victim};
+
+use super::desktop;
+use super::run::{Producer, Run, is_keepalive};
+
+/// Within this a vanished producer must have been noticed.
+const SOON: Duration = Duration::from_secs(2);
+
+#[test]
+fn a_closed_session_is_an_error_soon() {
+    let mut desktop = desktop();
+    let cast = desktop.screencast(Recording::Monitor);
+    let run = Run::on_node(&desktop, cast.node);
+    run.play();
+    run.frame();
+    assert_eq!(run.capture_message("streaming"), "");
+    desktop.close(&cast);
+    let start = Instant::now();
+    let reason = run.capture_message("vanished");
+    let error = run.error();
+    assert!(start.elapsed() < SOON, "after {:?}", start.elapsed());
+    assert!(!reason.is_empty() && error.contains(&reason), "{error}");
+    assert!(error.contains("vanished"), "{error}");
+    // And no dead picture for ever.
+    while run.frame_within(Duration::from_millis(300)).is_some() {}
+}
+
+#[test]
+fn a_closed_session_is_the_end_of_the_stream_when_asked_for() {
+    let mut desktop = desktop();
+    let cast = desktop.screencast(Recording::Monitor);
+    let run = Run::on_node(&desktop, cast.node);
+    run.src.set_property_from_str("on-disconnect", "eos");
+    run.play();
+    run.frame();
+    desktop.close(&cast);
+    let start = Instant::now();
+    run.eos();
+    assert!(start.elapsed() < SOON, "after {:?}", start.elapsed());
+}
+
+#[test]
+fn a_node_that_comes_back_under_its_name_is_followed() {
+    let desktop = desktop();
+    let run = Run::new(&desktop, "video/x-raw");
+    run.src.set_property("target-object", "comes-back");
+    run.src.set_property_from_str("on-disconnect", "none");
+    run.play();
+    let caps = "format=BGRx,width=64,height=48";
+    let producer = Producer::start(&desktop, "comes-back", caps);
+    run.frame();
+    run.capture_message("streaming");
+    for _ in 0..2 {
+        let still = Producer::start(&desktop, "another", caps);
+        drop(still);
+    }
+    drop(producer);
+    run.capture_message("vanished");
+    // Keepalives have stopped, for good.
+    while run.frame_within(Duration::from_millis(150)).is_some() {}
+    assert!(run.frame_within(Duration::from_millis(500)).is_none());
+
+    let _producer = Producer::start(&desktop, "comes-back", "format=RGBA,width=32,height=32");
+    let sample = run.frame();
+    assert!(!is_keepalive(&sample));
+    run.capture_message("returned");
+    assert_eq!(run.stat("reconnects"), 1);
+}
+
+#[test]
+fn a_killed_compositor_and_a_killed_daemon_are_errors_soon() {
+    let mut desktop = Desktop::start(320, 240);
+    let cast = desktop.screencast(Recording::Monitor);
+    let run = Run::on_node(&desktop, cast.node);
+    run.play();
+    run.frame();
+    desktop.kill(Victim::Compositor);
+    let start = Instant::now();
+    let error = run.error();
+    assert!(start.elapsed() < SOON, "after {:?}", start.elapsed());
+    assert!(error.contains("vanished"), "{error}");
+    run.stop();
+
+    let _producer = Producer::start(&desktop, "survivor", "format=BGRx,width=64,height=48");
+    let run = Run::new(&desktop, "video/x-raw");
+    run.src.set_property("target-object", "survivor");
+    run.src.set_property_from_str("on-disconnect", "none");
+    run.play();
+    run.frame();
+    desktop.kill(Victim::PipeWire);
+    let start = Instant::now();
+    let error = run.error();
+    assert!(start.elapsed() < SOON, "after {:?}", start.elapsed());
+    assert!(error.contains("daemon"), "{error}");
+    run.stop();
+}
+
+#[test]
+fn a_node_that_does_not_exist_is_an_error_soon() {
+    let desktop = desktop();
+    for (property, value) in [("pipewire-node-id", "4000"), ("target-object", "nobody")] {
+        let run = Run::new(&desktop, "video/x-raw");
+        run.src.set_property_from_str(property, value);
+        run.play();
+        let start = Instant::now();
+        let error = run.error();
+        assert!(start.elapsed() < SOON, "after {:?}", start.elapsed());
+        assert!(error.contains(value), "{error}");
+        assert!(error.contains("does not exist"), "{error}");
+    }
+}
+
+#[test]
+fn a_producer_that_draws_nothing_runs_into_the_first_frame_timeout() {
+    let desktop = desktop();
+    let run = Run::new(&desktop, "video/x-raw");
+    run.src.set_property("target-object", "nobody");
+    run.src.set_property_from_str("on-disconnect", "none");
+    run.src.set_property("first-frame-timeout", 300u32);
+    run.play();
+    let start = Instant::now();
+    let error = run.error();
+    assert!(start.elapsed() >= Duration::from_millis(250));
+    assert!(start.elapsed() < SOON, "after {:?}", start.elapsed());
+    assert!(error.contains("first-frame-timeout"), "{error}");
+    assert!(error.contains("nobody"), "{error}");
+}

@@ -1,0 +1,290 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Pipelines for the tests: the element with an appsink behind it, and producers with known pixels.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Once;
+use std::time::{Duration, Instant};
+
+use gst::prelude::*;
+use gst_video::prelude::*;
+use zerocopy_test_support::desktop::Desktop;
+
+/// Catches a hang; nothing takes nearly as long.
+pub const LONG: Duration = Duration::from_secs(20);
+
+pub fn init() {
+    static INIT: Once = Once::new();
+    INIT.call_once(|| {
+        gst::init().unwrap();
+        gstpipewirezerocopy::plugin_register_static().unwrap();
+    });
+}
+
+/// `pipewirezerocopysrc ! CAPS ! appsink` on a desktop's PipeWire.
+pub struct Run {
+    pub pipeline: gst::Pipeline,
+    pub src: gst::Element,
+    pub sink: gst_app::AppSink,
+    bus: gst::Bus,
+    _socket: UnixStream,
+}
+
+impl Run {
+    /// In state NULL, without a target. `caps` is what the sink takes.
+    pub fn new(desktop: &Desktop, caps: &str) -> Self {
+        init();
+        let socket = desktop.pipewire();
+        let src = gst::ElementFactory::make("pipewirezerocopysrc")
+            .property("pipewire-fd", socket.as_raw_fd())
+            .build()
+            .unwrap();
+        let sink = gst_app::AppSink::builder()
+            .caps(&caps.parse::<gst::Caps>().unwrap())
+            .sync(false)
+            .build();
+        let pipeline = gst::Pipeline::new();
+        pipeline.add_many([&src, sink.upcast_ref()]).unwrap();
+        src.link(&sink).unwrap();
+        let bus = pipeline.bus().unwrap();
+        Self {
+            pipeline,
+            src,
+            sink,
+            bus,
+            _socket: socket,
+        }
+    }
+
+    /// On a node, with anything for a sink.
+    pub fn on_node(desktop: &Desktop, node: u32) -> Self {
+        let run = Self::new(desktop, "video/x-raw");
+        run.src.set_property("pipewire-node-id", node);
+        run
+    }
+
+    pub fn play(&self) {
+        let started = self.pipeline.set_state(gst::State::Playing);
+        assert!(started.is_ok(), "starting failed: {}", self.error());
+    }
+
+    pub fn stop(&self) {
+        self.pipeline.set_state(gst::State::Null).unwrap();
+    }
+
+    /// The next buffer; panics where none comes.
+    pub fn frame(&self) -> gst::Sample {
+        let deadline = Instant::now() + LONG;
+        while Instant::now() < deadline {
+            if let Some(sample) = self.frame_within(Duration::from_millis(100)) {
+                return sample;
+            }
+            // An error ends the stream as well.
+            if self.sink.is_eos() {
+                match self.bus.pop_filtered(&[gst::MessageType::Error]) {
+                    Some(message) => panic!("{message:?}"),
+                    None => panic!("the stream ended"),
+                }
+            }
+        }
+        panic!("no frame within {LONG:?}");
+    }
+
+    /// The next buffer, if one comes in time.
+    pub fn frame_within(&self, limit: Duration) -> Option<gst::Sample> {
+        let limit = gst::ClockTime::try_from(limit).unwrap();
+        self.sink.try_pull_sample(limit)
+    }
+
+    /// What comes until the moment `limit` from now.
+    pub fn frames_for(&self, limit: Duration) -> Vec<gst::Sample> {
+        let end = Instant::now() + limit;
+        let mut samples = Vec::new();
+        while let Some(left) = end.checked_duration_since(Instant::now()) {
+            samples.extend(self.frame_within(left));
+        }
+        samples
+    }
+
+    /// The text of the first error message, with its details; waits for it.
+    pub fn error(&self) -> String {
+        let message = self
+            .bus
+            .timed_pop_filtered(
+                gst::ClockTime::try_from(LONG).unwrap(),
+                &[gst::MessageType::Error],
+            )
+            .expect("an error message");
+        match message.view() {
+            gst::MessageView::Error(error) => describe(error),
+            _ => unreachable!("filtered"),
+        }
+    }
+
+    /// Waits for the end of the stream at the sink.
+    pub fn eos(&self) {
+        let message = self.bus.timed_pop_filtered(
+            gst::ClockTime::try_from(LONG).unwrap(),
+            &[gst::MessageType::Eos, gst::MessageType::Error],
+        );
+        match message.expect("EOS").view() {
+            gst::MessageView::Eos(_) => {}
+            gst::MessageView::Error(error) => panic!("{}", describe(error)),
+            _ => unreachable!("filtered"),
+        }
+    }
+
+    /// Waits for the element's message with that state, and returns its reason.
+    pub fn capture_message(&self, state: &str) -> String {
+        let deadline = Instant::now() + LONG;
+        while let Some(left) = deadline.checked_duration_since(Instant::now()) {
+            let Some(message) = self.bus.timed_pop_filtered(
+                gst::ClockTime::try_from(left).unwrap(),
+                &[gst::MessageType::Element, gst::MessageType::Error],
+            ) else {
+                break;
+            };
+            match message.view() {
+                gst::MessageView::Error(error) => panic!("{}", describe(error)),
+                gst::MessageView::Element(element) => {
+                    let structure = element.structure().expect("it has a structure");
+                    assert_eq!(structure.name(), "pipewire-capture");
+                    assert_eq!(structure.get::<&str>("memory"), Ok("system"));
+                    if structure.get::<&str>("state") == Ok(state) {
+                        return structure.get::<String>("reason").unwrap();
+                    }
+                }
+                _ => unreachable!("filtered"),
+            }
+        }
+        panic!("no message pipewire-capture with state={state}");
+    }
+
+    pub fn stat(&self, name: &str) -> u64 {
+        let stats = self.src.property::<gst::Structure>("stats");
+        stats.get(name).unwrap()
+    }
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        let _ = self.pipeline.set_state(gst::State::Null);
+    }
+}
+
+fn describe(error: &gst::message::Error) -> String {
+    format!("{} {}", error.error(), error.debug().unwrap_or_default())
+}
+
+/// Whether a buffer is a resent frame.
+pub fn is_keepalive(sample: &gst::Sample) -> bool {
+    let buffer = sample.buffer().unwrap();
+    gst::meta::CustomMeta::from_buffer(buffer, "GstDesktopDamage").is_ok_and(|meta| {
+        let rects = meta.structure().get::<gst::Array>("rects").unwrap();
+        rects.is_empty()
+    })
+}
+
+pub fn pts(sample: &gst::Sample) -> gst::ClockTime {
+    sample.buffer().unwrap().pts().expect("it has a timestamp")
+}
+
+/// The pixels of a sample without the padding of its rows, plane after plane.
+pub fn pixels(sample: &gst::Sample) -> Vec<u8> {
+    let info = gst_video::VideoInfo::from_caps(sample.caps().unwrap()).unwrap();
+    let frame = gst_video::VideoFrameRef::from_buffer_ref_readable(sample.buffer().unwrap(), &info)
+        .unwrap();
+    let mut pixels = Vec::new();
+    let format = info.format_info();
+    for plane in 0..frame.n_planes() {
+        let component = plane as usize;
+        let width = (info.width() as usize).div_ceil(1 << format.w_sub()[component]);
+        let height = (info.height() as usize).div_ceil(1 << format.h_sub()[component]);
+        let row = width * format.pixel_stride()[component] as usize;
+        let stride = frame.plane_stride()[component] as usize;
+        let data = frame.plane_data(plane).unwrap();
+        for line in data.chunks(stride).take(height) {
+            pixels.extend_from_slice(&line[..row]);
+        }
+    }
+    pixels
+}
+
+/// A PipeWire node of the given name that shows a picture of videotestsrc.
+pub struct Producer {
+    pipeline: gst::Pipeline,
+    filter: gst::Element,
+    _socket: UnixStream,
+}
+
+impl Producer {
+    /// `format`, width and height in `caps`; a still picture with known pixels, 30 times a second.
+    pub fn start(desktop: &Desktop, name: &str, caps: &str) -> Self {
+        init();
+        let socket = desktop.pipewire();
+        let description = format!(
+            "{} ! pipewiresink fd={} mode=provide sync=false \
+             stream-properties=\"p,media.class=Video/Source,media.type=Video,node.name={name}\"",
+            picture(caps, "is-live=true"),
+            socket.as_raw_fd()
+        );
+        let pipeline = gst::parse::launch(&description)
+            .unwrap()
+            .downcast::<gst::Pipeline>()
+            .unwrap();
+        pipeline.set_state(gst::State::Playing).unwrap();
+        let filter = pipeline.by_name("filter").unwrap();
+        Self {
+            pipeline,
+            filter,
+            _socket: socket,
+        }
+    }
+
+    /// Goes on in other caps.
+    pub fn change(&self, caps: &str) {
+        self.filter.set_property("caps", full_caps(caps));
+    }
+}
+
+impl Drop for Producer {
+    fn drop(&mut self) {
+        let _ = self.pipeline.set_state(gst::State::Null);
+    }
+}
+
+fn picture(caps: &str, how: &str) -> String {
+    format!(
+        "videotestsrc pattern=smpte100 {how} ! capsfilter name=filter caps=\"{}\"",
+        full_caps(caps)
+    )
+}
+
+fn full_caps(caps: &str) -> gst::Caps {
+    format!("video/x-raw,{caps},framerate=30/1")
+        .parse()
+        .unwrap()
+}
+
+/// What a producer of these caps shows.
+pub fn expected_pixels(caps: &str) -> Vec<u8> {
+    init();
+    let description = format!(
+        "{} ! appsink name=sink sync=false",
+        picture(caps, "num-buffers=1")
+    );
+    let pipeline = gst::parse::launch(&description)
+        .unwrap()
+        .downcast::<gst::Pipeline>()
+        .unwrap();
+    pipeline.set_state(gst::State::Playing).unwrap();
+    let sink = pipeline.by_name("sink").unwrap();
+    let sample = sink
+        .downcast::<gst_app::AppSink>()
+        .unwrap()
+        .pull_sample()
+        .unwrap();
+    pipeline.set_state(gst::State::Null).unwrap();
+    pixels(&sample)
+}

@@ -1,0 +1,194 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! mutter's ScreenCast: moving pictures, their content, their timing, several at once.
+
+use std::time::{Duration, Instant};
+
+use gst::prelude::*;
+use zerocopy_test_support::desktop::Recording;
+
+use super::desktop;
+use super::run::{Run, init, is_keepalive, pixels, pts};
+
+/// Pictures that the moving client shows, in order (see `tests/pattern.py`).
+fn moving_pictures(count: u32) -> Vec<Vec<u8>> {
+    init();
+    let description = format!(
+        "videotestsrc pattern=colors horizontal-speed=4 num-buffers={count} ! \
+         video/x-raw,format=BGRx,width=640,height=480,framerate=30/1 ! \
+         appsink name=sink sync=false"
+    );
+    let pipeline = gst::parse::launch(&description)
+        .unwrap()
+        .downcast::<gst::Pipeline>()
+        .unwrap();
+    pipeline.set_state(gst::State::Playing).unwrap();
+    let sink = pipeline
+        .by_name("sink")
+        .unwrap()
+        .downcast::<gst_app::AppSink>()
+        .unwrap();
+    let pictures = std::iter::from_fn(|| sink.pull_sample().ok())
+        .map(|sample| pixels(&sample))
+        .collect();
+    pipeline.set_state(gst::State::Null).unwrap();
+    pictures
+}
+
+#[test]
+fn a_moving_desktop_gives_its_frames_with_the_right_colours() {
+    let mut desktop = desktop();
+    let cast = desktop.screencast(Recording::Monitor);
+    let run = Run::on_node(&desktop, cast.node);
+    run.play();
+    let client = desktop.moving_picture(30);
+    let mut samples = run.frames_for(Duration::from_secs(2));
+    desktop.stop(client);
+    samples.retain(|sample| !is_keepalive(sample));
+    // The client moves 30 times a second; before it was shown there was only the start.
+    assert!(samples.len() > 30, "{} frames in 2 s", samples.len());
+    assert!(samples.is_sorted_by(|a, b| pts(a) < pts(b)));
+
+    // The last picture is one of those that the client drew, in each colour of each pixel.
+    let got = pixels(samples.last().unwrap());
+    let opaque = |pixels: &[u8]| -> Vec<u8> {
+        pixels
+            .chunks(4)
+            .flat_map(|pixel| [pixel[0], pixel[1], pixel[2], 255])
+            .collect()
+    };
+    let got = opaque(&got);
+    // The picture repeats after its width: 640 / 4 frames.
+    let found = moving_pictures(161)
+        .iter()
+        .position(|picture| opaque(picture) == got);
+    assert!(
+        found.is_some(),
+        "the frame is none of the client's pictures"
+    );
+    desktop.close(&cast);
+}
+
+#[test]
+fn timestamps_are_capture_times_in_running_time() {
+    let mut desktop = desktop();
+    let cast = desktop.screencast(Recording::Monitor);
+    let run = Run::on_node(&desktop, cast.node);
+    run.play();
+    let client = desktop.moving_picture(30);
+    // What has piled up is old.
+    while run.frame_within(Duration::ZERO).is_some() {}
+    for _ in 0..10 {
+        let sample = run.frame();
+        let now = run.pipeline.current_running_time().unwrap();
+        let age = now
+            .checked_sub(pts(&sample))
+            .expect("not captured in the future");
+        assert!(age < gst::ClockTime::from_mseconds(500), "{age} old");
+    }
+    assert!(run.stat("latency-p99-us") < 500_000);
+    desktop.stop(client);
+    desktop.close(&cast);
+}
+
+#[test]
+fn two_sources_at_once_do_not_disturb_each_other() {
+    let mut desktop = desktop();
+    let monitor = desktop.screencast(Recording::Monitor);
+    let other = desktop.screencast(Recording::Virtual);
+    let runs = [
+        Run::on_node(&desktop, monitor.node),
+        Run::new(&desktop, "video/x-raw,width=320,height=200"),
+    ];
+    runs[1].src.set_property("pipewire-node-id", other.node);
+    for run in &runs {
+        run.play();
+    }
+    let widths = runs.each_ref().map(|run| {
+        let sample = run.frame();
+        sample
+            .caps()
+            .unwrap()
+            .structure(0)
+            .unwrap()
+            .get::<i32>("width")
+            .unwrap()
+    });
+    // A virtual monitor gets the size that downstream asks for.
+    assert_eq!(widths, [640, 320]);
+    // Both go on, by keepalives.
+    for run in &runs {
+        for _ in 0..3 {
+            run.frame();
+        }
+    }
+    desktop.close(&other);
+    desktop.close(&monitor);
+}
+
+#[test]
+fn a_slow_consumer_gets_the_newest_picture_and_holds_no_buffers() {
+    let mut desktop = desktop();
+    let cast = desktop.screencast(Recording::Monitor);
+    let run = Run::on_node(&desktop, cast.node);
+    // Blocks the streaming thread once two buffers wait.
+    run.sink.set_max_buffers(2);
+    run.play();
+    let client = desktop.moving_picture(30);
+    let start = Instant::now();
+    while run.stat("dropped") < 20 {
+        assert!(start.elapsed() < super::run::LONG, "capture stalled");
+        // Nothing tells when a frame was dropped.
+        std::thread::yield_now();
+    }
+    assert!(run.stat("held-buffers") <= 2);
+    // The pile, one that was under way, then the newest.
+    for _ in 0..3 {
+        run.frame();
+    }
+    let sample = run.frame();
+    let age = run.pipeline.current_running_time().unwrap() - pts(&sample);
+    assert!(age < gst::ClockTime::from_mseconds(500), "{age} old");
+    desktop.stop(client);
+    desktop.close(&cast);
+}
+
+#[test]
+fn target_fps_limits_the_rate_and_shows_the_last_change() {
+    let mut desktop = desktop();
+    let cast = desktop.screencast(Recording::Monitor);
+    let run = Run::on_node(&desktop, cast.node);
+    run.src.set_property("target-fps", 5u32);
+    run.play();
+    let client = desktop.moving_picture(30);
+    while run.frame_within(Duration::ZERO).is_some() {}
+    let samples = run.frames_for(Duration::from_secs(2));
+    assert!(
+        (8..=11).contains(&samples.len()),
+        "{} frames in 2 s",
+        samples.len()
+    );
+    // While playing: no limit any more.
+    run.src.set_property("target-fps", 0u32);
+    let samples = run.frames_for(Duration::from_secs(1));
+    assert!(samples.len() > 15, "{} frames in 1 s", samples.len());
+    desktop.stop(client);
+    desktop.close(&cast);
+}
+
+#[test]
+fn the_latency_is_that_of_a_frame() {
+    let mut desktop = desktop();
+    let cast = desktop.screencast(Recording::Monitor);
+    let run = Run::on_node(&desktop, cast.node);
+    run.play();
+    run.frame();
+    let mut query = gst::query::Latency::new();
+    assert!(run.src.query(&mut query));
+    let (live, min, max) = query.result();
+    assert!(live);
+    // mutter's highest rate is its monitor's: 60 Hz.
+    assert_eq!(min.mseconds(), 16);
+    assert_eq!(max, None);
+    desktop.close(&cast);
+}

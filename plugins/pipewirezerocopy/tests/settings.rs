@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Properties and what is refused at the start. No daemon is needed.
+
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Once;
+use std::time::{Duration, Instant};
+
+use gst::prelude::*;
+
+fn source() -> gst::Element {
+    static INIT: Once = Once::new();
+    INIT.call_once(|| {
+        gst::init().unwrap();
+        gstpipewirezerocopy::plugin_register_static().unwrap();
+    });
+    gst::ElementFactory::make("pipewirezerocopysrc")
+        .build()
+        .unwrap()
+}
+
+/// The error with which starting fails.
+fn start_error(settings: &[(&str, &str)]) -> String {
+    let src = source();
+    for (name, value) in settings {
+        src.set_property_from_str(name, value);
+    }
+    let bus = gst::Bus::new();
+    src.set_bus(Some(&bus));
+    assert!(src.set_state(gst::State::Paused).is_err(), "{settings:?}");
+    let message = bus
+        .pop_filtered(&[gst::MessageType::Error])
+        .unwrap_or_else(|| panic!("{settings:?}: no error message"));
+    src.set_state(gst::State::Null).unwrap();
+    match message.view() {
+        gst::MessageView::Error(error) => {
+            format!("{} {}", error.error(), error.debug().unwrap_or_default())
+        }
+        _ => unreachable!("filtered"),
+    }
+}
+
+#[test]
+fn the_properties_have_the_names_types_and_defaults_that_applications_use() {
+    let src = source();
+    let default = |name: &str| {
+        let value = src.property_value(name);
+        assert_eq!(
+            src.find_property(name).unwrap().default_value().type_(),
+            value.type_()
+        );
+        value
+            .serialize()
+            .map_or("NULL".into(), |text| text.to_string())
+    };
+    for (name, type_, expected) in [
+        ("pipewire-node-id", "guint", "0"),
+        ("target-object", "gchararray", "NULL"),
+        ("pipewire-fd", "gint", "-1"),
+        ("render-node", "gchararray", "NULL"),
+        ("output-mode", "GstPipeWireZeroCopySrcOutputMode", "auto"),
+        ("cuda-device-id", "gint", "-1"),
+        ("keepalive-time", "guint", "100"),
+        ("resend-last", "gboolean", "false"),
+        ("first-frame-timeout", "guint", "10000"),
+        (
+            "on-disconnect",
+            "GstPipeWireZeroCopySrcOnDisconnect",
+            "error",
+        ),
+        ("target-fps", "guint", "0"),
+        ("buffer-type", "gchararray", "NULL"),
+        ("capture-source", "gchararray", "pipewire"),
+    ] {
+        let pspec = src.find_property(name).unwrap();
+        assert_eq!(pspec.value_type().name(), type_, "{name}");
+        assert_eq!(default(name), expected, "{name}");
+        assert!(
+            pspec.blurb().is_some_and(|blurb| blurb.len() > 10),
+            "{name}"
+        );
+    }
+    assert_eq!(
+        src.find_property("stats").unwrap().flags() & gst::glib::ParamFlags::READWRITE,
+        gst::glib::ParamFlags::READABLE
+    );
+    assert_eq!(src.factory().unwrap().rank(), gst::Rank::NONE);
+}
+
+#[test]
+fn without_a_target_it_does_not_start() {
+    let error = start_error(&[]);
+    assert!(error.contains("pipewire-node-id"), "{error}");
+    assert!(error.contains("target-object"), "{error}");
+}
+
+#[test]
+fn what_this_version_cannot_do_is_refused_by_name() {
+    for (name, value) in [
+        ("output-mode", "cuda"),
+        ("output-mode", "dmabuf"),
+        ("buffer-type", "dmabuf"),
+        ("buffer-type", "dmabuf-passthrough"),
+        ("capture-source", "wayland"),
+    ] {
+        let error = start_error(&[("pipewire-node-id", "42"), (name, value)]);
+        assert!(error.contains(&format!("{name}={value}")), "{error}");
+        assert!(error.contains("not in this version"), "{error}");
+    }
+    let error = start_error(&[("pipewire-node-id", "42"), ("buffer-type", "shmem")]);
+    assert!(error.contains("buffer-type=shmem"), "{error}");
+}
+
+#[test]
+fn a_descriptor_that_is_not_open_is_refused() {
+    let error = start_error(&[("pipewire-node-id", "42"), ("pipewire-fd", "987654")]);
+    assert!(error.contains("pipewire-fd=987654"), "{error}");
+}
+
+#[test]
+fn a_socket_behind_which_nobody_is_ends_in_an_error() {
+    let src = source();
+    let (ours, theirs) = UnixStream::pair().unwrap();
+    drop(theirs);
+    src.set_property("pipewire-node-id", 42u32);
+    src.set_property("pipewire-fd", ours.as_raw_fd());
+    let sink = gst::ElementFactory::make("fakesink").build().unwrap();
+    let pipeline = gst::Pipeline::new();
+    pipeline.add_many([&src, &sink]).unwrap();
+    src.link(&sink).unwrap();
+    let bus = pipeline.bus().unwrap();
+    let start = Instant::now();
+    let _ = pipeline.set_state(gst::State::Playing);
+    let message = bus
+        .timed_pop_filtered(gst::ClockTime::from_seconds(20), &[gst::MessageType::Error])
+        .expect("an error");
+    assert!(start.elapsed() < Duration::from_secs(2));
+    pipeline.set_state(gst::State::Null).unwrap();
+    drop(message);
+}
+
+#[test]
+fn it_is_live_and_knows_no_seeking() {
+    let src = source();
+    let src = src.downcast_ref::<gst_base::BaseSrc>().unwrap();
+    assert!(gst_base::prelude::BaseSrcExt::is_live(src));
+    let mut query = gst::query::Seeking::new(gst::Format::Time);
+    let answered = src.query(&mut query);
+    assert!(!answered || !query.result().0);
+}

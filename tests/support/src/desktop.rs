@@ -1,0 +1,181 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! A real desktop for tests: `tests/desktop.py`, driven from Rust.
+//!
+//! [`Desktop::start`] brings up D-Bus, PipeWire, WirePlumber and a headless mutter in a folder of
+//! their own, and answers when all of it is ready. Everything ends when the value is dropped, or
+//! when the test's process ends in whatever way. What fails panics and says what was tried: a test
+//! cannot go on without its desktop.
+
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use serde_json::{Value, json};
+
+/// A desktop that runs.
+#[derive(Debug)]
+pub struct Desktop {
+    process: Child,
+    /// None once it was told to end.
+    commands: Option<ChildStdin>,
+    answers: BufReader<ChildStdout>,
+    runtime_dir: PathBuf,
+    environment: Vec<(String, String)>,
+}
+
+/// What a ScreenCast session records.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Recording {
+    /// The desktop's monitor.
+    Monitor,
+    /// A virtual monitor of its own, whose size the consumer chooses.
+    Virtual,
+}
+
+/// A ScreenCast session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Screencast {
+    /// Id of its PipeWire node.
+    pub node: u32,
+    session: String,
+}
+
+/// A client on the desktop, by its process id.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Client(u64);
+
+/// What [`Desktop::kill`] kills.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Victim {
+    /// mutter.
+    Compositor,
+    /// The PipeWire daemon.
+    PipeWire,
+}
+
+impl Desktop {
+    /// Starts a desktop with a monitor of `width` x `height` pixels.
+    pub fn start(width: u32, height: u32) -> Self {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../desktop.py");
+        // Debian's own interpreter: the one that has the GObject bindings.
+        let mut process = Command::new("/usr/bin/python3")
+            .arg(&script)
+            .arg("--size")
+            .arg(format!("{width}x{height}"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap_or_else(|error| panic!("start {}: {error}", script.display()));
+        let commands = process.stdin.take();
+        let mut answers = BufReader::new(process.stdout.take().expect("its output is a pipe"));
+        let ready = read_answer(&mut answers, "starting the desktop");
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        Self {
+            process,
+            commands,
+            answers,
+            runtime_dir: PathBuf::from(text(&ready["runtime_dir"])),
+            environment: ready["env"]
+                .as_object()
+                .into_iter()
+                .flatten()
+                .map(|(key, value)| (key.clone(), text(value)))
+                .collect(),
+        }
+    }
+
+    /// The folder in which its sockets are.
+    pub fn runtime_dir(&self) -> &Path {
+        &self.runtime_dir
+    }
+
+    /// What a program needs in its environment to find the desktop.
+    pub fn environment(&self) -> &[(String, String)] {
+        &self.environment
+    }
+
+    /// A new connection to its PipeWire daemon, such as the portal hands out.
+    pub fn pipewire(&self) -> UnixStream {
+        let path = self.runtime_dir.join("pipewire-0");
+        UnixStream::connect(&path)
+            .unwrap_or_else(|error| panic!("connect to {}: {error}", path.display()))
+    }
+
+    /// Starts a ScreenCast session.
+    pub fn screencast(&mut self, recording: Recording) -> Screencast {
+        let mode = match recording {
+            Recording::Monitor => "monitor",
+            Recording::Virtual => "virtual",
+        };
+        let answer = self.ask(&json!({"cmd": "screencast", "mode": mode}));
+        Screencast {
+            node: answer["node"]
+                .as_u64()
+                .and_then(|node| node.try_into().ok())
+                .unwrap_or_else(|| panic!("no node id in {answer}")),
+            session: answer["session"].as_str().unwrap_or_default().to_owned(),
+        }
+    }
+
+    /// Ends a ScreenCast session; its node goes away.
+    pub fn close(&mut self, screencast: &Screencast) {
+        self.ask(&json!({"cmd": "close-session", "session": screencast.session}));
+    }
+
+    /// Starts a client that fills the screen with a moving picture (see `tests/pattern.py`), and
+    /// waits until it is shown. Only while a screencast is running: without one, mutter keeps
+    /// every picture in memory.
+    pub fn moving_picture(&mut self, fps: u32) -> Client {
+        let answer = self.ask(&json!({"cmd": "client", "kind": "pattern", "fps": fps}));
+        Client(
+            answer["pid"]
+                .as_u64()
+                .unwrap_or_else(|| panic!("no process id in {answer}")),
+        )
+    }
+
+    /// Ends a client.
+    pub fn stop(&mut self, client: Client) {
+        self.ask(&json!({"cmd": "stop-client", "pid": client.0}));
+    }
+
+    /// Kills a part of the desktop by SIGKILL.
+    pub fn kill(&mut self, victim: Victim) {
+        let what = match victim {
+            Victim::Compositor => "compositor",
+            Victim::PipeWire => "pipewire",
+        };
+        self.ask(&json!({"cmd": "kill", "what": what}));
+    }
+
+    fn ask(&mut self, command: &Value) -> Value {
+        let commands = self.commands.as_mut().expect("the desktop runs");
+        writeln!(commands, "{command}").unwrap_or_else(|error| panic!("{command}: {error}"));
+        read_answer(&mut self.answers, &command.to_string())
+    }
+}
+
+impl Drop for Desktop {
+    fn drop(&mut self) {
+        // The end of its input is what ends it, with all that it has started.
+        drop(self.commands.take());
+        let _ = self.process.wait();
+    }
+}
+
+fn read_answer(answers: &mut impl BufRead, what: &str) -> Value {
+    let mut line = String::new();
+    match answers.read_line(&mut line) {
+        Ok(0) => panic!("{what}: desktop.py ended without an answer"),
+        Ok(_) => {}
+        Err(error) => panic!("{what}: {error}"),
+    }
+    let answer: Value =
+        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{what}: {error} in {line}"));
+    if let Some(error) = answer.get("error") {
+        panic!("{what}: {}", error.as_str().unwrap_or_default());
+    }
+    answer
+}
