@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::collections::BTreeSet;
 use std::io::{BufRead, BufReader, Read};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
@@ -160,6 +161,20 @@ fn help_names_every_option_and_teaches_by_example() {
     ] {
         assert!(text.contains(part), "{part} is missing in:\n{text}");
     }
+    // Its page has a row for each option, and no others.
+    let page = include_str!("../../../docs/helix-host.md");
+    let rows = page
+        .lines()
+        .filter(|line| line.starts_with("| `-"))
+        .collect::<String>();
+    let options = |text: &str| -> BTreeSet<String> {
+        text.split(|c: char| !(c == '-' || c.is_ascii_lowercase()))
+            .filter(|word| word.starts_with("--") && word.len() > 2)
+            .map(str::to_owned)
+            .collect()
+    };
+    let usage = text.split("Examples:").next().unwrap();
+    assert_eq!(options(&rows), options(usage));
 }
 
 #[test]
