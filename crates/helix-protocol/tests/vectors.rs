@@ -413,3 +413,63 @@ fn what_only_a_host_can_judge_keeps_the_framing_whole() {
     }
     assert!(seen > 0);
 }
+
+#[test]
+fn the_example_in_the_documentation_is_what_it_says() {
+    let page = include_str!("../../../docs/protocol.md");
+    let (_, rest) = page.split_once("```hex\n").unwrap();
+    let (example, _) = rest.split_once("```").unwrap();
+    let digits: String = example
+        .lines()
+        .map(|line| line.split('#').next().unwrap().replace(' ', ""))
+        .collect();
+    let bytes = unhex(&digits);
+    let (messages, end) = decode(Limits::default(), &bytes, &[]);
+    assert_eq!(end, Ok(()));
+    let [config, request, response, asked, answered] = &messages[..] else {
+        panic!("{messages:?}");
+    };
+    for (message, expected) in [(asked, "Ping"), (answered, "Pong")] {
+        assert_eq!(format!("{:?}", message.message), expected);
+    }
+    assert!(messages.iter().all(|message| message.session_id == 1));
+    let Message::ConfigReq(config) = config.message else {
+        panic!("{config:?}");
+    };
+    assert_eq!(
+        config,
+        Config {
+            width: 2,
+            height: 2,
+            bitrate: 4_000_000,
+            framerate_num: 60,
+            framerate_den: 1,
+            profile: 77,
+            level: 30,
+            realtime: true,
+        }
+    );
+    let Message::FrameRequest(request, Some(pixels)) = &request.message else {
+        panic!("{request:?}");
+    };
+    assert_eq!(
+        *request,
+        FrameRequest {
+            width: 2,
+            height: 2,
+            format: u32::from_le_bytes(*b"AR24"),
+            stride: 8,
+            pts: 25_000_000,
+            duration: 16_666_667,
+            force_keyframe: true,
+            ..FrameRequest::default()
+        }
+    );
+    assert_eq!(pixels.len(), 16);
+    let Message::FrameResponse(response, unit) = &response.message else {
+        panic!("{response:?}");
+    };
+    assert_eq!((response.pts, response.nal_count), (25_000_000, 1));
+    assert!(response.is_keyframe);
+    assert_eq!(helix_protocol::h264::nal_units(unit).count(), 3);
+}
