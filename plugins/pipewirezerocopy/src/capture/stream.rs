@@ -35,6 +35,9 @@ use super::{Level, Monotonic, Stage};
 /// Renegotiation removes them for some milliseconds.
 const GONE_AFTER: Duration = Duration::from_secs(1);
 
+/// How long after a change of format a frame is waited for before the producer is asked for one.
+const FRAME_AFTER: Duration = Duration::from_millis(250);
+
 /// A buffer of the stream.
 struct Buffer {
     /// Our number for it, never used twice, also not by the next stream.
@@ -60,6 +63,8 @@ struct State {
     gone_since: Cell<Option<Instant>>,
     error: RefCell<Option<String>>,
     had_format: Cell<bool>,
+    /// Set by a change of format, unset by the next frame.
+    frame_due: Cell<Option<Instant>>,
     /// An unreadable frame was reported; more of them are only traced.
     complained: Cell<bool>,
 }
@@ -102,6 +107,7 @@ impl CaptureStream {
             gone_since: Cell::default(),
             error: RefCell::default(),
             had_format: Cell::default(),
+            frame_due: Cell::default(),
             complained: Cell::default(),
         });
         let listener = listen(&stream, &state)?;
@@ -152,6 +158,21 @@ impl CaptureStream {
     /// What is wrong with the stream, said once.
     pub fn take_error(&self) -> Option<String> {
         self.state.error.borrow_mut().take()
+    }
+
+    /// When to ask the producer for a frame.
+    pub fn frame_due(&self) -> Option<Instant> {
+        self.state.frame_due.get()
+    }
+
+    /// Asks the producer for a frame by pausing the stream and letting it go on.
+    ///
+    /// mutter draws a frame when a stream begins, but not when a new format makes it resize a
+    /// virtual monitor on which nothing moves. There would be no picture then until something does.
+    pub fn ask_for_frame(&self) -> Result<(), pipewire::Error> {
+        self.state.frame_due.set(None);
+        self.stream.set_active(false)?;
+        self.stream.set_active(true)
     }
 
     /// When the producer counts as vanished, if its buffers stay away until then.
@@ -228,7 +249,9 @@ impl State {
             Ok(format) => {
                 self.log(Level::Info, format_args!("producer fixed {format:?}"));
                 self.format.set(Some(format));
-                self.had_format.set(true);
+                if self.had_format.replace(true) {
+                    self.frame_due.set(Some(Instant::now() + FRAME_AFTER));
+                }
                 self.gone_since.set(None);
                 self.link.counters.set_stage(Stage::Paused);
             }
@@ -306,6 +329,7 @@ impl State {
             }
             match self.frame(raw) {
                 Ok(frame) => {
+                    self.frame_due.set(None);
                     self.link.counters.received.fetch_add(1, Ordering::Relaxed);
                     self.link.inbox.put_frame(frame);
                     continue;
