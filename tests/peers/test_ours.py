@@ -270,7 +270,7 @@ class EncoderAgainstForeignHost(unittest.TestCase):
         for name, switches in faults.items():
             with self.subTest(name), python_host(*switches) as host:
                 # Live, so that there are still frames when the host is back.
-                result = encode(host.address, "timeout=300", frames=120, live=True, decode=False)
+                result = encode(host.address, "timeout=1000", frames=240, live=True, decode=False)
                 self.assertIsNone(result.error)
                 self.assertGreaterEqual(result.stats["reconnects"], 1)
                 self.assertGreaterEqual(len(result.buffers), 19)
@@ -289,7 +289,7 @@ class EncoderAgainstForeignHost(unittest.TestCase):
         }
         for text, switches in faults.items():
             with self.subTest(text), python_host(*switches) as host:
-                result = encode(host.address, "timeout=300 reconnect-timeout=0", decode=False)
+                result = encode(host.address, "timeout=2000 reconnect-timeout=0", decode=False)
                 self.assertIn(text, result.error)
 
 
