@@ -35,8 +35,10 @@ use super::{Level, Monotonic, Stage};
 /// Renegotiation removes them for some milliseconds.
 const GONE_AFTER: Duration = Duration::from_secs(1);
 
-/// How long after a change of format a frame is waited for before the producer is asked for one.
-const FRAME_AFTER: Duration = Duration::from_millis(250);
+/// How long after a format a frame is waited for before the producer is asked for one; doubled
+/// each time, so that a producer which has nothing to show is asked only a few times.
+const FRAME_AFTER: Duration = Duration::from_millis(500);
+const MOST_REQUESTS: u32 = 4;
 
 /// A buffer of the stream.
 struct Buffer {
@@ -63,8 +65,10 @@ struct State {
     gone_since: Cell<Option<Instant>>,
     error: RefCell<Option<String>>,
     had_format: Cell<bool>,
-    /// Set by a change of format, unset by the next frame.
+    /// Set by a format, unset by the next frame.
     frame_due: Cell<Option<Instant>>,
+    /// Times that a frame was asked for since the format.
+    requests: Cell<u32>,
     /// An unreadable frame was reported; more of them are only traced.
     complained: Cell<bool>,
 }
@@ -108,6 +112,7 @@ impl CaptureStream {
             error: RefCell::default(),
             had_format: Cell::default(),
             frame_due: Cell::default(),
+            requests: Cell::default(),
             complained: Cell::default(),
         });
         let listener = listen(&stream, &state)?;
@@ -167,10 +172,16 @@ impl CaptureStream {
 
     /// Asks the producer for a frame by pausing the stream and letting it go on.
     ///
-    /// mutter draws a frame when a stream begins, but not when a new format makes it resize a
-    /// virtual monitor on which nothing moves. There would be no picture then until something does.
+    /// mutter draws a frame when a stream begins. It loses that one when its buffers come too
+    /// late, and draws none when a new format resizes a virtual monitor: with nothing moving on
+    /// the screen there would be no picture until something does.
     pub fn ask_for_frame(&self) -> Result<(), pipewire::Error> {
-        self.state.frame_due.set(None);
+        let requests = self.state.requests.get() + 1;
+        self.state.requests.set(requests);
+        let next = Instant::now() + FRAME_AFTER * 2_u32.pow(requests.min(MOST_REQUESTS));
+        self.state
+            .frame_due
+            .set((requests < MOST_REQUESTS).then_some(next));
         self.stream.set_active(false)?;
         self.stream.set_active(true)
     }
@@ -249,9 +260,9 @@ impl State {
             Ok(format) => {
                 self.log(Level::Info, format_args!("producer fixed {format:?}"));
                 self.format.set(Some(format));
-                if self.had_format.replace(true) {
-                    self.frame_due.set(Some(Instant::now() + FRAME_AFTER));
-                }
+                self.had_format.set(true);
+                self.requests.set(0);
+                self.frame_due.set(Some(Instant::now() + FRAME_AFTER));
                 self.gone_since.set(None);
                 self.link.counters.set_stage(Stage::Paused);
             }

@@ -8,7 +8,7 @@ use super::desktop;
 use super::run::{Producer, Run, expected_pixels, pixels};
 
 /// A run on a producer by name, for a sink that takes `caps`.
-fn run_on(desktop: &zerocopy_test_support::desktop::Desktop, name: &str, caps: &str) -> Run {
+pub fn run_on(desktop: &zerocopy_test_support::desktop::Desktop, name: &str, caps: &str) -> Run {
     let run = Run::new(desktop, caps);
     run.src.set_property("target-object", name);
     // The producer may not have shown up in the registry yet.
