@@ -62,9 +62,12 @@ class Host:
             await asyncio.wait_for(ended.wait(), self.options.lifetime)
         except TimeoutError:
             pass
-        for task in list(self.tasks):
-            task.cancel()
-        await asyncio.gather(*self.tasks, return_exceptions=True)
+        # Again and again: Python 3.11's wait_for() loses a cancellation that comes together with
+        # the end of what it waits for (cpython issue 86296).
+        while self.tasks:
+            for task in self.tasks:
+                task.cancel()
+            await asyncio.wait(self.tasks, timeout=0.2)
         for sock in listeners:
             if sock.family == socket.AF_UNIX:
                 os.unlink(sock.getsockname())

@@ -117,7 +117,7 @@ fn both_ends_may_send_much_at_once() {
 
 /// Rows that lie apart, as those of a video frame with padding do.
 struct Rows {
-    rows: Vec<Vec<u8>>,
+    data: Vec<Vec<u8>>,
     /// Where each row begins.
     starts: Vec<usize>,
     size: usize,
@@ -133,7 +133,11 @@ impl Rows {
                 size - row.len()
             })
             .collect();
-        Self { rows, starts, size }
+        Self {
+            data: rows,
+            starts,
+            size,
+        }
     }
 }
 
@@ -146,7 +150,7 @@ impl Body for Rows {
         let first = self.starts.partition_point(|&start| start <= offset) - 1;
         let mut skip = offset - self.starts[first];
         let mut count = 0;
-        for (row, slice) in self.rows[first..].iter().zip(slices) {
+        for (row, slice) in self.data[first..].iter().zip(slices) {
             *slice = IoSlice::new(&row[skip..]);
             skip = 0;
             count += 1;
@@ -415,8 +419,9 @@ fn flooding() -> (Connection<()>, Waiter, Busy) {
     peer.write_all(b"HXFR\x77\0\0\0\xff\xff\xff\xff").unwrap();
     peer.set_write_timeout(Some(Duration::from_millis(10)))
         .unwrap();
-    let busy = Busy::new(peer, |peer| {
-        let _ = peer.write(&[0; 65536]);
+    let much = vec![0; 65536];
+    let busy = Busy::new(peer, move |peer| {
+        let _ = peer.write(&much);
     });
     (connection, waiter, busy)
 }
