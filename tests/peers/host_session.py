@@ -102,9 +102,9 @@ class Session:
             message = self._next()
             if message is None:
                 try:
-                    data = await asyncio.wait_for(
-                        self.loop.sock_recv(self.sock, 1 << 18), self.options.idle
-                    )
+                    # Not wait_for, which in Python 3.11 can lose a cancellation.
+                    async with asyncio.timeout(self.options.idle):
+                        data = await self.loop.sock_recv(self.sock, 1 << 18)
                 except TimeoutError:
                     raise Goodbye("idle") from None
                 if not data:
