@@ -37,7 +37,8 @@ def decode(stream, width, height, pixel_format="I420"):
         run = subprocess.run(command, capture_output=True, text=True, timeout=DECODE_LIMIT,
                              stdin=subprocess.DEVNULL, check=False)
         if run.returncode:
-            raise DecodeError(f"decoding to {width}x{height}: {run.stderr.strip()[-300:]}")
+            raise DecodeError(f"not decoded to {width}x{height} (is the stream of another size?): "
+                              f"{run.stderr.strip()[-300:]}")
         raw = sink.read_bytes()
     # GStreamer's own layout: lines of I420 are padded to 4 bytes.
     if pixel_format == "I420":

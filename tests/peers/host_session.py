@@ -20,6 +20,8 @@ WRITE_LIMIT = 10.0
 """seconds that a client may take to read one message"""
 PUSH_QUEUE = 4
 """pushed frames waiting for a client that does not read; then it counts as slow"""
+PARTIAL_STEP = 1024
+"""bytes given to the kernel at once where a frame may be sent in part"""
 READ_AHEAD = 64
 """messages read and not yet answered"""
 
@@ -100,9 +102,9 @@ class Session:
             message = self._next()
             if message is None:
                 try:
-                    data = await asyncio.wait_for(
-                        self.loop.sock_recv(self.sock, 1 << 18), self.options.idle
-                    )
+                    # Not wait_for, which in Python 3.11 can lose a cancellation.
+                    async with asyncio.timeout(self.options.idle):
+                        data = await self.loop.sock_recv(self.sock, 1 << 18)
                 except TimeoutError:
                     raise Goodbye("idle") from None
                 if not data:
@@ -406,10 +408,13 @@ class Session:
             raise Goodbye("client does not read") from None
 
     def _write_what_fits(self, data):
-        """One build writes without looking at the count, and goes on (quirk 8)."""
+        """One build writes without looking at the count, and goes on (quirk 8).
+
+        In small steps, for the kernel takes the last piece that fits whole, however large.
+        """
+        count = 0
         try:
-            count = self.sock.send(data)
+            while count < len(data):
+                count += self.sock.send(data[count : count + PARTIAL_STEP])
         except BlockingIOError:
-            count = 0
-        if count < len(data):
             self.event("fault", what=f"{count} of {len(data)} bytes sent")
