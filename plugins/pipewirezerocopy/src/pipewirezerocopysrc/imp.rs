@@ -396,8 +396,11 @@ impl PipeWireZeroCopySrc {
         }
     }
 
-    pub(super) fn is_cancelled(&self) -> bool {
-        lock(&self.waker).as_ref().is_none_or(Waker::is_cancelled)
+    /// Whether what fails now may fail because everything is being stopped or flushed.
+    pub(super) fn is_flushing(&self) -> bool {
+        let cancelled = lock(&self.waker).as_ref().is_none_or(Waker::is_cancelled);
+        let pad = self.obj().src_pad().clone();
+        cancelled || pad.pad_flags().contains(gst::PadFlags::FLUSHING)
     }
 
     /// The time from one frame to the next at the highest rate that the producer has.

@@ -177,7 +177,7 @@ impl PipeWireZeroCopySrc {
         let counters = lock(&self.figures).counters.clone();
         loop {
             if self.obj().src_pad().needs_reconfigure() && !self.obj().negotiate() {
-                return Err(if self.is_cancelled() {
+                return Err(if self.is_flushing() {
                     gst::FlowError::Flushing
                 } else {
                     gst::FlowError::NotNegotiated
@@ -224,7 +224,7 @@ impl PipeWireZeroCopySrc {
             streaming.wanted = Some(format);
         }
         let agreed = self.obj().negotiate();
-        if self.is_cancelled() {
+        if self.is_flushing() {
             return Err(gst::FlowError::Flushing);
         }
         if !agreed {
