@@ -45,7 +45,7 @@ pub struct Encoder<T: Send + 'static> {
     spec: EncoderSpec,
     pipeline: gst::Pipeline,
     source: gst_app::AppSrc,
-    encoder: gst::Element,
+    element: gst::Element,
     shared: Arc<Shared<T>>,
     minimum: (u32, u32),
     /// What the pictures have been like so far.
@@ -62,7 +62,8 @@ struct Pending<T> {
 
 struct Shared<T> {
     pending: Mutex<VecDeque<Pending<T>>>,
-    failed: Mutex<bool>,
+    /// Why nothing more will come.
+    failed: Mutex<Option<String>>,
     output: Box<dyn Fn(Output<T>) + Send + Sync>,
 }
 
@@ -75,7 +76,7 @@ impl<T: Send + 'static> Encoder<T> {
     ) -> Result<Self, String> {
         let shared = Arc::new(Shared {
             pending: Mutex::new(VecDeque::new()),
-            failed: Mutex::new(false),
+            failed: Mutex::new(None),
             output: Box::new(output),
         });
         let encoder = spec.build(tuning).map_err(|error| error.to_string())?;
@@ -159,15 +160,16 @@ impl<T: Send + 'static> Encoder<T> {
             spec: spec.clone(),
             pipeline,
             source,
-            encoder,
+            element: encoder,
             shared,
             minimum: spec.minimum_size(),
             info: None,
             last: None,
         };
-        this.pipeline
-            .set_state(gst::State::Playing)
-            .map_err(|_| format!("{} does not start", spec.name()))?;
+        this.pipeline.set_state(gst::State::Playing).map_err(|_| {
+            let reason = this.shared.failed().clone().unwrap_or_default();
+            format!("{} does not start: {reason}", spec.name())
+        })?;
         Ok(this)
     }
 
@@ -200,7 +202,7 @@ impl<T: Send + 'static> Encoder<T> {
                 .all_headers(true)
                 .build();
             if !self
-                .encoder
+                .element
                 .static_pad("src")
                 .is_some_and(|pad| pad.send_event(event))
             {
@@ -226,7 +228,7 @@ impl<T: Send + 'static> Encoder<T> {
 
     /// Changes the bitrate, in bit/s, from the next picture on.
     pub fn set_bitrate(&self, bits: u32) {
-        self.spec.set_bitrate(&self.encoder, bits);
+        self.spec.set_bitrate(&self.element, bits);
     }
 
     /// Pictures whose output has not come.
@@ -234,7 +236,7 @@ impl<T: Send + 'static> Encoder<T> {
         self.shared.pending().len()
     }
 
-    /// Since when the oldest of them is in the encoder.
+    /// Since when the encoder has been at the oldest of them.
     pub fn busy_since(&self) -> Option<Instant> {
         self.shared.pending().front().map(|pending| pending.since)
     }
@@ -271,7 +273,7 @@ impl<T: Send + 'static> Encoder<T> {
 impl<T: Send + 'static> Drop for Encoder<T> {
     fn drop(&mut self) {
         // Whatever still comes out is nobody's.
-        *self.shared.failed() = true;
+        self.shared.failed().get_or_insert_default();
         if self.pipeline.set_state(gst::State::Null).is_err() {
             tracing::debug!(encoder = %self.spec.name(), "the pipeline did not stop cleanly");
         }
@@ -283,7 +285,7 @@ impl<T> Shared<T> {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn failed(&self) -> MutexGuard<'_, bool> {
+    fn failed(&self) -> MutexGuard<'_, Option<String>> {
         self.failed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -311,11 +313,18 @@ impl<T> Shared<T> {
             let first = {
                 let mut pending = self.pending();
                 match pending.front() {
-                    Some(first) if first.time <= time + TOLERANCE => pending.pop_front(),
+                    Some(first) if first.time <= time + TOLERANCE => {
+                        let first = pending.pop_front();
+                        // The encoder begins with the next one now, not when that was pushed.
+                        if let Some(next) = pending.front_mut() {
+                            next.since = Instant::now();
+                        }
+                        first
+                    }
                     _ => None,
                 }
             };
-            if *self.failed() {
+            if self.failed().is_some() {
                 return;
             }
             match first {
@@ -333,7 +342,13 @@ impl<T> Shared<T> {
     }
 
     fn fail(&self, reason: String) {
-        if !std::mem::replace(&mut *self.failed(), true) {
+        let first = {
+            let mut failed = self.failed();
+            let first = failed.is_none();
+            failed.get_or_insert_with(|| reason.clone());
+            first
+        };
+        if first {
             (self.output)(Output::Failed(reason));
         }
     }
@@ -363,6 +378,9 @@ pub fn describe(error: &gst::message::Error) -> String {
 pub fn frame_duration(info: &VideoInfo) -> ClockTime {
     let fps = info.fps();
     ClockTime::SECOND
-        .mul_div_floor(fps.denom().unsigned_abs().into(), fps.numer().unsigned_abs().into())
+        .mul_div_floor(
+            fps.denom().unsigned_abs().into(),
+            fps.numer().unsigned_abs().into(),
+        )
         .unwrap_or(LEAST_STEP)
 }

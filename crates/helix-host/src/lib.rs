@@ -25,9 +25,9 @@ mod settings;
 mod source;
 mod subscriber;
 
-pub use encoder::{Encoder, Output};
 pub use access_unit::AccessUnit;
+pub use encoder::{Encoder, Output};
 pub use picture::Picture;
-pub use scanout::{ScanoutSpec, SCANOUTS};
+pub use scanout::{SCANOUTS, ScanoutSpec};
 pub use server::{Config, Server, StartError};
 pub use settings::{EncoderError, EncoderSpec, Keyframes, Tuning};

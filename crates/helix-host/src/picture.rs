@@ -84,13 +84,12 @@ impl Picture {
             ));
         }
         let strides = vec![
-            i32::try_from(stride)
-                .map_err(|_| {
-                    format!(
-                        "FRAME_REQUEST: stride is {stride}, must be at most {}",
-                        i32::MAX
-                    )
-                })?;
+            i32::try_from(stride).map_err(|_| {
+                format!(
+                    "FRAME_REQUEST: stride is {stride}, must be at most {}",
+                    i32::MAX
+                )
+            })?;
             offsets.len()
         ];
         let info = VideoInfo::builder(format, width, height)
@@ -157,7 +156,8 @@ impl Picture {
             for row in 0..to_rows {
                 let source = &source[row.min(from_rows - 1) * from_stride..];
                 let target = &mut target[row * to_stride..];
-                let (picture, margin) = target[..to_columns * unit].split_at_mut(from_columns * unit);
+                let (picture, margin) =
+                    target[..to_columns * unit].split_at_mut(from_columns * unit);
                 picture.copy_from_slice(&source[..from_columns * unit]);
                 let last = &source[(from_columns - 1) * unit..from_columns * unit];
                 for pixel in margin.chunks_exact_mut(unit) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Finds the encoder that `--encoder auto` stands for: an element that exists may still be
-//! without its hardware, so each must encode a picture before it is believed.
+//! Finds the encoder that `--encoder` stands for: an element that exists may still be without its
+//! hardware, so it must encode a picture before it is believed.
 
 use std::sync::mpsc;
 use std::time::Duration;
@@ -18,7 +18,14 @@ const PATIENCE: Duration = Duration::from_secs(5);
 /// The encoder that `text` names: `auto`, or an element and its properties.
 pub fn encoder(text: &str) -> Result<EncoderSpec, EncoderError> {
     if text != "auto" {
-        return EncoderSpec::parse(text);
+        let spec = EncoderSpec::parse(text)?;
+        return match works(&spec) {
+            Ok(()) => Ok(spec),
+            Err(reason) => Err(EncoderError::Broken {
+                name: spec.name().to_string(),
+                reason,
+            }),
+        };
     }
     for spec in EncoderSpec::candidates() {
         match works(&spec) {

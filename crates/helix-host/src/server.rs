@@ -94,13 +94,12 @@ impl Server {
         gst::init()?;
         let mut descriptions = BTreeMap::new();
         for ScanoutSpec { id, description } in config.scanouts {
-            let parsed = Description::parse(&description).map_err(|reason| {
-                StartError::Description {
+            let parsed =
+                Description::parse(&description).map_err(|reason| StartError::Description {
                     id,
                     description,
                     reason,
-                }
-            })?;
+                })?;
             if descriptions.insert(id, parsed).is_some() {
                 return Err(StartError::ScanoutTwice(id));
             }
@@ -145,6 +144,7 @@ impl Server {
             clients: clients.clone(),
             max_clients: config.max_clients,
             next_id: 0,
+            failing: false,
         };
         let acceptor = std::thread::Builder::new()
             .name("helix-accept".to_owned())
@@ -202,6 +202,8 @@ struct Acceptor {
     clients: Arc<Clients>,
     max_clients: usize,
     next_id: u64,
+    /// Whether the last accept() failed: the log has it then.
+    failing: bool,
 }
 
 impl Acceptor {
@@ -232,21 +234,28 @@ impl Acceptor {
                     Ok(Some(stream)) => self.welcome(stream),
                     Ok(None) => break,
                     Err(error) => {
-                        let address = self.listeners[index].address();
-                        tracing::warn!(%address, %error, "accept failed, trying again");
+                        if !self.failing {
+                            let address = self.listeners[index].address();
+                            tracing::warn!(%address, %error, "accept failed, trying again");
+                        }
                         fine = false;
                         break;
                     }
                 }
             }
         }
+        self.failing = !fine;
         fine
     }
 
     fn welcome(&mut self, stream: Stream) {
         let peer = stream.peer();
         if self.clients.wakers().len() >= self.max_clients {
-            tracing::warn!(peer, limit = self.max_clients, "too many clients, turned away");
+            tracing::warn!(
+                peer,
+                limit = self.max_clients,
+                "too many clients, turned away"
+            );
             turn_away(
                 &stream,
                 &format!(
@@ -307,7 +316,10 @@ impl Clients {
         while !wakers.is_empty() {
             let left = deadline.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                tracing::warn!(clients = wakers.len(), "clients that do not end are left behind");
+                tracing::warn!(
+                    clients = wakers.len(),
+                    "clients that do not end are left behind"
+                );
                 return;
             }
             wakers = self

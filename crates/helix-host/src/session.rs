@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use helix_protocol::connection::Body;
 use helix_protocol::encode::{self, Head};
 use helix_protocol::message::{Config, ErrorCode, ErrorMessage, FrameRequest, FrameResponse};
 use helix_protocol::wait::Waker;
@@ -59,7 +60,16 @@ enum Reply {
         request: FrameRequest,
         bytes: usize,
     },
-    Ready(Head, Option<AccessUnit>),
+    Encoded {
+        session_id: u16,
+        request: FrameRequest,
+        unit: AccessUnit,
+    },
+    Refused {
+        session_id: u16,
+        code: ErrorCode,
+        text: String,
+    },
 }
 
 /// From the encoder's thread to the client's.
@@ -106,7 +116,7 @@ impl Session {
             .iter()
             .map(|reply| match reply {
                 Reply::Encoding { bytes, .. } => *bytes,
-                Reply::Ready(..) => 0,
+                Reply::Encoded { .. } | Reply::Refused { .. } => 0,
             })
             .sum()
     }
@@ -131,8 +141,8 @@ impl Session {
         }
         self.framerate = framerate(config);
         if config.profile != 0 && config.profile != self.tuning.profile {
-            let changes =
-                self.spec.profile_caps(config.profile) != self.spec.profile_caps(self.tuning.profile);
+            let changes = self.spec.profile_caps(config.profile)
+                != self.spec.profile_caps(self.tuning.profile);
             self.tuning.profile = config.profile;
             if changes {
                 self.retire();
@@ -161,8 +171,11 @@ impl Session {
     /// Answers a request with an ERROR, after all requests before it.
     pub fn refuse(&mut self, session_id: u16, code: ErrorCode, text: String) {
         tracing::debug!(code = code.0, text, "request refused");
-        self.replies
-            .push_back(Reply::Ready(error(session_id, code, text), None));
+        self.replies.push_back(Reply::Refused {
+            session_id,
+            code,
+            text,
+        });
     }
 
     /// Takes what the encoder has done and queues the answers whose turn it is.
@@ -193,11 +206,35 @@ impl Session {
             self.fail(&running, "it hangs");
             running.encoder.abandon();
         }
-        while let Some(Reply::Ready(..)) = self.replies.front() {
-            match self.replies.pop_front() {
-                Some(Reply::Ready(head, Some(unit))) => connection.send_with(head, unit),
-                Some(Reply::Ready(head, None)) => connection.send(head),
-                Some(Reply::Encoding { .. }) | None => {}
+        let ready = self
+            .replies
+            .iter()
+            .take_while(|reply| !matches!(reply, Reply::Encoding { .. }))
+            .count();
+        for reply in self.replies.drain(..ready) {
+            match reply {
+                Reply::Encoded {
+                    session_id,
+                    request,
+                    unit,
+                } => {
+                    let response = FrameResponse {
+                        pts: request.pts,
+                        // Nothing is reordered.
+                        dts: request.pts,
+                        is_keyframe: unit.is_keyframe(),
+                        tag: request.tag,
+                        nal_count: 1,
+                    };
+                    let head = encode::frame_response(session_id, &response, unit.size() as u32);
+                    connection.send_with(head, unit);
+                }
+                Reply::Refused {
+                    session_id,
+                    code,
+                    text,
+                } => connection.send(error(session_id, code, text)),
+                Reply::Encoding { .. } => {}
             }
         }
     }
@@ -311,17 +348,11 @@ impl Session {
                 ..
             } = *reply
         {
-            let response = FrameResponse {
-                pts: request.pts,
-                // Nothing is reordered.
-                dts: request.pts,
-                is_keyframe: unit.is_keyframe(),
-                tag: request.tag,
-                nal_count: 1,
+            *reply = Reply::Encoded {
+                session_id,
+                request,
+                unit,
             };
-            let size = helix_protocol::connection::Body::size(&unit) as u32;
-            let head = encode::frame_response(session_id, &response, size);
-            *reply = Reply::Ready(head, Some(unit));
         }
     }
 
@@ -329,8 +360,11 @@ impl Session {
         if let Some(reply) = self.find(number)
             && let Reply::Encoding { session_id, .. } = *reply
         {
-            let head = error(session_id, ErrorCode::ENCODE_FAILED, text.to_owned());
-            *reply = Reply::Ready(head, None);
+            *reply = Reply::Refused {
+                session_id,
+                code: ErrorCode::ENCODE_FAILED,
+                text: text.to_owned(),
+            };
         }
     }
 
@@ -346,8 +380,11 @@ impl Session {
             } = *reply
                 && generation == running.generation
             {
-                let text = format!("{}: {reason}", self.spec.name());
-                *reply = Reply::Ready(error(session_id, ErrorCode::ENCODE_FAILED, text), None);
+                *reply = Reply::Refused {
+                    session_id,
+                    code: ErrorCode::ENCODE_FAILED,
+                    text: format!("{}: {reason}", self.spec.name()),
+                };
             }
         }
     }

@@ -8,6 +8,9 @@ use gst::prelude::*;
 /// bit/s where nobody said anything else; the default of vsockenc too.
 pub const DEFAULT_BITRATE: u32 = 4_000_000;
 
+/// bit/s; less than this no encoder keeps to, and some refuse.
+const LEAST_BITRATE: u32 = 16_000;
+
 /// What can be wrong with an encoder's description.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EncoderError {
@@ -25,6 +28,14 @@ pub enum EncoderError {
         /// What was given.
         text: String,
         /// What the parser said.
+        reason: String,
+    },
+    /// The element exists and does not work, for want of hardware perhaps.
+    #[error("'{name}' does not work here: {reason}")]
+    Broken {
+        /// The element.
+        name: String,
+        /// What it said.
         reason: String,
     },
     /// None of those that `auto` knows is there and works.
@@ -275,10 +286,15 @@ impl EncoderSpec {
             },
             |known| known.unit,
         );
+        let bits = bits.max(LEAST_BITRATE);
         let number = match unit {
             Unit::Bits => bits,
-            Unit::Kilobits => (bits / 1000).max(1),
+            Unit::Kilobits => bits / 1000,
         };
+        let most = property
+            .downcast_ref::<glib::ParamSpecUInt>()
+            .map_or(u32::MAX, glib::ParamSpecUInt::maximum);
+        let number = number.min(most);
         if set_if_valid(element, "bitrate", &number.to_string()) {
             tracing::debug!(encoder = %self.name(), bits, "bitrate set");
         } else {
@@ -312,9 +328,8 @@ impl EncoderSpec {
             text: text.clone(),
             reason: reason.to_owned(),
         };
-        let element =
-            gst::parse::launch_full(text, None, gst::ParseFlags::FATAL_ERRORS)
-                .map_err(|error| syntax(error.message()))?;
+        let element = gst::parse::launch_full(text, None, gst::ParseFlags::FATAL_ERRORS)
+            .map_err(|error| syntax(error.message()))?;
         if element.factory().as_ref() != Some(&self.factory) {
             return Err(syntax("it must be one element and its properties"));
         }

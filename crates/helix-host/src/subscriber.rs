@@ -5,6 +5,7 @@
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 
 use helix_protocol::connection::Body;
 use helix_protocol::wait::Waker;
@@ -16,6 +17,9 @@ use crate::access_unit::AccessUnit;
 const FRAMES: usize = 30;
 /// Bytes that wait at most, unless a single frame is larger.
 const BYTES: usize = 8 * 1024 * 1024;
+
+/// A keyframe that was asked for and has not come after this long is asked for again.
+const ASK_AGAIN: Duration = Duration::from_secs(1);
 
 /// A frame of a push stream.
 #[derive(Clone, Debug)]
@@ -39,6 +43,8 @@ struct Queue {
     bytes: usize,
     /// Deltas are of no use until a keyframe comes.
     lost: bool,
+    /// When a keyframe was asked for; `None` if it was not.
+    asked: Option<Instant>,
     /// Frames not queued since the last one that was.
     dropped: u64,
     ended: Option<String>,
@@ -57,13 +63,14 @@ pub enum Next {
 }
 
 impl Subscriber {
-    /// A newcomer; it waits for a keyframe. `waker` wakes its thread.
+    /// A newcomer; it waits for a keyframe, which its scanout knows. `waker` wakes its thread.
     pub fn new(waker: Waker) -> Self {
         Self {
             queue: Mutex::new(Queue {
                 frames: VecDeque::new(),
                 bytes: 0,
                 lost: true,
+                asked: Some(Instant::now()),
                 dropped: 0,
                 ended: None,
             }),
@@ -84,6 +91,7 @@ impl Subscriber {
                 queue.bytes = 0;
             }
             queue.lost = false;
+            queue.asked = None;
         } else if full && !queue.frames.is_empty() {
             queue.lost = true;
         }
@@ -122,7 +130,8 @@ impl Subscriber {
         if let Some(reason) = queue.ended.take() {
             return Next::Ended(reason);
         }
-        if queue.lost {
+        if queue.lost && queue.asked.is_none_or(|asked| asked.elapsed() >= ASK_AGAIN) {
+            queue.asked = Some(Instant::now());
             return Next::NeedsKeyframe;
         }
         Next::Empty

@@ -3,7 +3,6 @@
 //! Where a peer listens.
 
 use std::fmt;
-use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -13,6 +12,8 @@ pub const DEFAULT_TCP_PORT: u16 = 15937;
 pub const DEFAULT_VSOCK_PORT: u32 = 5000;
 /// AF_VSOCK context id of the host, seen from a guest (VMADDR_CID_HOST in linux/vm_sockets.h).
 pub const VSOCK_CID_HOST: u32 = 2;
+/// AF_VSOCK context id of the machine itself (VMADDR_CID_LOCAL in linux/vm_sockets.h).
+pub const VSOCK_CID_LOCAL: u32 = 1;
 /// Every context id of this machine (VMADDR_CID_ANY in linux/vm_sockets.h).
 pub const VSOCK_CID_ANY: u32 = u32::MAX;
 
@@ -102,7 +103,7 @@ fn parse(text: &str) -> Result<Address, &'static str> {
 impl fmt::Display for Address {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Tcp { host, port } if matches!(host.parse(), Ok(IpAddr::V6(_))) => {
+            Self::Tcp { host, port } if host.contains(':') => {
                 write!(f, "tcp:[{host}]:{port}")
             }
             Self::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
@@ -126,6 +127,7 @@ mod tests {
             "tcp:127.0.0.1:15937",
             "tcp:host.example:0",
             "tcp:[::1]:15937",
+            "tcp:[fe80::1%eth0]:15937",
             "unix:/run/x.sock",
             "unix:relative:with:colons",
             "vsock:5000",

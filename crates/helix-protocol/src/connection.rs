@@ -17,7 +17,7 @@ use crate::limits::Limits;
 use crate::message::Envelope;
 use crate::payload::Payload;
 use crate::transport::Stream;
-use crate::wait::{Deadline, Waiter, Wake};
+use crate::wait::{Deadline, Waiter, Wake, Waker};
 
 /// Slices given to the kernel at once. IOV_MAX is 1024 on Linux and macOS; a quarter of it moves
 /// as fast and keeps the stack small.
@@ -105,6 +105,8 @@ pub struct Connection<B> {
     /// Bytes of the first message in the outbox that are sent.
     sent: usize,
     reading: bool,
+    /// Why nothing can be sent any more.
+    send_error: Option<io::Error>,
     bytes_sent: u64,
     bytes_received: u64,
 }
@@ -120,6 +122,7 @@ impl<B: Body> Connection<B> {
             outbox: VecDeque::new(),
             sent: 0,
             reading: true,
+            send_error: None,
             bytes_sent: 0,
             bytes_received: 0,
         })
@@ -166,7 +169,9 @@ impl<B: Body> Connection<B> {
 
     /// Sends what is queued and receives until there is something to say.
     ///
-    /// `waiter` is the one given to [`Connection::new`].
+    /// `waiter` is the one given to [`Connection::new`]. When nothing can be sent any more, what
+    /// the peer said before is still received (a host says in an ERROR why it closes), and only
+    /// then the connection ends.
     pub fn next(
         &mut self,
         waiter: &mut Waiter,
@@ -177,7 +182,7 @@ impl<B: Body> Connection<B> {
             if waker.is_cancelled() {
                 return Err(ConnectionError::Cancelled);
             }
-            if self.flush()? {
+            if self.flush(&waker)? {
                 return Ok(Event::Drained);
             }
             if self.reading {
@@ -186,12 +191,18 @@ impl<B: Body> Connection<B> {
                 }
                 if self.receive()? {
                     // A peer that never stops sending must not keep the caller from its own
-                    // deadline.
+                    // deadline, nor from those who want it.
                     if deadline.has_passed() {
                         return Ok(Event::TimedOut);
                     }
+                    if waiter.take_wake() {
+                        return Ok(Event::Woken);
+                    }
                     continue;
                 }
+            }
+            if let Some(error) = self.send_error.take() {
+                return Err(error.into());
             }
             match waiter.wait(deadline)? {
                 Wake::Ready => {}
@@ -221,9 +232,13 @@ impl<B: Body> Connection<B> {
     }
 
     /// Sends until the socket is full; whether the outbox became empty by this.
-    fn flush(&mut self) -> Result<bool, ConnectionError> {
+    fn flush(&mut self, waker: &Waker) -> Result<bool, ConnectionError> {
         let mut progress = false;
         while let Some(message) = self.outbox.front() {
+            // A peer that takes all at once must not keep the caller either.
+            if waker.is_cancelled() {
+                return Err(ConnectionError::Cancelled);
+            }
             let head = message.head.len();
             let size = head + message.body.as_ref().map_or(0, Body::size);
             let mut slices = [IoSlice::new(&[]); SLICES];
@@ -239,13 +254,21 @@ impl<B: Body> Connection<B> {
                 count += body.slices(offset, &mut slices[count..]);
             }
             match self.stream.send(&slices[..count]) {
+                // Only where there was nothing to send: a body without the bytes that its head
+                // has announced. The peer waits for them in vain.
+                Ok(0) => return Err(io::Error::from(io::ErrorKind::WriteZero).into()),
                 Ok(count) => {
                     self.sent += count;
                     self.bytes_sent += count as u64;
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(error) => return Err(error.into()),
+                Err(error) => {
+                    self.outbox.clear();
+                    self.sent = 0;
+                    self.send_error = Some(error);
+                    return Ok(false);
+                }
             }
             if self.sent >= size {
                 self.sent = 0;

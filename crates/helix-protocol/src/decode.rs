@@ -15,13 +15,14 @@ use std::sync::Arc;
 use zerocopy::FromBytes;
 
 use crate::error::DecodeError;
+use crate::hello;
 use crate::limits::Limits;
 use crate::message::{
-    AuthToken, Capabilities, Config, EnableScanout, Envelope, ErrorCode, ErrorMessage,
-    FrameRequest, FrameResponse, Hello, Message, RequestTag, ScanoutResp,
+    Config, EnableScanout, Envelope, ErrorCode, ErrorMessage, FrameRequest, FrameResponse, Message,
+    RequestTag, ScanoutResp,
 };
-use crate::payload::{Filling, Payload, Pool};
-use crate::wire;
+use crate::payload::{Filling, Pool};
+use crate::wire::{self, Layout};
 
 /// Bytes read ahead of what is understood.
 pub const STAGE: usize = 16 * 1024;
@@ -134,31 +135,39 @@ impl Decoder {
         result
     }
 
-    /// Whether the stream may end here: between two messages.
+    /// Whether the stream may end here: between two messages. To be asked when
+    /// [`Decoder::next`] has returned `None`.
     pub fn finish(&self) -> Result<(), DecodeError> {
-        let (header, field, missing) = match &self.state {
-            State::Header if self.start == self.end => return Ok(()),
+        let staged = self.end - self.start;
+        let (header, (field, missing)) = match &self.state {
             State::Header => {
-                return Err(DecodeError::Truncated {
-                    message: "a message",
-                    field: "header",
-                    missing: wire::HEADER_SIZE.saturating_sub(self.end - self.start) as u64,
-                });
+                return match wire::unfinished(wire::Header::FIELDS, staged) {
+                    Some((field, missing)) if staged > 0 => Err(DecodeError::Truncated {
+                        message: "a header",
+                        field,
+                        missing: missing as u64,
+                    }),
+                    _ => Ok(()),
+                };
             }
             State::Fixed(header) => (
                 header,
-                "fixed part",
-                fixed_size(header).saturating_sub(self.end - self.start),
+                wire::unfinished(wire::fixed_fields(header.msg_type), staged)
+                    // What ERROR has beyond its legacy fields.
+                    .unwrap_or(("request tag", fixed_size(header).saturating_sub(staged))),
             ),
-            State::Pixels(header, _, filling) => (header, "pixels", filling.missing()),
-            State::NalSize(nals) => (
-                &nals.header,
-                "NAL size",
-                4_usize.saturating_sub(self.end - self.start),
-            ),
-            State::Nal(nals, missing) => (&nals.header, "NAL bytes", *missing),
-            State::Hello(header, filling) => (header, "TLVs", filling.missing()),
-            State::Skip(header, missing) => (header, "payload", *missing),
+            State::Pixels(header, _, filling) => (header, ("pixels", filling.missing())),
+            State::NalSize(nals) => (&nals.header, ("NAL size", 4_usize.saturating_sub(staged))),
+            State::Nal(nals, missing) => (&nals.header, ("NAL bytes", *missing)),
+            State::Hello(header, filling) => {
+                let received = header.payload_size.get() as usize - filling.missing();
+                (
+                    header,
+                    wire::unfinished(wire::fixed_fields(header.msg_type), received)
+                        .unwrap_or(("TLVs", filling.missing())),
+                )
+            }
+            State::Skip(header, missing) => (header, ("payload", *missing)),
             State::Failed(error) => return Err(error.clone()),
         };
         Err(DecodeError::Truncated {
@@ -232,7 +241,7 @@ impl Decoder {
                         self.state = State::Hello(header, filling);
                         return Ok(None);
                     }
-                    let hello = parse_hello(wire::name(header.msg_type), &filling.finish())?;
+                    let hello = hello::parse(wire::name(header.msg_type), &filling.finish())?;
                     let message = match header.msg_type {
                         wire::HELLO => Message::Hello(hello),
                         _ => Message::HelloResp(hello),
@@ -553,7 +562,7 @@ fn config(wire: &wire::Config) -> Config {
 }
 
 /// Text up to the first NUL, made safe to print: a peer must not write to somebody's terminal.
-fn text(bytes: &[u8]) -> String {
+pub(crate) fn text(bytes: &[u8]) -> String {
     let end = bytes
         .iter()
         .position(|&byte| byte == 0)
@@ -568,58 +577,4 @@ fn text(bytes: &[u8]) -> String {
             }
         })
         .collect()
-}
-
-fn parse_hello(message: &'static str, payload: &Payload) -> Result<Hello, DecodeError> {
-    let (wire, _) = wire::Hello::read_from_prefix(payload).expect("begin checked the size");
-    let fixed = usize::from(wire.fixed_size.get());
-    if fixed < size_of::<wire::Hello>() {
-        return Err(DecodeError::TooSmall {
-            message,
-            field: "fixed_size",
-            value: fixed as u64,
-            needed: size_of::<wire::Hello>() as u64,
-        });
-    }
-    let over = |field, value: usize, limit: usize| DecodeError::OverLimit {
-        message,
-        field,
-        value: value as u64,
-        limit: limit as u64,
-    };
-    let mut rest = payload
-        .get(fixed..)
-        .ok_or_else(|| over("fixed_size", fixed, payload.len()))?;
-    let mut hello = Hello {
-        version: wire.version.get(),
-        max_in_flight: wire.max_in_flight.get(),
-        capabilities: Capabilities(wire.capabilities.get()),
-        codecs: wire.codecs.get(),
-        max_message: wire.max_message.get(),
-        max_width: wire.max_width.get(),
-        max_height: wire.max_height.get(),
-        ..Hello::default()
-    };
-    while !rest.is_empty() {
-        let Ok((tlv, after)) = wire::Tlv::read_from_prefix(rest) else {
-            return Err(DecodeError::Trailing {
-                message,
-                field: "the last TLV",
-                count: rest.len() as u64,
-            });
-        };
-        let length = usize::from(tlv.length.get());
-        let Some((value, after)) = after.split_at_checked(length) else {
-            return Err(over("TLV length", length, after.len()));
-        };
-        match tlv.kind.get() {
-            wire::TLV_NAME => hello.name = Some(text(value)),
-            wire::TLV_ENCODER => hello.encoder = Some(text(value)),
-            wire::TLV_AUTH_TOKEN => hello.auth_token = Some(AuthToken(value.to_vec())),
-            wire::TLV_CLOCK_ID => hello.clock_id = Some(value.to_vec()),
-            _ => {}
-        }
-        rest = after;
-    }
-    Ok(hello)
 }

@@ -12,6 +12,7 @@ use std::ops::Deref;
 
 use zerocopy::IntoBytes;
 
+use crate::hello;
 use crate::message::{
     Config, EnableScanout, ErrorMessage, FrameRequest, FrameResponse, Hello, RequestTag,
     ScanoutResp,
@@ -279,35 +280,7 @@ fn hello_as(msg_type: u8, session_id: u16, hello: &Hello) -> (Head, Vec<u8>) {
         max_height: hello.max_height.into(),
         reserved_1: 0.into(),
     };
-    let tlvs = [
-        (wire::TLV_NAME, hello.name.as_deref().map(str::as_bytes)),
-        (
-            wire::TLV_ENCODER,
-            hello.encoder.as_deref().map(str::as_bytes),
-        ),
-        (
-            wire::TLV_AUTH_TOKEN,
-            hello.auth_token.as_ref().map(|token| token.0.as_slice()),
-        ),
-        (wire::TLV_CLOCK_ID, hello.clock_id.as_deref()),
-    ];
-    let mut body = Vec::new();
-    for (kind, value) in tlvs {
-        // A value too long for its length field is left out rather than cut.
-        let Some((value, length)) =
-            value.and_then(|value| Some((value, u16::try_from(value.len()).ok()?)))
-        else {
-            continue;
-        };
-        body.extend_from_slice(
-            wire::Tlv {
-                kind: kind.into(),
-                length: length.into(),
-            }
-            .as_bytes(),
-        );
-        body.extend_from_slice(value);
-    }
+    let body = hello::tlvs(hello);
     (
         Head::new(
             msg_type,

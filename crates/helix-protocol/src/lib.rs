@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The Helix frame-export protocol and its transports; no GStreamer, no global state.
-//!
-//! docs/protocol.md describes the bytes; `vectors/` beside this file's folder holds examples of
-//! each message for other implementations.
+#![doc = include_str!("../README.md")]
 
 pub mod address;
 pub mod connection;
@@ -11,6 +8,7 @@ pub mod decode;
 pub mod encode;
 mod error;
 pub mod h264;
+mod hello;
 mod limits;
 pub mod message;
 mod payload;

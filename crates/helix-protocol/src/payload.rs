@@ -88,12 +88,12 @@ impl Pool {
         }
     }
 
-    fn take(&self) -> Vec<u8> {
-        self.0
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .pop()
-            .unwrap_or_default()
+    /// A buffer for `total` bytes, perhaps a smaller one.
+    fn take(&self, total: usize) -> Vec<u8> {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // When frames become much smaller, memory of the large ones goes back to the system.
+        kept.retain(|bytes| bytes.len() <= LARGE || bytes.len() / 4 <= total);
+        kept.pop().unwrap_or_default()
     }
 }
 
@@ -115,13 +115,8 @@ const LARGE: usize = 1024 * 1024;
 
 impl Filling {
     pub fn new(total: usize, pool: &Arc<Pool>) -> Self {
-        let mut bytes = pool.take();
-        if bytes.len() > LARGE && bytes.len() / 4 > total {
-            // The frames became much smaller: memory of the large ones goes back to the system.
-            bytes = Vec::new();
-        }
         Self {
-            bytes,
+            bytes: pool.take(total),
             filled: 0,
             total,
             pool: pool.clone(),

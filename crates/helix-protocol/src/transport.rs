@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use socket2::{Domain, SockAddr, Socket, TcpKeepalive, Type};
 
-use crate::address::{Address, VSOCK_CID_ANY};
+use crate::address::{Address, VSOCK_CID_LOCAL};
 use crate::wait::{Deadline, Waiter, Wake};
 
 /// Connections that wait to be accepted.
@@ -502,7 +502,7 @@ impl Drop for SocketFile {
 pub fn is_local(address: &Address) -> bool {
     match address {
         Address::Unix(_) => true,
-        Address::Vsock { cid, .. } => *cid != VSOCK_CID_ANY,
+        Address::Vsock { cid, .. } => *cid == VSOCK_CID_LOCAL,
         Address::Tcp { host, .. } => {
             host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
         }

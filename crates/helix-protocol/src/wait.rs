@@ -193,6 +193,11 @@ impl Waiter {
             .deregister(&mut SourceFd(&fd.as_raw_fd()))
     }
 
+    /// Whether [`Waker::wake`] was called since the last wait; it counts as reported then.
+    pub(crate) fn take_wake(&self) -> bool {
+        self.shared.woken.swap(false, Ordering::AcqRel)
+    }
+
     /// Waits until the registered descriptor is ready, the waker is used, or `deadline` passes.
     ///
     /// Cancellation goes before a wake-up, a wake-up before readiness: readiness that is not
@@ -202,7 +207,7 @@ impl Waiter {
             if self.shared.cancelled.load(Ordering::Acquire) {
                 return Ok(Wake::Cancelled);
             }
-            if self.shared.woken.swap(false, Ordering::AcqRel) {
+            if self.take_wake() {
                 return Ok(Wake::Woken);
             }
             match self.poll.poll(&mut self.events, deadline.timeout()) {
@@ -214,7 +219,7 @@ impl Waiter {
             if self.shared.cancelled.load(Ordering::Acquire) {
                 return Ok(Wake::Cancelled);
             }
-            if self.shared.woken.swap(false, Ordering::AcqRel) {
+            if self.take_wake() {
                 return Ok(Wake::Woken);
             }
             if ready {

@@ -40,7 +40,47 @@ macro_rules! wire_struct {
             $(pub $field: $type),*
         }
         const _: () = assert!(size_of::<$name>() == $size);
+
+        impl Layout for $name {
+            const FIELDS: &[(&str, usize)] = &[$((
+                stringify!($field),
+                std::mem::offset_of!($name, $field) + size_of::<$type>(),
+            )),*];
+        }
     };
+}
+
+/// Names and ends of a struct's fields, so that an error can say which one is not whole.
+pub trait Layout {
+    /// Name of each field, and the offset of the byte after it, in order.
+    const FIELDS: &[(&str, usize)];
+}
+
+/// The first of `fields` that `received` bytes do not hold whole, and how many bytes it lacks.
+pub fn unfinished(
+    fields: &[(&'static str, usize)],
+    received: usize,
+) -> Option<(&'static str, usize)> {
+    fields
+        .iter()
+        .find(|&&(_, end)| end > received)
+        .map(|&(name, end)| (name, end - received))
+}
+
+/// The fields that a message of this type begins with, before pixels, NAL units or TLVs.
+pub fn fixed_fields(msg_type: u8) -> &'static [(&'static str, usize)] {
+    match msg_type {
+        FRAME_REQUEST => FrameRequest::FIELDS,
+        FRAME_RESPONSE => FrameResponse::FIELDS,
+        CONFIG_REQ | CONFIG_RESP => Config::FIELDS,
+        ENABLE_SCANOUT => EnableScanout::FIELDS,
+        DISABLE_SCANOUT | SUBSCRIBE => ScanoutId::FIELDS,
+        SCANOUT_RESP => ScanoutResp::FIELDS,
+        SUBSCRIBE_RESP => SubscribeResp::FIELDS,
+        HELLO | HELLO_RESP => Hello::FIELDS,
+        ERROR => Error::FIELDS,
+        _ => &[],
+    }
 }
 
 wire_struct!(Header, 12 {

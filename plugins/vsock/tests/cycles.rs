@@ -38,8 +38,9 @@ fn starting_and_stopping_leaves_no_descriptor_and_no_thread() {
         cycle();
     }
     let after = (process::open_fds(), process::threads());
+    // GLib's pool may keep an idle thread more or less; a leak would show as 50.
     assert!(
-        after.0 <= before.0 && after.1 <= before.1,
+        after.0 <= before.0 && after.1 <= before.1 + 2,
         "{before:?} became {after:?}"
     );
 }

@@ -31,17 +31,18 @@ use gst::prelude::*;
 use gst::subclass::prelude::*;
 use gst_video::prelude::*;
 use gst_video::subclass::prelude::*;
-use helix_protocol::message::{Config, FrameResponse};
+use helix_protocol::Limits;
+use helix_protocol::message::Config;
 use helix_protocol::wait::{Waiter, Waker};
-use helix_protocol::{Address, Limits, Payload};
-use zerocopy_plugin_common::{ConnectionSettings, ConnectionState, H264Caps, connection_message};
 
 use super::Transfer;
+use super::output::{Handle, Output};
+use super::settings::Settings;
 use super::stream_lock::StreamUnlocked;
 use crate::pixels::{Pixels, pixel_format};
-use crate::session::{Client, Counts, Request, Session, SessionSettings, Submission};
+use crate::session::{Counts, Request, Session, SessionSettings, Submission};
 
-static CAT: LazyLock<gst::DebugCategory> = LazyLock::new(|| {
+pub(super) static CAT: LazyLock<gst::DebugCategory> = LazyLock::new(|| {
     gst::DebugCategory::new(
         "vsockenc",
         gst::DebugColorFlags::empty(),
@@ -55,65 +56,33 @@ const DEFAULT_FRAMERATE: gst::Fraction = gst::Fraction::new_raw(60, 1);
 /// Below this, a bitrate was probably meant in kbit/s (L28).
 const LOW_BITRATE: u32 = 100_000;
 
-#[derive(Clone, Debug)]
-struct Settings {
-    connection: ConnectionSettings,
-    bitrate: u32,
-    keyframe_interval: u32,
-    max_in_flight: u32,
-    transfer: Transfer,
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self {
-            connection: ConnectionSettings::default(),
-            bitrate: 4_000_000,
-            keyframe_interval: 60,
-            max_in_flight: 2,
-            transfer: Transfer::Auto,
-        }
-    }
-}
-
 /// What lives from `start()` to `stop()`.
-struct Streaming {
+pub(super) struct Streaming {
     session: Arc<Session>,
     /// The streaming thread's waiter, taken out while it waits.
     waiter: Option<Waiter>,
-    input: Option<Input>,
+    pub input: Option<Input>,
 }
 
 #[derive(Clone)]
-struct Input {
-    state: gst_video::VideoCodecState<'static, gst_video::video_codec_state::Readable>,
-    info: gst_video::VideoInfo,
+pub(super) struct Input {
+    pub state: gst_video::VideoCodecState<'static, gst_video::video_codec_state::Readable>,
+    pub info: gst_video::VideoInfo,
     config: Config,
-}
-
-/// What the session's thread leaves for the others.
-#[derive(Default)]
-struct Output {
-    caps: H264Caps,
-    flow: Option<gst::FlowError>,
-    /// Frames that were dropped before there were caps; the base class still holds them.
-    unfinished: Vec<u32>,
-    frames: u64,
-    dropped: u64,
 }
 
 /// The implementation of [`super::VsockEnc`].
 #[derive(Default)]
 pub struct VsockEnc {
     settings: Mutex<Settings>,
-    streaming: Mutex<Option<Streaming>>,
-    output: Mutex<Output>,
+    pub(super) streaming: Mutex<Option<Streaming>>,
+    pub(super) output: Mutex<Output>,
     /// Ends the streaming thread's waits; apart from the rest, so that it never waits itself.
     waker: Mutex<Option<Waker>>,
 }
 
 /// None of these locks is held where something could panic and leave a half-made change.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -126,85 +95,25 @@ impl ObjectSubclass for VsockEnc {
 
 impl ObjectImpl for VsockEnc {
     fn properties() -> &'static [glib::ParamSpec] {
-        static PROPERTIES: LazyLock<Vec<glib::ParamSpec>> = LazyLock::new(|| {
-            let default = Settings::default();
-            let mut properties = ConnectionSettings::properties();
-            properties.extend([
-                glib::ParamSpecInt::builder("bitrate")
-                    .nick("Bitrate")
-                    .blurb("Bitrate in bit/s (not kbit/s); may be changed while playing")
-                    .minimum(1)
-                    .default_value(default.bitrate as i32)
-                    .mutable_playing()
-                    .build(),
-                glib::ParamSpecInt::builder("keyframe-interval")
-                    .nick("Keyframe interval")
-                    .blurb("Frames from one keyframe to the next (0 = only when asked for)")
-                    .minimum(0)
-                    .default_value(default.keyframe_interval as i32)
-                    .mutable_ready()
-                    .build(),
-                glib::ParamSpecUInt::builder("max-in-flight")
-                    .nick("Frames in flight")
-                    .blurb("Frames that are sent to the host before one of them must be answered")
-                    .minimum(1)
-                    .maximum(16)
-                    .default_value(default.max_in_flight)
-                    .mutable_playing()
-                    .build(),
-                glib::ParamSpecEnum::builder_with_default("transfer", default.transfer)
-                    .nick("Transfer")
-                    .blurb("How pixels travel to the host; any but auto is strict")
-                    .mutable_ready()
-                    .build(),
-                glib::ParamSpecBoxed::builder::<gst::Structure>("stats")
-                    .nick("Statistics")
-                    .blurb("What happened since the element was started; see the element's page")
-                    .read_only()
-                    .build(),
-            ]);
-            properties
-        });
+        static PROPERTIES: LazyLock<Vec<glib::ParamSpec>> = LazyLock::new(Settings::properties);
         &PROPERTIES
     }
 
     fn set_property(&self, _id: usize, value: &glib::Value, pspec: &glib::ParamSpec) {
-        let mut settings = lock(&self.settings);
-        if settings.connection.set(value, pspec) {
-            return;
-        }
-        let checked = "GObject checked the type";
-        match pspec.name() {
-            "bitrate" => {
-                settings.bitrate = value.get::<i32>().expect(checked).unsigned_abs();
-                let bitrate = settings.bitrate;
-                drop(settings);
-                self.change_bitrate(bitrate);
-            }
-            "keyframe-interval" => {
-                settings.keyframe_interval = value.get::<i32>().expect(checked).unsigned_abs();
-            }
-            "max-in-flight" => settings.max_in_flight = value.get().expect(checked),
-            "transfer" => settings.transfer = value.get().expect(checked),
-            name => unreachable!("no writable property {name} was installed"),
+        let bitrate = {
+            let mut settings = lock(&self.settings);
+            settings.set(value, pspec);
+            settings.bitrate
+        };
+        if pspec.name() == "bitrate" {
+            self.change_bitrate(bitrate);
         }
     }
 
     fn property(&self, _id: usize, pspec: &glib::ParamSpec) -> glib::Value {
-        let settings = lock(&self.settings);
-        if let Some(value) = settings.connection.get(pspec) {
-            return value;
-        }
         match pspec.name() {
-            "bitrate" => (settings.bitrate as i32).to_value(),
-            "keyframe-interval" => (settings.keyframe_interval as i32).to_value(),
-            "max-in-flight" => settings.max_in_flight.to_value(),
-            "transfer" => settings.transfer.to_value(),
-            "stats" => {
-                drop(settings);
-                self.stats().to_value()
-            }
-            name => unreachable!("no property {name} was installed"),
+            "stats" => self.stats().to_value(),
+            _ => lock(&self.settings).get(pspec),
         }
     }
 }
@@ -297,10 +206,7 @@ impl VideoEncoderImpl for VsockEnc {
                 keyframe_interval: settings.keyframe_interval,
             },
             waiter.waker(),
-            Handle {
-                element: self.obj().downgrade(),
-                address,
-            },
+            Handle::new(&self.obj(), address),
         )
         .map_err(failed)?;
         *lock(&self.streaming) = Some(Streaming {
@@ -344,10 +250,15 @@ impl VideoEncoderImpl for VsockEnc {
         if size > limit {
             let text = format!(
                 "a {}x{} {} frame has {size} bytes, over the host's limit of {limit} bytes; \
-                 scale it down or use NV12",
+                 scale it down{}",
                 info.width(),
                 info.height(),
-                info.format()
+                info.format(),
+                if even(info.width()) * even(info.height()) * 3 / 2 <= limit {
+                    ", or send NV12"
+                } else {
+                    ""
+                },
             );
             gst::element_imp_error!(self, gst::StreamError::Format, ("{text}"));
             return Err(gst::loggable_error!(CAT, "{text}"));
@@ -446,15 +357,15 @@ impl VideoEncoderImpl for VsockEnc {
         match self.drain() {
             Submission::Cancelled => Err(gst::FlowError::Flushing),
             Submission::Failed => Err(gst::FlowError::Error),
-            Submission::Accepted | Submission::NoHost => Ok(gst::FlowSuccess::Ok),
+            Submission::Accepted | Submission::NoHost => lock(&self.output)
+                .flow
+                .map_or(Ok(gst::FlowSuccess::Ok), Err),
         }
     }
 
     fn flush(&self) -> bool {
         // The base class forgets the open frames; their replies then find no frame.
-        let mut output = lock(&self.output);
-        output.flow = None;
-        output.unfinished.clear();
+        lock(&self.output).flush();
         true
     }
 
@@ -551,107 +462,6 @@ impl VsockEnc {
         }
     }
 
-    fn finish_without_output(&self, number: u32, reason: &str) {
-        gst::debug!(CAT, imp = self, "frame {number} is dropped: {reason}");
-        let obj = self.obj();
-        let Some(mut frame) = obj.frame(number as i32) else {
-            return;
-        };
-        let mut output = lock(&self.output);
-        output.dropped += 1;
-        if output.caps.is_known() {
-            drop(output);
-            // Downstream has no part in a frame that does not come.
-            let _ = obj.finish_frame(frame);
-        } else {
-            // The base class takes it as an error that a frame is finished without caps. What is
-            // large in it need not wait for them.
-            release_input(&mut frame);
-            output.unfinished.push(number);
-        }
-    }
-
-    fn finish_with_output(
-        &self,
-        number: u32,
-        response: &FrameResponse,
-        data: Payload,
-        after_loss: bool,
-    ) {
-        let obj = self.obj();
-        // None after a flush. Holds the stream lock.
-        let Some(mut frame) = obj.frame(number as i32) else {
-            return;
-        };
-        let caps = {
-            let mut output = lock(&self.output);
-            let caps = response
-                .is_keyframe
-                .then(|| output.caps.update(&data))
-                .flatten();
-            if caps.is_none() && !output.caps.is_known() {
-                drop(output);
-                drop(frame);
-                self.finish_without_output(number, "no keyframe with parameter sets came yet");
-                return;
-            }
-            output.frames += 1;
-            caps
-        };
-        let result = caps
-            .map_or(Ok(()), |caps| self.set_output_caps(caps))
-            .and_then(|()| {
-                if response.is_keyframe {
-                    frame.set_flags(gst_video::VideoCodecFrameFlags::SYNC_POINT);
-                }
-                // The hosts do not reorder, and some say nonsense here.
-                frame.set_dts(frame.pts());
-                let mut buffer = gst::Buffer::from_mut_slice(data);
-                if after_loss {
-                    buffer.make_mut().set_flags(gst::BufferFlags::DISCONT);
-                }
-                frame.set_output_buffer(buffer);
-                gst::trace!(CAT, imp = self, "frame {number} is encoded");
-                obj.finish_frame(frame).map(|_| ())
-            });
-        if let Err(error) = result {
-            gst::debug!(CAT, imp = self, "downstream says {error:?}");
-            lock(&self.output).flow = Some(error);
-        }
-    }
-
-    fn set_output_caps(&self, caps: gst::Caps) -> Result<(), gst::FlowError> {
-        let obj = self.obj();
-        let input = lock(&self.streaming)
-            .as_ref()
-            .and_then(|streaming| streaming.input.clone())
-            .ok_or(gst::FlowError::Flushing)?;
-        gst::info!(CAT, imp = self, "the host sends {caps}");
-        let structure = caps.structure(0).ok_or(gst::FlowError::NotNegotiated)?;
-        let side = |name| structure.get::<i32>(name).map(i32::unsigned_abs);
-        let (Ok(width), Ok(height)) = (side("width"), side("height")) else {
-            return Err(gst::FlowError::NotNegotiated);
-        };
-        let wanted = caps.clone();
-        let mut state = obj.set_output_state(caps, Some(&input.state))?;
-        if let Ok(info) = gst_video::VideoInfo::builder(input.info.format(), width, height)
-            .fps(input.info.fps())
-            .par(input.info.par())
-            .colorimetry(&input.info.colorimetry())
-            .build()
-        {
-            state.set_info(info);
-        }
-        obj.negotiate(state).inspect_err(|_| {
-            let downstream = obj.src_pad().peer_query_caps(None);
-            gst::element_imp_error!(
-                self,
-                gst::CoreError::Negotiation,
-                ("the host sends {wanted}, but downstream takes only {downstream}")
-            );
-        })
-    }
-
     fn stats(&self) -> gst::Structure {
         let (in_flight, counts) = lock(&self.streaming)
             .as_ref()
@@ -679,78 +489,6 @@ impl VsockEnc {
             .field("reply-p99-us", p99)
             .build()
     }
-}
-
-/// Carries what the session says to the element, if it is still there.
-struct Handle {
-    element: glib::WeakRef<super::VsockEnc>,
-    address: Address,
-}
-
-impl Handle {
-    fn post(&self, state: ConnectionState, peer: &str, reason: &str) {
-        if let Some(element) = self.element.upgrade() {
-            let message =
-                connection_message(&element, state, &self.address, peer, "pixels", reason);
-            // Fails where there is no bus: then nobody wants to know.
-            let _ = element.post_message(message);
-        }
-    }
-}
-
-impl Client for Handle {
-    fn connected(&self, peer: &str) {
-        gst::info!(CAT, "connected to {} ({peer})", self.address);
-        self.post(ConnectionState::Connected, peer, "");
-    }
-
-    fn encoded(&self, frame: u32, response: FrameResponse, data: Payload, after_loss: bool) {
-        if let Some(element) = self.element.upgrade() {
-            element
-                .imp()
-                .finish_with_output(frame, &response, data, after_loss);
-        }
-    }
-
-    fn dropped(&self, frame: u32, reason: &str) {
-        if let Some(element) = self.element.upgrade() {
-            gst::warning!(CAT, obj = element, "frame {frame} is lost: {reason}");
-            element.imp().finish_without_output(frame, reason);
-        }
-    }
-
-    fn refused(&self, reason: &str) {
-        if let Some(element) = self.element.upgrade() {
-            gst::element_warning!(element, gst::StreamError::Encode, ("{reason}"));
-        }
-    }
-
-    fn reconnecting(&self, reason: &str) {
-        if let Some(element) = self.element.upgrade() {
-            gst::warning!(CAT, obj = element, "{reason}; calling again");
-        }
-        self.post(ConnectionState::Reconnecting, "", reason);
-    }
-
-    fn failed(&self, reason: &str) {
-        self.post(ConnectionState::Lost, "", reason);
-        if let Some(element) = self.element.upgrade() {
-            gst::element_error!(element, gst::ResourceError::OpenReadWrite, ("{reason}"));
-        }
-    }
-}
-
-/// Takes the input buffer out of a frame that will have no output.
-fn release_input(frame: &mut gst_video::VideoCodecFrame) {
-    use gst::glib::translate::ToGlibPtr;
-    let frame: *mut gst_video::ffi::GstVideoCodecFrame = frame.to_glib_none().0;
-    // SAFETY: the frame is alive, and the guard holds the stream lock, under which alone the base
-    // class looks at this field. A frame may have no input buffer; the reference moves out of it.
-    let buffer: Option<gst::Buffer> = unsafe {
-        let buffer = std::mem::replace(&mut (*frame).input_buffer, std::ptr::null_mut());
-        glib::translate::from_glib_full(buffer)
-    };
-    drop(buffer);
 }
 
 fn warn_of_low_bitrate(imp: &VsockEnc, bitrate: u32) {

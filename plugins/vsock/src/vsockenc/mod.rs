@@ -4,6 +4,8 @@ use gst::glib;
 use gst::prelude::*;
 
 mod imp;
+mod output;
+mod settings;
 mod stream_lock;
 
 glib::wrapper! {

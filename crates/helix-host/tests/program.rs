@@ -1,0 +1,380 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The program from outside: options, messages, signals.
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Read};
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::process::{Child, ChildStdout, Command, Output, Stdio};
+
+use common::Peer;
+use helix_protocol::Address;
+
+fn helix_host(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_helix-host"));
+    command.args(arguments).env_remove("RUST_LOG");
+    command
+}
+
+/// Runs it to its end.
+fn outcome(arguments: &[&str]) -> (Option<i32>, String) {
+    let Output {
+        status,
+        stdout,
+        stderr,
+    } = helix_host(arguments).output().unwrap();
+    let text = [stdout, stderr].concat();
+    (status.code(), String::from_utf8(text).unwrap())
+}
+
+/// A program that runs; it does not outlive the test.
+struct Running {
+    child: Child,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Running {
+    fn start(arguments: &[&str]) -> Self {
+        let mut child = helix_host(arguments)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let stdout = BufReader::new(child.stdout.take().unwrap());
+        Self { child, stdout }
+    }
+
+    /// The next address it says it listens on.
+    fn address(&mut self) -> Address {
+        let mut line = String::new();
+        self.stdout.read_line(&mut line).unwrap();
+        line.trim_end()
+            .strip_prefix("listening on ")
+            .unwrap_or_else(|| panic!("{line:?}"))
+            .parse()
+            .unwrap()
+    }
+
+    /// Sends a signal and waits for the end; the exit code and the log.
+    fn end_by(mut self, signal: libc::c_int) -> (Option<i32>, String) {
+        let pid = self.child.id() as libc::pid_t;
+        // SAFETY: a signal to our own child, which has not been waited for; no memory involved.
+        assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
+        let status = self.child.wait().unwrap();
+        let mut log = String::new();
+        let mut stderr = self.child.stderr.take().unwrap();
+        stderr.read_to_string(&mut log).unwrap();
+        (status.code(), log)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Gone already, unless the test failed.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn unix(path: &Path) -> String {
+    format!("unix:{}", path.display())
+}
+
+#[test]
+fn signals_end_it_cleanly_and_remove_its_sockets() {
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("helix.sock");
+        let mut host = Running::start(&[
+            "--listen",
+            "tcp:127.0.0.1:0",
+            "--listen",
+            &unix(&path),
+            "--encoder",
+            "x264enc",
+            "--scanout",
+            "0=videotestsrc is-live=true ! video/x-raw,width=64,height=64",
+        ]);
+        let tcp = host.address();
+        assert!(
+            matches!(tcp, Address::Tcp { port, .. } if port != 0),
+            "{tcp}"
+        );
+        assert_eq!(host.address().to_string(), unix(&path));
+        let mode = path.metadata().unwrap().permissions().mode();
+        assert_eq!(mode & 0o777, 0o600);
+        let mut subscribed = Peer::connect(&unix(&path).parse().unwrap());
+        subscribed.subscribe(0);
+        subscribed.next_frame();
+        let mut idle = Peer::connect(&tcp);
+        idle.expect_pong();
+        let (code, log) = host.end_by(signal);
+        assert_eq!(code, Some(0), "{log}");
+        assert!(!path.exists());
+        idle.expect_end();
+    }
+}
+
+#[test]
+fn a_stale_unix_socket_is_replaced_and_a_live_one_is_not() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("helix.sock");
+    drop(UnixListener::bind(&path).unwrap());
+    assert!(path.exists());
+    let arguments = ["--listen", &unix(&path), "--encoder", "x264enc"];
+    let mut host = Running::start(&arguments);
+    host.address();
+    Peer::connect(&unix(&path).parse().unwrap()).expect_pong();
+    let (code, text) = outcome(&arguments);
+    assert_eq!(code, Some(1));
+    assert!(text.contains("already running"), "{text}");
+    Peer::connect(&unix(&path).parse().unwrap()).expect_pong();
+    assert_eq!(host.end_by(libc::SIGTERM).0, Some(0));
+    // A file that is no socket is somebody's.
+    std::fs::write(&path, "precious").unwrap();
+    let (code, text) = outcome(&arguments);
+    assert_eq!(code, Some(1));
+    assert!(text.contains("no socket"), "{text}");
+    assert_eq!(std::fs::read_to_string(&path).unwrap(), "precious");
+}
+
+#[test]
+fn help_names_every_option_and_teaches_by_example() {
+    let (code, text) = outcome(&["--help"]);
+    assert_eq!(code, Some(0));
+    for part in [
+        "--listen",
+        "--encoder",
+        "--scanout",
+        "--max-clients",
+        "--max-frame-bytes",
+        "--verbose",
+        "--log-format",
+        "tcp:127.0.0.1:15937",
+        "vsock:5000",
+        "Examples:",
+        "67108864",
+    ] {
+        assert!(text.contains(part), "{part} is missing in:\n{text}");
+    }
+    // Its page has a row for each option, and no others.
+    let page = include_str!("../../../docs/helix-host.md");
+    let rows = page
+        .lines()
+        .filter(|line| line.starts_with("| `-"))
+        .collect::<String>();
+    let options = |text: &str| -> BTreeSet<String> {
+        text.split(|c: char| !(c == '-' || c.is_ascii_lowercase()))
+            .filter(|word| word.starts_with("--") && word.len() > 2)
+            .map(str::to_owned)
+            .collect()
+    };
+    let usage = text.split("Examples:").next().unwrap();
+    assert_eq!(options(&rows), options(usage));
+}
+
+#[test]
+fn wrong_arguments_are_explained() {
+    let cases: [(&[&str], i32, &[&str]); 10] = [
+        (&["--listen", "127.0.0.1:1"], 2, &["tcp:HOST:PORT"]),
+        (&["--listen", "tcp:127.0.0.1:x"], 2, &["port"]),
+        (&["--max-clients", "0"], 2, &["1.."]),
+        (&["--scanout", "videotestsrc"], 2, &["ID=DESCRIPTION"]),
+        (&["--scanout", "16=videotestsrc"], 2, &["0 to 15"]),
+        (
+            &["--scanout", "1=videotestsrc", "--scanout", "1=videotestsrc"],
+            1,
+            &["scanout 1", "twice"],
+        ),
+        (
+            &["--scanout", "1=nosuchsrc ! videoconvert"],
+            1,
+            &["scanout 1", "nosuchsrc", "gst-launch-1.0"],
+        ),
+        (
+            &["--scanout", "1=audiotestsrc"],
+            1,
+            &["scanout 1", "audiotestsrc"],
+        ),
+        (
+            &["--encoder", "nosuchenc"],
+            1,
+            &["nosuchenc", "gst-inspect"],
+        ),
+        (&["--encoder", "h264parse"], 1, &["h264parse", "no H.264"]),
+    ];
+    for (arguments, expected, parts) in cases {
+        let (code, text) = outcome(arguments);
+        assert_eq!(code, Some(expected), "{arguments:?}: {text}");
+        for part in parts {
+            assert!(text.contains(part), "{arguments:?}: no '{part}' in: {text}");
+        }
+    }
+    let (code, text) = outcome(&["--encoder", "x264enc no-such-property=1"]);
+    assert_eq!(code, Some(1));
+    assert!(text.contains("no-such-property"), "{text}");
+}
+
+#[test]
+fn the_log_can_be_json_and_warns_of_open_doors() {
+    let mut host = Running::start(&[
+        "--listen",
+        "tcp:0.0.0.0:0",
+        "--encoder",
+        "auto",
+        "--log-format",
+        "json",
+        "-v",
+    ]);
+    host.address();
+    let (code, log) = host.end_by(libc::SIGTERM);
+    assert_eq!(code, Some(0));
+    assert!(
+        log.lines()
+            .all(|line| line.starts_with('{') && line.ends_with('}')),
+        "{log}"
+    );
+    assert!(log.contains("reachable from outside"), "{log}");
+    assert!(log.contains("encoder chosen"), "{log}");
+}
+
+#[test]
+fn too_few_descriptors_turn_clients_away_and_nothing_spins() {
+    let mut child = Command::new("sh")
+        .args(["-c", "ulimit -n 40; exec \"$0\" \"$@\""])
+        .arg(env!("CARGO_BIN_EXE_helix-host"))
+        .args(["--listen", "tcp:127.0.0.1:0", "--encoder", "x264enc"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut host = Running { child, stdout };
+    let address = host.address();
+    let Address::Tcp { host: ip, port } = &address else {
+        panic!("{address}");
+    };
+    let crowd: Vec<_> = (0..60)
+        .map(|_| std::net::TcpStream::connect((ip.as_str(), *port)).unwrap())
+        .collect();
+    let before = cpu_ticks(host.child.id());
+    std::thread::sleep(std::time::Duration::from_millis(500));
+    // Of the 50 ticks of 10 ms that passed.
+    let used = cpu_ticks(host.child.id()) - before;
+    assert!(used < 15, "{used} ticks");
+    drop(crowd);
+    // As soon as there are descriptors again, clients are served. Some of the crowd may come
+    // first.
+    let until = std::time::Instant::now() + common::LONG;
+    loop {
+        let mut peer = Peer::connect(&address);
+        peer.send(helix_protocol::encode::ping(1));
+        if peer.try_next().is_ok() {
+            break;
+        }
+        assert!(std::time::Instant::now() < until);
+    }
+    let (code, log) = host.end_by(libc::SIGTERM);
+    assert_eq!(code, Some(0), "{log}");
+    // Once an episode, not once an attempt.
+    assert!(log.matches("trying again").count() < 10, "{log}");
+}
+
+/// User and system time of a process, in clock ticks (proc(5), fields 14 and 15 of stat).
+fn cpu_ticks(pid: u32) -> u64 {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    let fields = stat.rsplit_once(')').unwrap().1;
+    fields
+        .split_whitespace()
+        .skip(11)
+        .take(2)
+        .map(|ticks| ticks.parse::<u64>().unwrap())
+        .sum()
+}
+
+#[test]
+fn clients_that_come_and_go_leave_nothing_behind() {
+    let mut host = Running::start(&[
+        "--listen",
+        "tcp:127.0.0.1:0",
+        "--encoder",
+        "x264enc",
+        "--scanout",
+        "0=videotestsrc is-live=true ! video/x-raw,width=64,height=64,framerate=60/1",
+    ]);
+    let address = host.address();
+    let pid = host.child.id();
+    let picture = common::Rgb::pattern(64, 64, 0);
+    let visit = |times: usize| {
+        for time in 0..times {
+            let mut peer = Peer::connect(&address);
+            if time % 4 == 0 {
+                peer.subscribe(0);
+                peer.next_frame();
+            } else {
+                peer.encode(
+                    &picture,
+                    helix_protocol::message::PixelFormat::Bgra,
+                    0,
+                    false,
+                );
+            }
+        }
+        // The last client may still be going, and the scanout lingers. Then only the thread that
+        // accepts is left.
+        let until = std::time::Instant::now() + common::LONG;
+        loop {
+            if own_threads(pid) == 1 {
+                return usage(pid);
+            }
+            assert!(std::time::Instant::now() < until, "threads stay");
+            // /proc tells nobody when it changes.
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+    };
+    let (fds, threads, kilobytes) = visit(20);
+    let (fds_after, threads_after, kilobytes_after) = visit(80);
+    assert!(fds_after <= fds + 4, "{fds} {fds_after} descriptors");
+    // GLib keeps some threads of its pools for later.
+    assert!(
+        threads_after <= threads + 4,
+        "{threads} {threads_after} threads"
+    );
+    assert!(
+        kilobytes_after < kilobytes + 16 * 1024,
+        "{kilobytes} {kilobytes_after} KiB"
+    );
+    assert_eq!(host.end_by(libc::SIGTERM).0, Some(0));
+}
+
+/// Threads that helix-host started itself, by their names.
+fn own_threads(pid: u32) -> usize {
+    std::fs::read_dir(format!("/proc/{pid}/task"))
+        .unwrap()
+        // One may end between the two looks.
+        .filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok())
+        .filter(|name| name.starts_with("helix-") && name.trim_end() != "helix-host")
+        .count()
+}
+
+/// Descriptors, threads and resident KiB of a process.
+fn usage(pid: u32) -> (usize, usize, usize) {
+    let count = |what: &str| {
+        std::fs::read_dir(format!("/proc/{pid}/{what}"))
+            .unwrap()
+            .count()
+    };
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let resident = status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmRSS:"))
+        .and_then(|rest| rest.split_whitespace().next())
+        .unwrap()
+        .parse()
+        .unwrap();
+    (count("fd"), count("task"), resident)
+}

@@ -1,0 +1,280 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Clients that err, stall, vanish or come in crowds, and what that costs the others: nothing.
+
+mod common;
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::time::{Duration, Instant};
+
+use common::{LONG, Peer, Rgb, config, start};
+use helix_host::{Config, Server};
+use helix_protocol::message::{Capabilities, ErrorCode, Hello, PixelFormat};
+use helix_protocol::{Address, encode};
+
+/// A client that is no client: a bare socket.
+fn raw(server: &Server) -> TcpStream {
+    let Address::Tcp { host, port } = &server.addresses()[0] else {
+        panic!("not TCP");
+    };
+    let stream = TcpStream::connect((host.as_str(), *port)).unwrap();
+    stream.set_read_timeout(Some(LONG)).unwrap();
+    stream
+}
+
+/// Reads one ERROR and the end of the stream; the code and the text.
+fn error_then_end(mut stream: TcpStream) -> (i32, String) {
+    let mut bytes = Vec::new();
+    stream.read_to_end(&mut bytes).unwrap();
+    assert_eq!(bytes.len(), 12 + 260, "one ERROR and nothing else");
+    assert_eq!(bytes[4], 0xff);
+    let code = i32::from_le_bytes(bytes[12..16].try_into().unwrap());
+    let text = bytes[16..].split(|byte| *byte == 0).next().unwrap();
+    (code, String::from_utf8(text.to_vec()).unwrap())
+}
+
+fn encodes(peer: &mut Peer) {
+    let frame = peer.encode(&Rgb::pattern(64, 64, 0), PixelFormat::Bgra, 5, true);
+    assert_eq!(frame.response.pts, 5);
+}
+
+#[test]
+fn garbage_is_answered_with_an_error_and_others_go_on() {
+    let server = start(config());
+    let mut other = Peer::of(&server);
+    encodes(&mut other);
+    let header = |msg_type: u8, flags: u8, size: u32| {
+        let mut bytes = b"HXFR".to_vec();
+        bytes.extend([msg_type, flags, 1, 0]);
+        bytes.extend(size.to_le_bytes());
+        bytes
+    };
+    let cases: [(&str, Vec<u8>); 6] = [
+        ("magic", b"GET / HTTP/1.1\r\n\r\n".to_vec()),
+        ("magic", vec![0; 4096]),
+        ("payload_size", header(0x01, 1, u32::MAX)),
+        ("payload_size", header(0x01, 1, 43)),
+        ("payload_size", header(0x04, 0, 1000)),
+        ("payload_size", header(0x77, 0, u32::MAX)),
+    ];
+    for (what, bytes) in cases {
+        let mut stream = raw(&server);
+        stream.write_all(&bytes).unwrap();
+        let (code, text) = error_then_end(stream);
+        assert_eq!(code, ErrorCode::INVALID_MESSAGE.0);
+        assert!(text.contains(what), "{what}: {text}");
+        encodes(&mut other);
+    }
+}
+
+#[test]
+fn every_truncation_ends_cleanly() {
+    let server = start(config());
+    let (request, pixels) = Rgb::pattern(4, 4, 0).request(PixelFormat::Bgra, 0, 0, false);
+    let mut whole = encode::frame_request(1, &request, pixels.len() as u32).to_vec();
+    whole.extend(&pixels);
+    for cut in 1..whole.len() {
+        let mut stream = raw(&server);
+        stream.write_all(&whole[..cut]).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+        let (code, text) = error_then_end(stream);
+        assert_eq!(code, ErrorCode::INVALID_MESSAGE.0);
+        assert!(text.contains("ended inside"), "{cut}: {text}");
+    }
+}
+
+#[test]
+fn who_only_closes_its_sending_side_still_gets_its_replies() {
+    let server = start(config());
+    let mut stream = raw(&server);
+    let (request, pixels) = Rgb::pattern(640, 480, 0).request(PixelFormat::Bgra, 0, 0, false);
+    for _ in 0..5 {
+        let head = encode::frame_request(1, &request, pixels.len() as u32);
+        stream.write_all(&head).unwrap();
+        stream.write_all(&pixels).unwrap();
+    }
+    stream.shutdown(Shutdown::Write).unwrap();
+    let mut replies = Vec::new();
+    stream.read_to_end(&mut replies).unwrap();
+    let mut rest = replies.as_slice();
+    for _ in 0..5 {
+        assert_eq!(rest[4], 0x02);
+        let size = u32::from_le_bytes(rest[8..12].try_into().unwrap());
+        rest = &rest[12 + size as usize..];
+    }
+    assert!(rest.is_empty());
+}
+
+#[test]
+fn a_silent_client_and_one_that_stalls_in_a_message_cost_others_nothing() {
+    let server = start(config());
+    let silent = raw(&server);
+    let mut stalled = raw(&server);
+    let (request, pixels) = Rgb::pattern(64, 64, 0).request(PixelFormat::Bgra, 0, 9, false);
+    let head = encode::frame_request(1, &request, pixels.len() as u32);
+    stalled.write_all(&head).unwrap();
+    stalled.write_all(&pixels[..1000]).unwrap();
+    let mut other = Peer::of(&server);
+    let asked = Instant::now();
+    for _ in 0..20 {
+        encodes(&mut other);
+    }
+    assert!(asked.elapsed() < Duration::from_secs(10));
+    // Both are still welcome.
+    stalled.write_all(&pixels[1000..]).unwrap();
+    let mut reply = [0; 12];
+    stalled.read_exact(&mut reply).unwrap();
+    assert_eq!(reply[4], 0x02);
+    let mut silent = silent;
+    silent.write_all(&encode::ping(3)).unwrap();
+    silent.read_exact(&mut reply).unwrap();
+    assert_eq!(reply[4], 0x11);
+}
+
+#[test]
+fn a_client_that_does_not_read_is_not_read_from() {
+    let server = start(config());
+    let mut stream = raw(&server);
+    stream
+        .set_write_timeout(Some(Duration::from_millis(500)))
+        .unwrap();
+    // PONGs that nobody fetches: the host stops at 16 of them and its socket's buffer, and then
+    // this side's buffers fill too.
+    let pings: Vec<u8> = (0..1000).flat_map(|_| encode::ping(1).to_vec()).collect();
+    let mut sent = 0_usize;
+    let limit = 64 * 1024 * 1024;
+    while sent < limit {
+        match stream.write(&pings) {
+            Ok(count) => sent += count,
+            Err(_) => break,
+        }
+    }
+    assert!(sent < limit, "the host took {sent} bytes and more");
+    encodes(&mut Peer::of(&server));
+}
+
+#[test]
+fn more_frames_at_once_than_the_host_holds_are_all_answered() {
+    let server = start(config());
+    let mut peer = Peer::of(&server);
+    let picture = Rgb::pattern(320, 240, 0);
+    for pts in 0..100 {
+        let (request, pixels) = picture.request(PixelFormat::Bgra, 0, pts, false);
+        peer.request(&request, pixels);
+    }
+    for pts in 0..100 {
+        assert_eq!(peer.next_frame().response.pts, pts);
+    }
+}
+
+#[test]
+fn one_client_too_many_is_told_and_a_place_becomes_free_again() {
+    let server = start(Config {
+        max_clients: 2,
+        ..config()
+    });
+    let (mut first, mut second) = (Peer::of(&server), Peer::of(&server));
+    first.expect_pong();
+    second.expect_pong();
+    let (code, text) = error_then_end(raw(&server));
+    assert_eq!(code, ErrorCode::INTERNAL.0);
+    assert!(text.contains("--max-clients"), "{text}");
+    drop(first);
+    // The host notices on its own time.
+    let until = Instant::now() + LONG;
+    loop {
+        let mut peer = Peer::of(&server);
+        peer.send(encode::ping(1));
+        match peer.try_next().map(|envelope| envelope.message) {
+            Ok(helix_protocol::Message::Pong) => break,
+            _ => assert!(Instant::now() < until, "no place became free"),
+        }
+    }
+    second.expect_pong();
+}
+
+#[test]
+fn frames_over_the_limit_are_refused_before_they_are_read() {
+    let server = start(Config {
+        max_frame_bytes: 64 * 64 * 4,
+        ..config()
+    });
+    encodes(&mut Peer::of(&server));
+    let mut stream = raw(&server);
+    let (request, pixels) = Rgb::pattern(64, 65, 0).request(PixelFormat::Bgra, 0, 0, false);
+    stream
+        .write_all(&encode::frame_request(1, &request, pixels.len() as u32))
+        .unwrap();
+    let (_, text) = error_then_end(stream);
+    assert!(
+        text.contains("payload_size") && text.contains("limit"),
+        "{text}"
+    );
+}
+
+#[test]
+fn hello_and_unknown_messages_are_skipped_and_ping_is_answered() {
+    let server = start(config());
+    let mut peer = Peer::of(&server);
+    let (head, tlvs) = encode::hello(
+        1,
+        &Hello {
+            version: 1,
+            capabilities: Capabilities::REQUEST_IDS,
+            name: Some("test".to_owned()),
+            ..Hello::default()
+        },
+    );
+    peer.connection.send_with(head, tlvs);
+    peer.expect_pong();
+    let mut stream = raw(&server);
+    let mut bytes = b"HXFR\x55\0\x01\0".to_vec();
+    bytes.extend(5_u32.to_le_bytes());
+    bytes.extend(b"abcde");
+    bytes.extend(&*encode::ping(4));
+    stream.write_all(&bytes).unwrap();
+    let mut pong = [0; 12];
+    stream.read_exact(&mut pong).unwrap();
+    assert_eq!(pong[..8], *b"HXFR\x11\0\x04\0");
+}
+
+#[test]
+fn an_encoder_that_breaks_fails_its_frames_and_the_client_goes_on() {
+    let server = start(Config {
+        // Takes no picture wider than this, and says so in mid-stream.
+        encoder: "openh264enc".to_owned(),
+        ..config()
+    });
+    let mut peer = Peer::of(&server);
+    encodes(&mut peer);
+    // openh264 refuses pictures over 9437184 pixels (its MAX_MBS_PER_FRAME of 36864).
+    let (request, _) = Rgb::new(2, 2, |_, _| [0; 3]).request(PixelFormat::Nv12, 0, 6, false);
+    let request = helix_protocol::message::FrameRequest {
+        width: 8192,
+        height: 4096,
+        stride: 8192,
+        ..request
+    };
+    peer.request(&request, vec![128; 8192 * 4096 / 2 * 3]);
+    let error = peer.next_error();
+    assert_eq!(error.code, ErrorCode::ENCODE_FAILED);
+    assert!(error.text.contains("openh264enc"), "{}", error.text);
+    encodes(&mut peer);
+    peer.expect_pong();
+}
+
+#[test]
+fn stopping_ends_all_connections_at_once() {
+    let server = start(config());
+    let mut peers: Vec<_> = (0..5).map(|_| Peer::of(&server)).collect();
+    for peer in &mut peers {
+        encodes(peer);
+    }
+    let asked = Instant::now();
+    server.stop();
+    assert!(asked.elapsed() < Duration::from_secs(3));
+    for peer in &mut peers {
+        peer.expect_end();
+    }
+}

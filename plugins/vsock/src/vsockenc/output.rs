@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What comes back from the session, on the session's thread: frames to finish, things to tell.
+
+use gst::glib;
+use gst::prelude::*;
+use gst::subclass::prelude::*;
+use gst_video::prelude::*;
+use helix_protocol::message::FrameResponse;
+use helix_protocol::{Address, Payload};
+use zerocopy_plugin_common::{ConnectionState, H264Caps, accepted_downstream, connection_message};
+
+use super::imp::{CAT, VsockEnc, lock};
+use crate::session::Client;
+
+/// What the session's thread leaves for the others.
+#[derive(Default)]
+pub(super) struct Output {
+    caps: H264Caps,
+    /// What downstream said, for the next frame.
+    pub flow: Option<gst::FlowError>,
+    /// Frames that were dropped before there were caps; the base class still holds them.
+    unfinished: Vec<u32>,
+    pub frames: u64,
+    pub dropped: u64,
+}
+
+impl Output {
+    /// Forgets what belongs to frames that were flushed.
+    pub fn flush(&mut self) {
+        self.flow = None;
+        self.unfinished.clear();
+    }
+}
+
+/// Carries what the session says to the element, if it is still there.
+pub(super) struct Handle {
+    element: glib::WeakRef<super::VsockEnc>,
+    address: Address,
+}
+
+impl Handle {
+    pub fn new(element: &super::VsockEnc, address: Address) -> Self {
+        Self {
+            element: element.downgrade(),
+            address,
+        }
+    }
+
+    fn post(&self, state: ConnectionState, peer: &str, reason: &str) {
+        if let Some(element) = self.element.upgrade() {
+            let message =
+                connection_message(&element, state, &self.address, peer, "pixels", reason);
+            // Fails where there is no bus: then nobody wants to know.
+            let _ = element.post_message(message);
+        }
+    }
+}
+
+impl Client for Handle {
+    fn connected(&self, peer: &str) {
+        gst::info!(CAT, "connected to {} ({peer})", self.address);
+        self.post(ConnectionState::Connected, peer, "");
+    }
+
+    fn encoded(&self, frame: u32, response: FrameResponse, data: Payload, after_loss: bool) {
+        if let Some(element) = self.element.upgrade() {
+            element
+                .imp()
+                .finish_with_output(frame, &response, data, after_loss);
+        }
+    }
+
+    fn dropped(&self, frame: u32, reason: &str) {
+        if let Some(element) = self.element.upgrade() {
+            gst::warning!(CAT, obj = element, "frame {frame} is lost: {reason}");
+            element.imp().finish_without_output(frame, reason);
+        }
+    }
+
+    fn refused(&self, reason: &str) {
+        if let Some(element) = self.element.upgrade() {
+            gst::element_warning!(element, gst::StreamError::Encode, ("{reason}"));
+        }
+    }
+
+    fn reconnecting(&self, reason: &str) {
+        if let Some(element) = self.element.upgrade() {
+            gst::warning!(CAT, obj = element, "{reason}; calling again");
+        }
+        self.post(ConnectionState::Reconnecting, "", reason);
+    }
+
+    fn failed(&self, reason: &str) {
+        self.post(ConnectionState::Lost, "", reason);
+        if let Some(element) = self.element.upgrade() {
+            gst::element_error!(element, gst::ResourceError::OpenReadWrite, ("{reason}"));
+        }
+    }
+}
+
+impl VsockEnc {
+    /// Finishes a frame that has no access unit.
+    pub(super) fn finish_without_output(&self, number: u32, reason: &str) {
+        gst::debug!(CAT, imp = self, "frame {number} is dropped: {reason}");
+        let obj = self.obj();
+        let Some(mut frame) = obj.frame(number as i32) else {
+            return;
+        };
+        let mut output = lock(&self.output);
+        output.dropped += 1;
+        if output.caps.is_known() {
+            drop(output);
+            // Downstream has no part in a frame that does not come.
+            let _ = obj.finish_frame(frame);
+        } else {
+            // The base class takes it as an error that a frame is finished without caps. What is
+            // large in it need not wait for them.
+            release_input(&mut frame);
+            output.unfinished.push(number);
+        }
+    }
+
+    /// Finishes a frame with its access unit, with new caps before it where the stream changed.
+    fn finish_with_output(
+        &self,
+        number: u32,
+        response: &FrameResponse,
+        data: Payload,
+        after_loss: bool,
+    ) {
+        let obj = self.obj();
+        // None after a flush. Holds the stream lock.
+        let Some(mut frame) = obj.frame(number as i32) else {
+            return;
+        };
+        let caps = {
+            let mut output = lock(&self.output);
+            let caps = response
+                .is_keyframe
+                .then(|| output.caps.update(&data))
+                .flatten();
+            if caps.is_none() && !output.caps.is_known() {
+                drop(output);
+                drop(frame);
+                self.finish_without_output(number, "no keyframe with parameter sets came yet");
+                return;
+            }
+            output.frames += 1;
+            caps
+        };
+        let result = caps
+            .map_or(Ok(()), |caps| {
+                self.set_output_caps(caps)?;
+                self.finish_unfinished()
+            })
+            .and_then(|()| {
+                if response.is_keyframe {
+                    frame.set_flags(gst_video::VideoCodecFrameFlags::SYNC_POINT);
+                }
+                // The hosts do not reorder, and some say nonsense here.
+                frame.set_dts(frame.pts());
+                let mut buffer = gst::Buffer::from_mut_slice(data);
+                if after_loss {
+                    buffer.make_mut().set_flags(gst::BufferFlags::DISCONT);
+                }
+                frame.set_output_buffer(buffer);
+                gst::trace!(CAT, imp = self, "frame {number} is encoded");
+                obj.finish_frame(frame).map(|_| ())
+            });
+        if let Err(error) = result {
+            self.see_flow(error);
+        }
+    }
+
+    /// Finishes the frames that were dropped before there were caps.
+    fn finish_unfinished(&self) -> Result<(), gst::FlowError> {
+        let unfinished = std::mem::take(&mut lock(&self.output).unfinished);
+        for number in unfinished {
+            if let Some(frame) = self.obj().frame(number as i32) {
+                self.obj().finish_frame(frame)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Downstream takes no more: upstream learns it with its next frame, or at the end; whoever
+    /// watches the bus, now.
+    fn see_flow(&self, error: gst::FlowError) {
+        gst::debug!(CAT, imp = self, "downstream says {error:?}");
+        let first = lock(&self.output).flow.replace(error).is_none();
+        if first && !matches!(error, gst::FlowError::Flushing | gst::FlowError::Eos) {
+            gst::element_imp_error!(
+                self,
+                gst::StreamError::Failed,
+                ("downstream of the encoder takes no more: {error}")
+            );
+        }
+    }
+
+    fn set_output_caps(&self, caps: gst::Caps) -> Result<(), gst::FlowError> {
+        let obj = self.obj();
+        let input = lock(&self.streaming)
+            .as_ref()
+            .and_then(|streaming| streaming.input.clone())
+            .ok_or(gst::FlowError::Flushing)?;
+        gst::info!(CAT, imp = self, "the host sends {caps}");
+        // negotiate() does not fail where downstream refuses: its event is kept for later.
+        let caps = accepted_downstream(obj.src_pad(), caps).map_err(|reason| {
+            gst::element_imp_error!(self, gst::CoreError::Negotiation, ("{reason}"));
+            lock(&self.output).flow = Some(gst::FlowError::NotNegotiated);
+            gst::FlowError::NotNegotiated
+        })?;
+        let structure = caps.structure(0).ok_or(gst::FlowError::NotNegotiated)?;
+        let side = |name| structure.get::<i32>(name).map(i32::unsigned_abs);
+        let (Ok(width), Ok(height)) = (side("width"), side("height")) else {
+            return Err(gst::FlowError::NotNegotiated);
+        };
+        let mut state = obj.set_output_state(caps, Some(&input.state))?;
+        if let Ok(info) = gst_video::VideoInfo::builder(input.info.format(), width, height)
+            .fps(input.info.fps())
+            .par(input.info.par())
+            .colorimetry(&input.info.colorimetry())
+            .build()
+        {
+            state.set_info(info);
+        }
+        obj.negotiate(state)
+    }
+}
+
+/// Takes the input buffer out of a frame that will have no output.
+fn release_input(frame: &mut gst_video::VideoCodecFrame) {
+    use gst::glib::translate::ToGlibPtr;
+    let frame: *mut gst_video::ffi::GstVideoCodecFrame = frame.to_glib_none().0;
+    // SAFETY: the frame is alive, and the guard holds the stream lock, under which alone the base
+    // class looks at this field. A frame may have no input buffer; the reference moves out of it.
+    let buffer: Option<gst::Buffer> = unsafe {
+        let buffer = std::mem::replace(&mut (*frame).input_buffer, std::ptr::null_mut());
+        glib::translate::from_glib_full(buffer)
+    };
+    drop(buffer);
+}
