@@ -64,10 +64,10 @@ gst_features() {
     fi
 }
 
-# What runs outside of cargo's own tests, built in release mode: the plugins and programs.
+# The plugins and helix-host in release mode, as ci/demo and ci/vm run them.
 build_release() {
-    say "Building the plugins and programs (release)"
+    say "Building the plugins and helix-host (release)"
     # shellcheck disable=SC2046
     cargo build --release --locked $(gst_features) -p gst-plugin-pipewirezerocopy \
-        -p gst-plugin-vsock -p gst-plugin-scanout -p helix-host "$@"
+        -p gst-plugin-vsock -p gst-plugin-scanout -p helix-host
 }

@@ -23,7 +23,7 @@ SHAPE = f"{WIDTH}x{HEIGHT}"
 FRAMES = 300
 PUSHED_FRAMES = 90
 # In mid-stream: so much of the film is there that some seconds of it are.
-FIRST_BYTES = 30_000
+FIRST_BYTES = 100_000
 # In dB, as in tests/demo.py: the frame before or after the right one has 26 dB.
 MIN_PSNR = 30
 

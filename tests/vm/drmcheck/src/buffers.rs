@@ -4,8 +4,8 @@
 
 use std::os::fd::OwnedFd;
 
-use drm::buffer::{Buffer, DrmFourcc};
-use drm::control::{Device, buffer};
+use drm::buffer::{self, Buffer, DrmFourcc};
+use drm::control::Device;
 
 use crate::node::{Kind, Node, VIRTIO_GPU};
 use crate::{Outcome, dmabuf, virtgpu};

@@ -10,9 +10,9 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 use crate::Outcome;
 
 /// `DMA_BUF_SYNC_START | DMA_BUF_SYNC_READ` (linux/dma-buf.h).
-const SYNC_START_READ: u64 = 1;
+static SYNC_START_READ: u64 = 1;
 /// `DMA_BUF_SYNC_END | DMA_BUF_SYNC_READ`.
-const SYNC_END_READ: u64 = 4 | 1;
+static SYNC_END_READ: u64 = 4 | 1;
 
 nix::ioctl_write_ptr!(dma_buf_sync, b'b', 0, u64);
 

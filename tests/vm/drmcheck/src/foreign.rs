@@ -51,17 +51,20 @@ enum Missing {
     Broken(String),
 }
 
+/// A descriptor to offer, or why there is none.
+type Made = Result<OwnedFd, Missing>;
+
 /// Offers each kind to virtio-gpu.
 pub fn show() -> Outcome<()> {
     let render = Node::open(VIRTIO_GPU, Kind::Render)?;
-    let kinds: [(&str, fn() -> Result<OwnedFd, Missing>); 4] = [
-        ("vgem", from_vgem),
-        ("udmabuf", from_udmabuf),
-        ("heap", from_heap),
-        ("memfd", from_memfd),
-    ];
-    for (name, make) in kinds {
-        match make() {
+    for name in ["vgem", "udmabuf", "heap", "memfd"] {
+        let made = match name {
+            "vgem" => from_vgem(),
+            "udmabuf" => from_udmabuf(),
+            "heap" => from_heap(),
+            _ => from_memfd(),
+        };
+        match made {
             Ok(buffer) => match virtgpu::resource_of(&render, &buffer) {
                 Err(error) => println!("refused {name}: {error}"),
                 Ok(id) => return Err(format!("virtio-gpu took {name} for resource {id}").into()),
@@ -74,7 +77,7 @@ pub fn show() -> Outcome<()> {
 }
 
 /// Another driver's dumb buffer. The module vgem is there only when somebody loads it.
-fn from_vgem() -> Result<OwnedFd, Missing> {
+fn from_vgem() -> Made {
     let node =
         Node::open(VGEM, Kind::Primary).map_err(|error| Missing::Absent(error.to_string()))?;
     let dumb = node
@@ -85,7 +88,7 @@ fn from_vgem() -> Result<OwnedFd, Missing> {
 }
 
 /// Pages of a memfd as a DMA-BUF.
-fn from_udmabuf() -> Result<OwnedFd, Missing> {
+fn from_udmabuf() -> Made {
     let device = open_if_there("/dev/udmabuf")?;
     let memory = from_memfd()?;
     // Without this seal pages could go away under whoever uses the DMA-BUF; udmabuf refuses it.
@@ -104,7 +107,7 @@ fn from_udmabuf() -> Result<OwnedFd, Missing> {
 }
 
 /// Memory of the system heap.
-fn from_heap() -> Result<OwnedFd, Missing> {
+fn from_heap() -> Made {
     let heap = open_if_there("/dev/dma_heap/system")?;
     let mut allocation = HeapAllocation {
         len: SIZE as u64,
@@ -119,7 +122,7 @@ fn from_heap() -> Result<OwnedFd, Missing> {
 }
 
 /// Plain shared memory, no DMA-BUF at all: what a confused peer might pass.
-fn from_memfd() -> Result<OwnedFd, Missing> {
+fn from_memfd() -> Made {
     const NAME: &CStr = c"drmcheck";
     let memory =
         memfd_create(NAME, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).map_err(broken)?;

@@ -8,7 +8,8 @@
 use std::num::NonZeroU32;
 use std::os::fd::{AsFd, AsRawFd};
 
-use drm::control::{Device, buffer};
+use drm::buffer;
+use drm::control::Device;
 use nix::errno::Errno;
 
 /// `VIRTIO_GPU_FORMAT_B8G8R8A8_UNORM` (virtio 1.2, 5.7.6.8); the bytes of DRM's ARGB8888.
