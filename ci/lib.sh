@@ -27,7 +27,8 @@ as_root() {
     if [ "$(id -u)" = 0 ]; then
         "$@"
     elif command -v sudo >/dev/null; then
-        sudo -n "$@" || sudo "$@"
+        # sudo clears the environment.
+        sudo env DEBIAN_FRONTEND=noninteractive "$@"
     else
         fail "need root for: $* (no sudo here)"
     fi
@@ -42,7 +43,17 @@ have_rust() {
         at_least "$RUST_MINIMUM" "$version"
 }
 
-have_rust || PATH="$CARGO_BIN:$PATH"
+# Make a new enough cargo the one that is called, if there is one. Asked again after an installation.
+find_rust() {
+    have_rust && return
+    hash -r
+    PATH="$CARGO_BIN:$PATH"
+    have_rust && return
+    # The user's default toolchain may be older, and stays what it is.
+    ! command -v rustup >/dev/null || export RUSTUP_TOOLCHAIN=stable
+    have_rust
+}
+find_rust || true
 
 # The folder where GStreamer looks for exactly our plugins and nothing else of target/.
 # plugin_dir PROFILE: makes target/PROFILE/gstreamer-1.0 with links to each plugin built there.

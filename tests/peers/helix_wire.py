@@ -384,9 +384,12 @@ class Decoder:
 
     def resync(self):
         """Drop bytes up to the next possible header behind the first byte; how many went."""
-        at = self.buffer.find(MAGIC.to_bytes(4, "little"), 1)
+        magic = MAGIC.to_bytes(4, "little")
+        at = self.buffer.find(magic, 1)
         if at < 0:  # keep what may be the beginning of a magic
-            at = max(len(self.buffer) - 3, 0)
+            at = max(len(self.buffer) - 3, 1)
+            while not magic.startswith(self.buffer[at:]):
+                at += 1
         del self.buffer[:at]
         return at
 

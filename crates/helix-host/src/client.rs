@@ -47,8 +47,8 @@ pub struct Client {
     subscription: Option<Subscription>,
     /// Set when nothing more is read: the client is gone when all is sent, or at this moment.
     closing: Option<Instant>,
-    /// Whether an ERROR that ends the connection is among what is left to send.
-    linger: bool,
+    /// Why it goes: the ERROR that is the last thing sent, or `None` where the client closed.
+    refused: Option<String>,
 }
 
 impl Client {
@@ -67,7 +67,7 @@ impl Client {
             session,
             subscription: None,
             closing: None,
-            linger: false,
+            refused: None,
         })
     }
 
@@ -78,7 +78,7 @@ impl Client {
             self.session.collect(&mut self.connection);
             let open = self.session.open() + self.connection.queued();
             let deadline = match self.closing {
-                Some(_) if open == 0 => break "done".to_owned(),
+                Some(_) if open == 0 => break "it closed".to_owned(),
                 Some(moment) if Instant::now() >= moment => {
                     break "it does not read what is left for it".to_owned();
                 }
@@ -100,7 +100,6 @@ impl Client {
                 // It may have closed its sending side only, and still wait for replies.
                 Err(ConnectionError::Closed) => self.close(),
                 Err(ConnectionError::Decode(reason)) => {
-                    tracing::warn!(%reason, "invalid message");
                     self.refuse_and_close(ErrorCode::INVALID_MESSAGE, reason.to_string());
                 }
                 Err(ConnectionError::Cancelled) => break "the host ends".to_owned(),
@@ -108,9 +107,10 @@ impl Client {
             }
         };
         self.subscription = None;
-        if self.linger {
+        if self.refused.is_some() {
             self.linger();
         }
+        let reason = self.refused.unwrap_or(reason);
         tracing::info!(
             reason,
             received = self.connection.bytes_received(),
@@ -257,8 +257,8 @@ impl Client {
 
     /// Answers with an ERROR behind all other replies, and closes.
     fn refuse_and_close(&mut self, code: ErrorCode, text: String) {
-        self.session.refuse(0, code, text);
-        self.linger = true;
+        self.session.refuse(0, code, text.clone());
+        self.refused = Some(text);
         self.close();
     }
 

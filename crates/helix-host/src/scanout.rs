@@ -3,45 +3,28 @@
 //! Screens that are pushed to whoever subscribes.
 //!
 //! A scanout runs while somebody watches: the first subscriber starts its thread, which owns the
-//! source and the encoder and stops both [`LINGER`] after the last has gone. There is one encode
-//! however many watch; each has a queue of its own ([`crate::subscriber`]), so that none delays
-//! another.
+//! source and the encoder (`run`) and stops both some time after the last has gone. There is one
+//! encode however many watch; each has a queue of its own ([`crate::subscriber`]), so that none
+//! delays another.
+
+mod run;
 
 use std::str::FromStr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use gst_video::VideoInfo;
 use helix_protocol::wait::{Deadline, Waiter, Wake, Waker};
 
+use self::run::Run;
 use crate::access_unit::AccessUnit;
-use crate::encoder::{Encoder, Output};
-use crate::picture::Picture;
-use crate::settings::{EncoderSpec, Keyframes, Tuning};
-use crate::source::{Description, Event, Kind, Source};
+use crate::settings::EncoderSpec;
+use crate::source::Description;
 use crate::subscriber::{Frame, Next, Subscriber};
 
 /// How many there may be; the ids are below this.
 pub const SCANOUTS: u32 = 16;
-/// How long a scanout goes on after its last subscriber has gone.
-const LINGER: Duration = Duration::from_secs(3);
-/// A screen that shows nothing new for this long after a keyframe was asked for is still: its
-/// last picture is encoded again.
-const STILL: Duration = Duration::from_millis(100);
-/// Keyframes on demand are at least this far apart, or one client could make everybody's stream
-/// nothing but keyframes.
-const KEYFRAME_PAUSE: Duration = Duration::from_millis(100);
 /// Time between two attempts to start what failed.
 const RETRY: Duration = Duration::from_secs(1);
-/// Pictures in the encoder at once. Further ones replace each other before it (L26).
-const IN_FLIGHT: usize = 2;
-/// A keyframe comes by itself after this many pictures, as clients of deployed hosts expect.
-const KEYFRAME_DISTANCE: u32 = 60;
-/// An encoder that is silent for so long hangs.
-const PATIENCE: Duration = Duration::from_secs(10);
-/// Encoders that fail one after the other before the scanout is given up.
-const FAILURES: u32 = 3;
-
 /// `ID=DESCRIPTION`, as on the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ScanoutSpec {
@@ -88,6 +71,8 @@ struct State {
     /// The host ends.
     stopping: bool,
     inbox: Inbox,
+    /// The newest picture of a raw source that nobody has taken, and when it was captured.
+    picture: Option<(gst::Sample, i64)>,
     /// bit/s; stays over restarts of the pipeline.
     bitrate: Option<u32>,
     last_pts: i64,
@@ -98,8 +83,6 @@ struct State {
 /// What others have for the scanout's thread.
 #[derive(Default)]
 struct Inbox {
-    /// The newest picture of a raw source, and when it was captured.
-    picture: Option<(gst::Sample, i64)>,
     keyframe_wanted: bool,
     bitrate_changed: bool,
     encoder_failed: Option<String>,
@@ -206,10 +189,11 @@ impl Scanout {
     fn forget(&self) {
         let mut state = self.state();
         state.flowing = false;
-        let inbox = std::mem::take(&mut state.inbox);
+        state.inbox = Inbox::default();
+        let picture = state.picture.take();
         drop(state);
-        // A picture in it may be the last of its pool: not under the lock.
-        drop(inbox);
+        // Giving its memory back may take a while: not under the lock.
+        drop(picture);
     }
 
     /// Waits until `moment`, or until the host ends.
@@ -308,284 +292,4 @@ impl Scanout {
             worker.wake();
         }
     }
-}
-
-/// A scanout that runs: owned by its thread.
-struct Run {
-    scanout: Arc<Scanout>,
-    source: Source,
-    waker: Waker,
-    encoder: Option<Encoder<i64>>,
-    failures: u32,
-    /// The last picture, for screens that stand still.
-    last: Option<gst::Sample>,
-    keyframe_wanted: bool,
-    /// When the keyframe that is wanted is made from the last picture.
-    still_at: Option<Instant>,
-    last_keyframe: Option<Instant>,
-    empty_since: Option<Instant>,
-    /// Why the source brings no more.
-    ended: Option<String>,
-}
-
-impl Run {
-    fn start(scanout: &Arc<Scanout>, waker: Waker) -> Result<Self, String> {
-        let source = Source::start(&scanout.description, {
-            let (scanout, waker) = (scanout.clone(), waker.clone());
-            let kind = scanout.description.kind();
-            move |event| {
-                match (kind, event) {
-                    (Kind::Encoded, Event::Sample(sample, pts)) => {
-                        if let Some(unit) = sample.buffer_owned().and_then(AccessUnit::new) {
-                            scanout.publish(unit, pts);
-                        }
-                        return;
-                    }
-                    (Kind::Raw, Event::Sample(sample, pts)) => {
-                        scanout.state().inbox.picture = Some((sample, pts));
-                    }
-                    (_, Event::Ended(reason)) => {
-                        scanout.state().inbox.ended.get_or_insert(reason);
-                    }
-                }
-                waker.wake();
-            }
-        })
-        .map_err(|reason| scanout.state().inbox.ended.take().unwrap_or(reason))?;
-        Ok(Self {
-            scanout: scanout.clone(),
-            source,
-            waker,
-            encoder: None,
-            failures: 0,
-            last: None,
-            // There is somebody, or this would not run.
-            keyframe_wanted: true,
-            still_at: None,
-            last_keyframe: None,
-            empty_since: None,
-            ended: None,
-        })
-    }
-
-    /// Runs until nobody watches any more.
-    fn serve(mut self, waiter: &mut Waiter) -> Result<(), String> {
-        loop {
-            let inbox = {
-                let mut state = self.scanout.state();
-                if state.stopping {
-                    return Ok(());
-                }
-                if state.subscribers.is_empty() {
-                    let since = *self.empty_since.get_or_insert_with(Instant::now);
-                    if since.elapsed() >= LINGER {
-                        return Ok(());
-                    }
-                } else {
-                    self.empty_since = None;
-                }
-                let busy = self
-                    .encoder
-                    .as_ref()
-                    .is_some_and(|encoder| encoder.in_flight() >= IN_FLIGHT);
-                let picture = if busy {
-                    None
-                } else {
-                    state.inbox.picture.take()
-                };
-                let keep = if busy {
-                    state.inbox.picture.take()
-                } else {
-                    None
-                };
-                let inbox = std::mem::take(&mut state.inbox);
-                state.inbox.picture = keep;
-                Inbox { picture, ..inbox }
-            };
-            self.ended = self.ended.take().or(inbox.ended);
-            if let Some(reason) = inbox.encoder_failed {
-                self.encoder_failed(&reason)?;
-            }
-            if inbox.bitrate_changed {
-                self.change_bitrate();
-            }
-            if inbox.keyframe_wanted {
-                self.keyframe_wanted = true;
-            }
-            self.check_encoder()?;
-            match self.scanout.description.kind() {
-                Kind::Raw => self.encode(inbox.picture)?,
-                Kind::Encoded => self.pass_keyframe_request(),
-            }
-            if let Some(reason) = self.ended.take_if(|_| {
-                // What the source brought before it ended is still wanted.
-                self.scanout.state().inbox.picture.is_none()
-                    && self
-                        .encoder
-                        .as_ref()
-                        .is_none_or(|encoder| encoder.in_flight() == 0)
-            }) {
-                return Err(reason);
-            }
-            if let Wake::Cancelled = waiter
-                .wait(self.deadline())
-                .map_err(|error| error.to_string())?
-            {
-                return Ok(());
-            }
-        }
-    }
-
-    fn deadline(&self) -> Deadline {
-        let moments = [
-            self.empty_since.map(|since| since + LINGER),
-            self.still_at,
-            self.encoder
-                .as_ref()
-                .and_then(Encoder::busy_since)
-                .map(|since| since + PATIENCE),
-        ];
-        moments
-            .into_iter()
-            .flatten()
-            .min()
-            .map_or(Deadline::NEVER, Deadline::at)
-    }
-
-    /// Encodes a new picture, or the last one again where a still screen owes a keyframe.
-    fn encode(&mut self, new: Option<(gst::Sample, i64)>) -> Result<(), String> {
-        let now = Instant::now();
-        let allowed = self.last_keyframe.map_or(now, |last| last + KEYFRAME_PAUSE);
-        let (sample, pts) = if let Some(new) = new {
-            new
-        } else {
-            if !self.keyframe_wanted {
-                return Ok(());
-            }
-            let due = *self.still_at.get_or_insert(allowed.max(now + STILL));
-            let Some(last) = self.last.clone().filter(|_| now >= due) else {
-                if self.last.is_none() {
-                    // The first picture will be a keyframe anyway.
-                    self.still_at = None;
-                }
-                return Ok(());
-            };
-            (last, monotonic_now())
-        };
-        self.still_at = None;
-        let keyframe = self.keyframe_wanted && now >= allowed;
-        self.push(&sample, keyframe, pts)?;
-        if keyframe {
-            self.keyframe_wanted = false;
-            self.last_keyframe = Some(now);
-        }
-        self.last = Some(sample);
-        Ok(())
-    }
-
-    fn push(&mut self, sample: &gst::Sample, keyframe: bool, pts: i64) -> Result<(), String> {
-        let picture = picture(sample)?;
-        let encoder = match &mut self.encoder {
-            Some(encoder) => encoder,
-            None => self
-                .encoder
-                .insert(start_encoder(&self.scanout, &self.waker)?),
-        };
-        encoder.push(picture, keyframe, pts, pts)
-    }
-
-    fn pass_keyframe_request(&mut self) {
-        let now = Instant::now();
-        // Encoders start with a keyframe, and asking x264enc too early makes it deaf: see
-        // Encoder::push.
-        if !self.keyframe_wanted || !self.scanout.state().flowing {
-            return;
-        }
-        let allowed = self.last_keyframe.map_or(now, |last| last + KEYFRAME_PAUSE);
-        if now < allowed {
-            self.still_at = Some(allowed);
-            return;
-        }
-        self.still_at = None;
-        self.keyframe_wanted = false;
-        self.last_keyframe = Some(now);
-        self.source.force_keyframe();
-    }
-
-    fn change_bitrate(&mut self) {
-        let bits = self.scanout.state().bitrate;
-        if let (Some(encoder), Some(bits)) = (&self.encoder, bits) {
-            encoder.set_bitrate(bits);
-        } else if self.scanout.description.kind() == Kind::Encoded {
-            tracing::debug!(
-                scanout = self.scanout.id,
-                "the bitrate of an encoded scanout is its description's"
-            );
-        }
-    }
-
-    /// Drops a broken encoder; the next picture makes a new one.
-    fn encoder_failed(&mut self, reason: &str) -> Result<(), String> {
-        self.failures += 1;
-        tracing::warn!(scanout = self.scanout.id, reason, "encoding failed");
-        self.encoder = None;
-        self.scanout.interrupt();
-        if self.failures >= FAILURES {
-            return Err(reason.to_owned());
-        }
-        Ok(())
-    }
-
-    fn check_encoder(&mut self) -> Result<(), String> {
-        let Some(encoder) = &self.encoder else {
-            return Ok(());
-        };
-        let Some(since) = encoder.busy_since() else {
-            // All that was asked of it has come.
-            self.failures = 0;
-            return Ok(());
-        };
-        if since.elapsed() >= PATIENCE {
-            if let Some(encoder) = self.encoder.take() {
-                encoder.abandon();
-            }
-            self.encoder_failed("the encoder hangs")?;
-        }
-        Ok(())
-    }
-}
-
-fn start_encoder(scanout: &Arc<Scanout>, waker: &Waker) -> Result<Encoder<i64>, String> {
-    let tuning = Tuning {
-        bitrate: scanout.state().bitrate,
-        profile: 77,
-        keyframes: Keyframes::Every(KEYFRAME_DISTANCE),
-    };
-    let (target, waker) = (scanout.clone(), waker.clone());
-    Encoder::start(&scanout.encoder, &tuning, move |output| {
-        match output {
-            Output::Unit(pts, unit) => target.publish(unit, pts),
-            Output::Skipped(_) => target.interrupt(),
-            Output::Failed(reason) => target.state().inbox.encoder_failed = Some(reason),
-        }
-        // There is room in the encoder now.
-        waker.wake();
-    })
-}
-
-fn picture(sample: &gst::Sample) -> Result<Picture, String> {
-    let info = sample
-        .caps()
-        .and_then(|caps| VideoInfo::from_caps(caps).ok())
-        .ok_or("the source's caps are no raw video")?;
-    let buffer = sample
-        .buffer_owned()
-        .ok_or("the source sent a sample without a buffer")?;
-    Ok(Picture { buffer, info })
-}
-
-/// CLOCK_MONOTONIC in nanoseconds.
-fn monotonic_now() -> i64 {
-    use gst::prelude::*;
-    gst::SystemClock::obtain().time().nseconds() as i64
 }

@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The Helix frame-export protocol and its transports; no GStreamer, no global state.
-//!
-//! docs/protocol.md describes the bytes; `vectors/` beside this file's folder holds examples of
-//! each message for other implementations.
+#![doc = include_str!("../README.md")]
 
 pub mod address;
 pub mod connection;

@@ -117,7 +117,7 @@ fn both_ends_may_send_much_at_once() {
 
 /// Rows that lie apart, as those of a video frame with padding do.
 struct Rows {
-    rows: Vec<Vec<u8>>,
+    data: Vec<Vec<u8>>,
     /// Where each row begins.
     starts: Vec<usize>,
     size: usize,
@@ -133,7 +133,11 @@ impl Rows {
                 size - row.len()
             })
             .collect();
-        Self { rows, starts, size }
+        Self {
+            data: rows,
+            starts,
+            size,
+        }
     }
 }
 
@@ -146,7 +150,7 @@ impl Body for Rows {
         let first = self.starts.partition_point(|&start| start <= offset) - 1;
         let mut skip = offset - self.starts[first];
         let mut count = 0;
-        for (row, slice) in self.rows[first..].iter().zip(slices) {
+        for (row, slice) in self.data[first..].iter().zip(slices) {
             *slice = IoSlice::new(&row[skip..]);
             skip = 0;
             count += 1;
@@ -397,71 +401,95 @@ fn trickling() -> (Connection<()>, Waiter, Busy) {
     (connection, waiter, busy)
 }
 
-/// A peer that sends as fast as it is read, and never comes to an end.
-fn flooding() -> (Connection<()>, Waiter, Busy) {
-    let (_dir, address) = unix();
-    let listener = Listener::bind(&address).unwrap();
-    let Address::Unix(path) = address else {
-        panic!("{address}");
-    };
-    let mut peer = UnixStream::connect(path).unwrap();
-    let waiter = Waiter::new().unwrap();
-    let limits = Limits {
-        skipped: u32::MAX,
-        ..Limits::default()
-    };
-    let connection = Connection::new(accept(&listener), limits, &waiter).unwrap();
-    // Some message of 4 GiB, so that nothing ever comes out.
-    peer.write_all(b"HXFR\x77\0\0\0\xff\xff\xff\xff").unwrap();
-    peer.set_write_timeout(Some(Duration::from_millis(10)))
+/// How much of a message that never ends is in the socket when the test begins: several reads,
+/// and less than a socket holds.
+const WAITING: u64 = 150_000;
+
+/// A peer that sends faster than it is read: there is always more.
+fn flooding() -> (Connection<()>, Waiter, UnixStream) {
+    let (connection, waiter, mut peer) = against_a_plain_socket();
+    socket2::SockRef::from(&peer)
+        .set_send_buffer_size(WAITING as usize)
         .unwrap();
-    let busy = Busy::new(peer, |peer| {
-        let _ = peer.write(&[0; 65536]);
-    });
-    (connection, waiter, busy)
+    let header = b"HXFR\x77\0\0\0\0\0\0\x04";
+    peer.write_all(header).unwrap();
+    peer.write_all(&vec![0; WAITING as usize - header.len()])
+        .unwrap();
+    (connection, waiter, peer)
 }
 
 #[test]
-fn a_peer_that_keeps_sending_cannot_keep_us_past_the_deadline() {
-    for (mut connection, mut waiter, _busy) in [trickling(), flooding()] {
-        for _ in 0..2 {
-            let start = Instant::now();
-            let event = connection.next(&mut waiter, millis(100)).unwrap();
-            assert!(matches!(event, Event::TimedOut), "{event:?}");
-            assert!(start.elapsed() >= Duration::from_millis(100));
-            assert!(start.elapsed() < AT_ONCE, "{:?}", start.elapsed());
-        }
-        assert!(connection.bytes_received() > 0);
-    }
-}
-
-#[test]
-fn a_peer_that_keeps_sending_cannot_keep_a_wake_up_from_us() {
-    for (mut connection, mut waiter, _busy) in [trickling(), flooding()] {
-        let waker = waiter.waker();
-        for _ in 0..3 {
-            waker.wake();
-            let event = connection.next(&mut waiter, long()).unwrap();
-            assert!(matches!(event, Event::Woken), "{event:?}");
-        }
-        // Each was said once.
-        let event = connection.next(&mut waiter, millis(20)).unwrap();
-        assert!(matches!(event, Event::TimedOut), "{event:?}");
-    }
-}
-
-#[test]
-fn a_peer_that_keeps_sending_cannot_keep_us_from_being_cancelled() {
-    for (mut connection, mut waiter, _busy) in [trickling(), flooding()] {
-        let waker = waiter.waker();
+fn a_peer_that_trickles_cannot_keep_us_past_the_deadline() {
+    let (mut connection, mut waiter, _busy) = trickling();
+    for _ in 0..2 {
         let start = Instant::now();
-        thread::scope(|scope| {
-            scope.spawn(|| waker.cancel());
-            let error = connection.next(&mut waiter, Deadline::NEVER).unwrap_err();
-            assert!(matches!(error, ConnectionError::Cancelled), "{error:?}");
-        });
-        assert!(start.elapsed() < AT_ONCE);
+        let event = connection.next(&mut waiter, millis(100)).unwrap();
+        assert!(matches!(event, Event::TimedOut), "{event:?}");
+        assert!(start.elapsed() >= Duration::from_millis(100));
+        assert!(start.elapsed() < AT_ONCE, "{:?}", start.elapsed());
     }
+    assert!(connection.bytes_received() > 56);
+}
+
+#[test]
+fn a_peer_that_floods_cannot_keep_us_past_the_deadline() {
+    let (mut connection, mut waiter, _peer) = flooding();
+    let mut before = 0;
+    for _ in 0..3 {
+        let event = connection.next(&mut waiter, millis(0)).unwrap();
+        assert!(matches!(event, Event::TimedOut), "{event:?}");
+        // It read a little, and left the rest.
+        assert!(connection.bytes_received() > before);
+        before = connection.bytes_received();
+        assert!(before < WAITING);
+    }
+}
+
+#[test]
+fn a_peer_that_floods_cannot_keep_a_wake_up_from_us() {
+    let (mut connection, mut waiter, _peer) = flooding();
+    for _ in 0..3 {
+        waiter.waker().wake();
+        let event = connection.next(&mut waiter, long()).unwrap();
+        assert!(matches!(event, Event::Woken), "{event:?}");
+        assert!(connection.bytes_received() < WAITING);
+    }
+    // Each was said once.
+    let event = connection.next(&mut waiter, millis(20)).unwrap();
+    assert!(matches!(event, Event::TimedOut), "{event:?}");
+}
+
+#[test]
+fn somebody_who_wakes_us_all_the_time_cannot_keep_us_from_reading() {
+    let (mut connection, mut waiter, mut peer) = flooding();
+    let waker = waiter.waker();
+    // The rest of the 64 MiB message is not needed: what is there must be read.
+    while connection.bytes_received() < WAITING {
+        let before = connection.bytes_received();
+        waker.wake();
+        let event = connection.next(&mut waiter, long()).unwrap();
+        assert!(matches!(event, Event::Woken), "{event:?}");
+        assert!(connection.bytes_received() > before);
+    }
+    // Nor from sending.
+    waker.wake();
+    connection.send(encode::ping(1));
+    let event = connection.next(&mut waiter, long()).unwrap();
+    assert!(matches!(event, Event::Drained), "{event:?}");
+    peer.read_exact(&mut [0; 12]).unwrap();
+}
+
+#[test]
+fn a_peer_that_trickles_cannot_keep_us_from_being_cancelled() {
+    let (mut connection, mut waiter, _busy) = trickling();
+    let waker = waiter.waker();
+    let start = Instant::now();
+    thread::scope(|scope| {
+        scope.spawn(|| waker.cancel());
+        let error = connection.next(&mut waiter, Deadline::NEVER).unwrap_err();
+        assert!(matches!(error, ConnectionError::Cancelled), "{error:?}");
+    });
+    assert!(start.elapsed() < AT_ONCE);
 }
 
 /// Gives one byte at a time, and cancels the connection's waits when asked for the tenth.

@@ -236,7 +236,7 @@ fn frames_held_for_a_while_take_no_new_memory_either() {
     let head = encode::frame_request(1, &FrameRequest::default(), pixels.len() as u32);
     let bytes = [&head[..], &pixels].concat();
     let mut decoder = Decoder::new(Limits::default());
-    let mut held: std::collections::VecDeque<Payload> = std::collections::VecDeque::new();
+    let mut frames: std::collections::VecDeque<Payload> = std::collections::VecDeque::new();
     let mut pass = |decoder: &mut Decoder| {
         let mut rest = &bytes[..];
         while !rest.is_empty() {
@@ -249,9 +249,9 @@ fn frames_held_for_a_while_take_no_new_memory_either() {
                 let Message::FrameRequest(_, Some(pixels)) = envelope.message else {
                     panic!("{envelope:?}");
                 };
-                held.push_back(pixels);
-                if held.len() > 2 {
-                    held.pop_front();
+                frames.push_back(pixels);
+                if frames.len() > 2 {
+                    frames.pop_front();
                 }
             }
         }
@@ -275,7 +275,7 @@ fn memory_of_large_frames_goes_back_when_the_frames_become_small() {
     let before = LIVE.get();
     {
         // Four at once, as a client with several requests in flight has them.
-        let mut held = Vec::new();
+        let mut frames = Vec::new();
         for _ in 0..4 {
             let bytes = [&head[..], &large].concat();
             let mut rest = &bytes[..];
@@ -285,10 +285,10 @@ fn memory_of_large_frames_goes_back_when_the_frames_become_small() {
                 space[..count].copy_from_slice(&rest[..count]);
                 decoder.advance(count);
                 rest = &rest[count..];
-                held.extend(decoder.next().unwrap());
+                frames.extend(decoder.next().unwrap());
             }
         }
-        assert_eq!(held.len(), 4);
+        assert_eq!(frames.len(), 4);
     }
     let small = frame_stream(&[3; 4000]);
     for _ in 0..4 {

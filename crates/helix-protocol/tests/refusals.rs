@@ -11,7 +11,10 @@ use helix_protocol::message::{
 };
 use helix_protocol::{DecodeError, Envelope, Limits, Message};
 
-const HEADER: [(&str, usize); 5] = [
+/// Name and size of a field.
+type Field = (&'static str, usize);
+
+const HEADER: [Field; 5] = [
     ("magic", 4),
     ("msg_type", 1),
     ("flags", 1),
@@ -19,7 +22,7 @@ const HEADER: [(&str, usize); 5] = [
     ("payload_size", 4),
 ];
 
-const CONFIG: [(&str, usize); 9] = [
+const CONFIG: [Field; 9] = [
     ("width", 4),
     ("height", 4),
     ("bitrate", 4),
@@ -31,7 +34,7 @@ const CONFIG: [(&str, usize); 9] = [
     ("reserved", 5),
 ];
 
-const FRAME_REQUEST: [(&str, usize); 11] = [
+const FRAME_REQUEST: [Field; 11] = [
     ("resource_id", 4),
     ("width", 4),
     ("height", 4),
@@ -45,7 +48,7 @@ const FRAME_REQUEST: [(&str, usize); 11] = [
     ("reserved", 4),
 ];
 
-const FRAME_RESPONSE: [(&str, usize); 6] = [
+const FRAME_RESPONSE: [Field; 6] = [
     ("pts", 8),
     ("dts", 8),
     ("is_keyframe", 1),
@@ -54,7 +57,7 @@ const FRAME_RESPONSE: [(&str, usize); 6] = [
     ("nal_count", 4),
 ];
 
-const HELLO: [(&str, usize); 10] = [
+const HELLO: [Field; 10] = [
     ("version", 2),
     ("fixed_size", 2),
     ("max_in_flight", 2),
@@ -93,9 +96,8 @@ fn error(tag: Option<RequestTag>) -> Message {
 }
 
 /// One message of each type: its name, its bytes, and the fields of its payload in order.
-fn samples() -> Vec<(&'static str, Vec<u8>, Vec<(&'static str, usize)>)> {
-    let with =
-        |fields: &[(&'static str, usize)], more: &[(&'static str, usize)]| [fields, more].concat();
+fn samples() -> Vec<(&'static str, Vec<u8>, Vec<Field>)> {
+    let with = |fields: &[Field], more: &[Field]| [fields, more].concat();
     let scanout = [("scanout_id", 4)];
     vec![
         (

@@ -5,6 +5,7 @@
 mod common;
 
 use common::{content, decode, encode, response_parts};
+use helix_protocol::decode::STAGE;
 use helix_protocol::message::{
     AuthToken, Capabilities, Config, EnableScanout, ErrorCode, ErrorMessage, FrameRequest,
     FrameResponse, Hello, RequestTag, ScanoutResp,
@@ -367,6 +368,63 @@ fn unknown_messages_are_skipped_and_reported() {
             seen,
             [(5, 6, 0), (5, 0x7f, 3), (5, 0xfe, 100_000), (7, 0x10, 0)]
         );
+    }
+}
+
+#[test]
+fn many_small_messages_come_out_of_few_large_reads() {
+    let messages: Vec<_> = (0..3000_u16)
+        .map(|n| Envelope {
+            session_id: n,
+            message: match n % 4 {
+                0 => Message::Ping,
+                1 => Message::DisableScanout {
+                    scanout_id: n.into(),
+                },
+                2 => Message::ConfigReq(Config {
+                    width: n.into(),
+                    ..Config::default()
+                }),
+                _ => Message::Error(ErrorMessage {
+                    code: ErrorCode(n.into()),
+                    text: n.to_string(),
+                    tag: None,
+                }),
+            },
+        })
+        .collect();
+    let bytes = stream(&messages);
+    for piece in [usize::MAX, STAGE, 10_000, 5003] {
+        let (decoded, end) = decode(Limits::default(), &bytes, &[piece]);
+        assert_eq!(end, Ok(()));
+        assert!(
+            contents(&decoded) == contents(&messages),
+            "pieces of {piece}"
+        );
+    }
+}
+
+#[test]
+fn pixels_and_access_units_are_received_where_they_stay() {
+    const SIZE: usize = 50_000;
+    let request = helix_protocol::encode::frame_request(1, &FrameRequest::default(), SIZE as u32);
+    let response =
+        helix_protocol::encode::frame_response(1, &FrameResponse::default(), SIZE as u32);
+    for head in [request, response] {
+        let mut decoder = Decoder::new(Limits::default());
+        decoder.space()[..head.len()].copy_from_slice(&head);
+        decoder.advance(head.len());
+        assert!(decoder.next().unwrap().is_none());
+        let space = decoder.space();
+        assert_eq!(space.len(), SIZE);
+        let address = space.as_ptr();
+        decoder.advance(SIZE);
+        let message = decoder.next().unwrap().unwrap().message;
+        let (Message::FrameRequest(_, Some(bulk)) | Message::FrameResponse(_, bulk)) = message
+        else {
+            panic!("{message:?}");
+        };
+        assert_eq!(bulk.as_ptr(), address);
     }
 }
 

@@ -75,7 +75,14 @@ pub fn decode(
             match decoder.next() {
                 Ok(Some(message)) => messages.push(message),
                 Ok(None) => break,
-                Err(error) => return (messages, Err(error)),
+                Err(error) => {
+                    assert_eq!(
+                        decoder.next().as_ref().err(),
+                        Some(&error),
+                        "an error stays"
+                    );
+                    return (messages, Err(error));
+                }
             }
         }
         if rest.is_empty() {

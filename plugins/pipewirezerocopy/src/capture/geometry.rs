@@ -8,7 +8,7 @@
 
 use std::fmt;
 
-use super::format::PixelFormat;
+use super::format::{PixelFormat, PlaneShape};
 
 /// Largest width and height believed, in pixels: more than any display, and small enough that
 /// no product of two of them with a pixel's size comes near the end of 64 bits.
@@ -146,7 +146,12 @@ impl FrameLayout {
             let chunk = &chunks[block];
             let row_bytes = shape.row_bytes(width).ok_or(LayoutError::Overflow)?;
             let rows = shape.rows(height);
-            let stride = stride(chunk, row_bytes, height)?;
+            let rows_in_block = if contiguous {
+                contiguous_rows(shapes, height)
+            } else {
+                rows
+            };
+            let stride = stride(chunk, row_bytes, rows_in_block)?;
             let start = block_start(chunk);
             let offset = if contiguous {
                 start.checked_add(behind_previous)
@@ -168,8 +173,7 @@ impl FrameLayout {
                 return Err(LayoutError::OutOfBounds { block, end, limit });
             }
 
-            behind_previous = rows
-                .next_multiple_of(2)
+            behind_previous = rows_before_next(rows)
                 .checked_mul(stride)
                 .and_then(|length| length.checked_add(behind_previous))
                 .ok_or(LayoutError::Overflow)?;
@@ -234,14 +238,28 @@ fn block_start(chunk: &Chunk) -> usize {
     }
 }
 
+/// Rows from the beginning of a plane to that of the next one in the same block.
+fn rows_before_next(rows: usize) -> usize {
+    rows.next_multiple_of(2)
+}
+
+/// Rows of a block that holds all planes. Their strides are the same in every carried format.
+fn contiguous_rows(shapes: &[PlaneShape], height: u32) -> usize {
+    match shapes {
+        [] => 0,
+        [last] => last.rows(height),
+        [first, rest @ ..] => rows_before_next(first.rows(height)) + contiguous_rows(rest, height),
+    }
+}
+
 /// The stride to use: what the producer says, else what its size implies, else no padding.
-fn stride(chunk: &Chunk, row_bytes: usize, height: u32) -> Result<usize, LayoutError> {
+fn stride(chunk: &Chunk, row_bytes: usize, rows: usize) -> Result<usize, LayoutError> {
     let stride = match usize::try_from(chunk.stride) {
         Ok(0) => {
-            let per_row = chunk.size as usize / height as usize;
-            let exact = (chunk.size as usize).is_multiple_of(height as usize);
-            if exact && per_row >= row_bytes {
-                per_row
+            let size = chunk.size as usize;
+            let implied = size / rows;
+            if size.is_multiple_of(rows) && implied >= row_bytes {
+                implied
             } else {
                 row_bytes
             }
@@ -363,6 +381,9 @@ mod tests {
             bgrx(4, 2, chunk(64, 0, 33, 0)).unwrap().planes()[0].stride,
             16
         );
+        // Luma takes 4 rows of the block, chroma 2.
+        let nv12 = FrameLayout::new(PixelFormat::Nv12, 5, 3, &[chunk(48, 0, 48, 0)]).unwrap();
+        assert_eq!((nv12.planes()[0].stride, nv12.planes()[1].stride), (8, 8));
     }
 
     #[test]

@@ -35,6 +35,11 @@ use super::{Level, Monotonic, Stage};
 /// Renegotiation removes them for some milliseconds.
 const GONE_AFTER: Duration = Duration::from_secs(1);
 
+/// How long after a format a frame is waited for before the producer is asked for one; doubled
+/// each time, so that a producer which has nothing to show is asked only a few times.
+const FRAME_AFTER: Duration = Duration::from_millis(500);
+const MOST_REQUESTS: u32 = 4;
+
 /// A buffer of the stream.
 struct Buffer {
     /// Our number for it, never used twice, also not by the next stream.
@@ -60,6 +65,10 @@ struct State {
     gone_since: Cell<Option<Instant>>,
     error: RefCell<Option<String>>,
     had_format: Cell<bool>,
+    /// Set by a format, unset by the next frame.
+    frame_due: Cell<Option<Instant>>,
+    /// Times that a frame was asked for since the format.
+    requests: Cell<u32>,
     /// An unreadable frame was reported; more of them are only traced.
     complained: Cell<bool>,
 }
@@ -102,6 +111,8 @@ impl CaptureStream {
             gone_since: Cell::default(),
             error: RefCell::default(),
             had_format: Cell::default(),
+            frame_due: Cell::default(),
+            requests: Cell::default(),
             complained: Cell::default(),
         });
         let listener = listen(&stream, &state)?;
@@ -152,6 +163,27 @@ impl CaptureStream {
     /// What is wrong with the stream, said once.
     pub fn take_error(&self) -> Option<String> {
         self.state.error.borrow_mut().take()
+    }
+
+    /// When to ask the producer for a frame.
+    pub fn frame_due(&self) -> Option<Instant> {
+        self.state.frame_due.get()
+    }
+
+    /// Asks the producer for a frame by pausing the stream and letting it go on.
+    ///
+    /// mutter draws a frame when a stream begins. It loses that one when its buffers come too
+    /// late, and draws none when a new format resizes a virtual monitor: with nothing moving on
+    /// the screen there would be no picture until something does.
+    pub fn ask_for_frame(&self) -> Result<(), pipewire::Error> {
+        let requests = self.state.requests.get() + 1;
+        self.state.requests.set(requests);
+        let next = Instant::now() + FRAME_AFTER * 2_u32.pow(requests.min(MOST_REQUESTS));
+        self.state
+            .frame_due
+            .set((requests < MOST_REQUESTS).then_some(next));
+        self.stream.set_active(false)?;
+        self.stream.set_active(true)
     }
 
     /// When the producer counts as vanished, if its buffers stay away until then.
@@ -229,6 +261,8 @@ impl State {
                 self.log(Level::Info, format_args!("producer fixed {format:?}"));
                 self.format.set(Some(format));
                 self.had_format.set(true);
+                self.requests.set(0);
+                self.frame_due.set(Some(Instant::now() + FRAME_AFTER));
                 self.gone_since.set(None);
                 self.link.counters.set_stage(Stage::Paused);
             }
@@ -306,6 +340,7 @@ impl State {
             }
             match self.frame(raw) {
                 Ok(frame) => {
+                    self.frame_due.set(None);
                     self.link.counters.received.fetch_add(1, Ordering::Relaxed);
                     self.link.inbox.put_frame(frame);
                     continue;

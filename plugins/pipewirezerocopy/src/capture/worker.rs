@@ -68,6 +68,15 @@ enum Told {
     Vanished,
 }
 
+/// What is wrong with a stream.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Trouble {
+    /// PipeWire says so.
+    Error,
+    /// It was unlinked, or its buffers are gone.
+    Gone,
+}
+
 /// Why the thread ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum End {
@@ -230,8 +239,13 @@ impl Worker {
 
     /// How long the loop may wait for events.
     fn timeout(&self) -> Timeout {
-        let gone_at = self.stream.as_ref().and_then(CaptureStream::gone_at);
-        match [gone_at, self.retry_at].into_iter().flatten().min() {
+        let stream = self.stream.as_ref();
+        let moments = [
+            stream.and_then(CaptureStream::gone_at),
+            stream.and_then(CaptureStream::frame_due),
+            self.retry_at,
+        ];
+        match moments.into_iter().flatten().min() {
             // Rounded up to the loop's milliseconds, so that it does not spin to the moment.
             Some(moment) => Timeout::Finite(
                 moment.saturating_duration_since(Instant::now()) + Duration::from_millis(1),
@@ -316,30 +330,44 @@ impl Worker {
         if stream.had_format() {
             self.told = None;
         }
+        if stream.frame_due().is_some_and(|at| at <= Instant::now()) {
+            self.log(Level::Debug, format_args!("asking for a frame"));
+            if let Err(error) = stream.ask_for_frame() {
+                self.log(Level::Warning, format_args!("pausing failed: {error}"));
+            }
+        }
         let target = self.node.as_ref().map_or_else(
             || self.config.target.to_string(),
             |(id, n)| describe(*id, n),
         );
-        let retry = Some(Instant::now() + RETRY_AFTER);
-        if let Some(error) = stream.take_error() {
-            if stream.had_format() || self.told == Some(Told::Vanished) {
-                self.vanish(
-                    format!("the stream from {target} broke off: {error}"),
-                    retry,
-                );
-            } else {
-                let offer = self.offer.as_ref().map(Offer::to_string);
-                let text = format!(
-                    "streaming from {target} failed: {error} (what is downstream takes {})",
-                    offer.unwrap_or_default()
-                );
-                self.stream = None;
-                self.link.inbox.put_failed(Failure::Stream(text));
-            }
+        let known = stream.had_format() || self.told == Some(Told::Vanished);
+        let (what, reason) = if let Some(error) = stream.take_error() {
+            (Trouble::Error, error)
         } else if stream.gone_at().is_some_and(|at| at <= Instant::now()) {
-            let reason = format!("{target} has stopped streaming and taken its buffers away");
-            self.vanish(reason, retry);
+            (Trouble::Gone, String::new())
+        } else {
+            return;
+        };
+        if known {
+            let reason = match what {
+                Trouble::Error => format!("the stream from {target} broke off: {reason}"),
+                Trouble::Gone => {
+                    format!("{target} has stopped streaming and taken its buffers away")
+                }
+            };
+            self.vanish(reason, Some(Instant::now() + RETRY_AFTER));
+            return;
         }
+        let reason = match what {
+            Trouble::Error => reason,
+            Trouble::Gone => "the session manager has not linked the two".into(),
+        };
+        let offer = self.offer.as_ref().map(Offer::to_string);
+        self.stream = None;
+        self.link.inbox.put_failed(Failure::Stream(format!(
+            "streaming from {target} failed: {reason} (what is downstream takes {})",
+            offer.unwrap_or_default()
+        )));
     }
 
     fn vanish(&mut self, reason: String, retry_at: Option<Instant>) {

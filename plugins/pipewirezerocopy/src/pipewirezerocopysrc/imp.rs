@@ -240,6 +240,14 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
         BaseSrcImplExt::parent_query(self, query)
     }
 
+    fn event(&self, event: &gst::Event) -> bool {
+        if event.type_() == gst::EventType::Reconfigure {
+            // The thread may be waiting for a frame, which on a still screen never comes.
+            self.wake();
+        }
+        self.parent_event(event)
+    }
+
     /// Tells PipeWire what downstream takes and, once the producer has fixed a format, sets caps.
     fn negotiate(&self) -> Result<(), gst::LoggableError> {
         let pad = self.obj().src_pad().clone();
@@ -291,6 +299,7 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
                 source: wanted,
                 info: info.clone(),
             });
+            streaming.stale = None;
             changed = before.is_none_or(|before| before.source != wanted);
             let fits = |last: &gst::Buffer| last.size() == info.size();
             if changed || !streaming.last.as_ref().is_none_or(fits) {

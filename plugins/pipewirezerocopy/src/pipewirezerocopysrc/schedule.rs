@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 pub(super) struct Schedule {
     /// The last frame or keepalive.
     last: Option<Instant>,
-    /// The grid point of the last frame, for the framerate.
+    /// The grid point of the last buffer, for the framerate.
     slot: Option<Instant>,
 }
 
@@ -33,9 +33,11 @@ impl Schedule {
         self.slot = interval.map(|interval| next_point(self.slot, interval, now));
     }
 
-    /// A keepalive leaves at `now`, `period` after what was before it or later.
-    pub fn keepalive_left(&mut self, now: Instant, period: Duration) {
+    /// A keepalive leaves at `now`, `period` after what was before it or later. It counts for the
+    /// framerate as well.
+    pub fn keepalive_left(&mut self, now: Instant, period: Duration, interval: Option<Duration>) {
         self.last = Some(next_point(self.last, period, now));
+        self.slot = interval.map(|interval| next_point(self.slot, interval, now));
     }
 }
 
@@ -70,7 +72,7 @@ mod tests {
         for (count, late) in [(1, 0), (2, 30), (3, 99), (4, 1)] {
             let due = at(start, 100 * count);
             assert_eq!(schedule.keepalive_at(PERIOD), Some(due));
-            schedule.keepalive_left(due + Duration::from_millis(late), PERIOD);
+            schedule.keepalive_left(due + Duration::from_millis(late), PERIOD, None);
         }
     }
 
@@ -79,7 +81,7 @@ mod tests {
         let start = Instant::now();
         let mut schedule = Schedule::default();
         schedule.frame_left(start, None);
-        schedule.keepalive_left(at(start, 1234), PERIOD);
+        schedule.keepalive_left(at(start, 1234), PERIOD, None);
         assert_eq!(schedule.keepalive_at(PERIOD), Some(at(start, 1334)));
     }
 
@@ -107,6 +109,16 @@ mod tests {
             }
         }
         assert!((99..=100).contains(&left), "{left} frames in 100 intervals");
+    }
+
+    #[test]
+    fn keepalives_count_for_the_limit() {
+        let start = Instant::now();
+        let interval = Duration::from_millis(200);
+        let mut schedule = Schedule::default();
+        schedule.frame_left(start, Some(interval));
+        schedule.keepalive_left(at(start, 200), PERIOD, Some(interval));
+        assert_eq!(schedule.frame_at(interval), Some(at(start, 400)));
     }
 
     #[test]

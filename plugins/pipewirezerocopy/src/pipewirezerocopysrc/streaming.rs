@@ -3,6 +3,7 @@
 //! What the streaming thread does from one buffer to the next: wait, copy a frame, resend the
 //! last one, tell the application what has happened to the producer.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
@@ -46,6 +47,9 @@ pub(super) struct Streaming {
     /// What the frame that is there needs.
     pub wanted: Option<StreamFormat>,
     pub negotiated: Option<Negotiated>,
+    /// A format that downstream takes no longer, which the producer was asked to change. Frames
+    /// of it may still be under way.
+    pub stale: Option<StreamFormat>,
     /// The last frame, for resending it.
     pub last: Option<gst::Buffer>,
     pub last_pts: Option<gst::ClockTime>,
@@ -64,6 +68,7 @@ pub(super) struct Streaming {
 enum Step {
     Push(StreamFormat),
     Negotiate(StreamFormat),
+    Discard,
     Resend,
     End,
     Vanished(String),
@@ -81,6 +86,7 @@ impl Streaming {
             offer: Offer::default(),
             wanted: None,
             negotiated: None,
+            stale: None,
             last: None,
             last_pts: None,
             schedule: Schedule::default(),
@@ -111,6 +117,7 @@ impl Streaming {
             // A frame is held back, or `look` was asked to be silent about one: until then, a
             // newer one may take its place.
             (Look::Frame(_) | Look::Nothing, Some(due)) => Step::Wait(Deadline::at(due)),
+            (Look::Frame(format), None) if self.stale == Some(format) => Step::Discard,
             (Look::Frame(format), None) => match &self.negotiated {
                 Some(negotiated) if negotiated.source == format => Step::Push(format),
                 _ => Step::Negotiate(format),
@@ -144,9 +151,11 @@ impl Streaming {
             return Step::Fail(gst::error_msg!(
                 gst::ResourceError::Read,
                 [
-                    "no frame from {} within {limit} ms (first-frame-timeout): {}",
+                    "no frame from {} within {limit} ms (first-frame-timeout): {} (what is \
+                     downstream takes {})",
                     self.target,
-                    counters.stage().advice()
+                    counters.stage().advice(),
+                    self.offer
                 ]
             ));
         }
@@ -167,6 +176,13 @@ impl PipeWireZeroCopySrc {
     pub(super) fn next_buffer(&self, waiter: &mut Waiter) -> Result<gst::Buffer, gst::FlowError> {
         let counters = lock(&self.figures).counters.clone();
         loop {
+            if self.obj().src_pad().needs_reconfigure() && !self.obj().negotiate() {
+                return Err(if self.is_cancelled() {
+                    gst::FlowError::Flushing
+                } else {
+                    gst::FlowError::NotNegotiated
+                });
+            }
             let settings = lock(&self.settings).clone();
             let step = match &mut *lock(&self.streaming) {
                 Some(streaming) => streaming.next_step(&settings, &counters, Instant::now()),
@@ -179,6 +195,7 @@ impl PipeWireZeroCopySrc {
                     }
                 }
                 Step::Negotiate(format) => self.renegotiate(format)?,
+                Step::Discard => self.discard_stale(),
                 Step::Resend => {
                     if let Some(buffer) = self.resend(&settings) {
                         return Ok(buffer);
@@ -224,24 +241,27 @@ impl PipeWireZeroCopySrc {
             );
             return Err(gst::FlowError::NotNegotiated);
         }
-        if let Some(streaming) = &mut *lock(&self.streaming) {
-            let agreed = streaming.negotiated.as_ref().map(|n| n.source);
-            if agreed != Some(format) {
-                // Downstream has changed its mind, and the producer is asked for another format.
-                streaming.capture.inbox().discard();
-            }
-        }
         Ok(())
     }
 
-    /// The producer's present format is of no use any more; another is on its way.
+    /// The format that frames have now is of no use any more; another is on its way.
     pub(super) fn forget_format(&self) {
         if let Some(streaming) = &mut *lock(&self.streaming) {
-            streaming.wanted = None;
+            streaming.stale = streaming.wanted.take();
             streaming.negotiated = None;
             streaming.last = None;
             streaming.frame_seen = false;
             streaming.waiting_since = None;
+        }
+    }
+
+    fn discard_stale(&self) {
+        let frame = lock(&self.streaming)
+            .as_ref()
+            .and_then(|streaming| streaming.capture.inbox().take(&streaming.stale?));
+        if frame.is_some() {
+            let figures = lock(&self.figures);
+            figures.counters.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
 
@@ -317,7 +337,9 @@ impl PipeWireZeroCopySrc {
             let mut streaming = lock(&self.streaming);
             let streaming = streaming.as_mut()?;
             let period = settings.keepalive().unwrap_or_default();
-            streaming.schedule.keepalive_left(Instant::now(), period);
+            streaming
+                .schedule
+                .keepalive_left(Instant::now(), period, settings.min_interval());
             streaming.last.clone()?
         };
         let mut buffer = last.copy();

@@ -11,9 +11,11 @@ use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use zerocopy_test_support::desktop::Desktop;
 
 mod content;
+mod hostile;
 mod keepalive;
 mod lifecycle;
 mod loss;
+mod painter;
 mod run;
 mod screencast;
 

@@ -22,10 +22,11 @@ pub fn init() {
     });
 }
 
-/// `pipewirezerocopysrc ! CAPS ! appsink` on a desktop's PipeWire.
+/// `pipewirezerocopysrc ! capsfilter ! appsink` on a desktop's PipeWire.
 pub struct Run {
     pub pipeline: gst::Pipeline,
     pub src: gst::Element,
+    filter: gst::Element,
     pub sink: gst_app::AppSink,
     bus: gst::Bus,
     _socket: UnixStream,
@@ -40,17 +41,20 @@ impl Run {
             .property("pipewire-fd", socket.as_raw_fd())
             .build()
             .unwrap();
-        let sink = gst_app::AppSink::builder()
-            .caps(&caps.parse::<gst::Caps>().unwrap())
-            .sync(false)
-            .build();
+        let filter = gst::ElementFactory::make("capsfilter")
+            .property_from_str("caps", caps)
+            .build()
+            .unwrap();
+        let sink = gst_app::AppSink::builder().sync(false).build();
         let pipeline = gst::Pipeline::new();
-        pipeline.add_many([&src, sink.upcast_ref()]).unwrap();
-        src.link(&sink).unwrap();
+        let elements = [&src, &filter, sink.upcast_ref()];
+        pipeline.add_many(elements).unwrap();
+        gst::Element::link_many(elements).unwrap();
         let bus = pipeline.bus().unwrap();
         Self {
             pipeline,
             src,
+            filter,
             sink,
             bus,
             _socket: socket,
@@ -62,6 +66,11 @@ impl Run {
         let run = Self::new(desktop, "video/x-raw");
         run.src.set_property("pipewire-node-id", node);
         run
+    }
+
+    /// Changes what is taken downstream, at any time.
+    pub fn set_caps(&self, caps: &str) {
+        self.filter.set_property_from_str("caps", caps);
     }
 
     pub fn play(&self) {
@@ -214,7 +223,6 @@ pub fn pixels(sample: &gst::Sample) -> Vec<u8> {
 /// A PipeWire node of the given name that shows a picture of videotestsrc.
 pub struct Producer {
     pipeline: gst::Pipeline,
-    filter: gst::Element,
     _socket: UnixStream,
 }
 
@@ -234,17 +242,10 @@ impl Producer {
             .downcast::<gst::Pipeline>()
             .unwrap();
         pipeline.set_state(gst::State::Playing).unwrap();
-        let filter = pipeline.by_name("filter").unwrap();
         Self {
             pipeline,
-            filter,
             _socket: socket,
         }
-    }
-
-    /// Goes on in other caps.
-    pub fn change(&self, caps: &str) {
-        self.filter.set_property("caps", full_caps(caps));
     }
 }
 
@@ -256,7 +257,7 @@ impl Drop for Producer {
 
 fn picture(caps: &str, how: &str) -> String {
     format!(
-        "videotestsrc pattern=smpte100 {how} ! capsfilter name=filter caps=\"{}\"",
+        "videotestsrc pattern=smpte100 {how} ! capsfilter caps=\"{}\"",
         full_caps(caps)
     )
 }

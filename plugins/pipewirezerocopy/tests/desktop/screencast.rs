@@ -127,6 +127,30 @@ fn two_sources_at_once_do_not_disturb_each_other() {
 }
 
 #[test]
+fn another_size_that_downstream_asks_for_while_playing_is_negotiated() {
+    let mut desktop = desktop();
+    let cast = desktop.screencast(Recording::Virtual);
+    let run = Run::new(&desktop, "video/x-raw,width=320,height=200");
+    run.src.set_property("pipewire-node-id", cast.node);
+    run.play();
+    let size = |sample: &gst::Sample| {
+        let caps = sample.caps().unwrap().structure(0).unwrap();
+        (caps.get::<i32>("width"), caps.get::<i32>("height"))
+    };
+    assert_eq!(size(&run.frame()), (Ok(320), Ok(200)));
+    run.set_caps("video/x-raw,width=400,height=300");
+    // What is under way still has the old size.
+    while size(&run.frame()) != (Ok(400), Ok(300)) {}
+    // Frames and keepalives keep it.
+    for _ in 0..5 {
+        let sample = run.frame();
+        assert_eq!(size(&sample), (Ok(400), Ok(300)));
+        assert_eq!(pixels(&sample).len(), 400 * 300 * 4);
+    }
+    desktop.close(&cast);
+}
+
+#[test]
 fn a_slow_consumer_gets_the_newest_picture_and_holds_no_buffers() {
     let mut desktop = desktop();
     let cast = desktop.screencast(Recording::Monitor);

@@ -32,8 +32,8 @@ pub(super) struct Open {
 pub(super) struct Conversation {
     pub open: VecDeque<Open>,
     after_loss: bool,
-    /// A reply to a request has come.
-    answered: bool,
+    /// PTS of the request that was answered last.
+    last_answered: Option<i64>,
     /// The host has refused a frame.
     refused: bool,
     /// When the host last sent or took something.
@@ -54,7 +54,7 @@ impl Conversation {
         Self {
             open: VecDeque::new(),
             after_loss,
-            answered: false,
+            last_answered: None,
             refused: false,
             progress: now,
             waiting_since: now,
@@ -159,15 +159,20 @@ impl Conversation {
     /// Replies come in request order, but not for every request: one whose PTS fits a later
     /// request says that those before it were skipped (quirk 3).
     fn reply(&mut self, worker: &mut Worker, response: FrameResponse, data: Payload) {
-        let fits = |open: &Open| open.pts.abs_diff(response.pts) <= PTS_TOLERANCE_NS;
-        let skipped = self.open.iter().position(fits).unwrap_or(0);
+        let near = |pts: i64| pts.abs_diff(response.pts) <= PTS_TOLERANCE_NS;
+        let skipped = match self.open.iter().position(|open| near(open.pts)) {
+            Some(skipped) => skipped,
+            // The last reply once more.
+            None if self.last_answered.is_some_and(near) => return,
+            None => 0,
+        };
         for _ in 0..skipped {
             self.drop_oldest(worker, "the host skipped it");
         }
         let Some(open) = self.open.pop_front() else {
             return;
         };
-        self.answered = true;
+        self.last_answered = Some(open.pts);
         worker.backoff = None;
         self.start_waiting();
         if data.is_empty() {
@@ -266,7 +271,7 @@ impl Conversation {
             Some(false) => Err(End::Lost(format!(
                 "no answer and no sign of life for {waited} ms (timeout)"
             ))),
-            Some(true) if !self.answered => Err(End::Hopeless(format!(
+            Some(true) if self.last_answered.is_none() => Err(End::Hopeless(format!(
                 "{} is alive but did not answer a FRAME_REQUEST within {waited} ms (timeout): is \
                  it a host that only pushes screens? Those skip frames to encode; use a \
                  helix-host, or a longer timeout",

@@ -1,0 +1,304 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! A scanout while it runs: pictures from the source, keyframes for newcomers, an encoder that is
+//! made again when it breaks.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use gst::prelude::*;
+use gst_video::VideoInfo;
+use helix_protocol::wait::{Deadline, Waiter, Wake, Waker};
+
+use super::Scanout;
+use crate::access_unit::AccessUnit;
+use crate::encoder::{Encoder, Output};
+use crate::picture::Picture;
+use crate::settings::{Keyframes, Tuning};
+use crate::source::{Event, Kind, Source};
+
+/// How long a scanout goes on after its last subscriber has gone.
+const LINGER: Duration = Duration::from_secs(3);
+/// A screen that shows nothing new for this long after a keyframe was asked for is still: its
+/// last picture is encoded again.
+const STILL: Duration = Duration::from_millis(100);
+/// Keyframes on demand are at least this far apart, or one client could make everybody's stream
+/// nothing but keyframes.
+const KEYFRAME_PAUSE: Duration = Duration::from_millis(100);
+/// Pictures in the encoder at once. Further ones replace each other before it (L26).
+const IN_FLIGHT: usize = 2;
+/// A keyframe comes by itself after this many pictures, as clients of deployed hosts expect.
+const KEYFRAME_DISTANCE: u32 = 60;
+/// An encoder that is silent for so long hangs.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Encoders that fail one after the other before the scanout is given up.
+const FAILURES: u32 = 3;
+
+/// A scanout that runs: owned by its thread.
+pub struct Run {
+    scanout: Arc<Scanout>,
+    source: Source,
+    waker: Waker,
+    encoder: Option<Encoder<i64>>,
+    failures: u32,
+    /// The last picture, for screens that stand still.
+    last: Option<gst::Sample>,
+    keyframe_wanted: bool,
+    /// When the keyframe that is wanted is made from the last picture.
+    still_at: Option<Instant>,
+    last_keyframe: Option<Instant>,
+    empty_since: Option<Instant>,
+    /// Why the source brings no more.
+    ended: Option<String>,
+}
+
+impl Run {
+    /// Starts the source; `waker` wakes the scanout's thread.
+    pub fn start(scanout: &Arc<Scanout>, waker: Waker) -> Result<Self, String> {
+        let source = Source::start(&scanout.description, {
+            let (scanout, waker) = (scanout.clone(), waker.clone());
+            let kind = scanout.description.kind();
+            move |event| {
+                match (kind, event) {
+                    (Kind::Encoded, Event::Sample(sample, pts)) => {
+                        if let Some(unit) = sample.buffer_owned().and_then(AccessUnit::new) {
+                            scanout.publish(unit, pts);
+                        }
+                        return;
+                    }
+                    (Kind::Raw, Event::Sample(sample, pts)) => {
+                        scanout.state().picture = Some((sample, pts));
+                    }
+                    (_, Event::Ended(reason)) => {
+                        scanout.state().inbox.ended.get_or_insert(reason);
+                    }
+                }
+                waker.wake();
+            }
+        })
+        .map_err(|reason| scanout.state().inbox.ended.take().unwrap_or(reason))?;
+        Ok(Self {
+            scanout: scanout.clone(),
+            source,
+            waker,
+            encoder: None,
+            failures: 0,
+            last: None,
+            // There is somebody, or this would not run.
+            keyframe_wanted: true,
+            still_at: None,
+            last_keyframe: None,
+            empty_since: None,
+            ended: None,
+        })
+    }
+
+    /// Runs until nobody watches any more.
+    pub fn serve(mut self, waiter: &mut Waiter) -> Result<(), String> {
+        loop {
+            let (inbox, picture) = {
+                let mut state = self.scanout.state();
+                if state.stopping {
+                    return Ok(());
+                }
+                if state.subscribers.is_empty() {
+                    let since = *self.empty_since.get_or_insert_with(Instant::now);
+                    if since.elapsed() >= LINGER {
+                        return Ok(());
+                    }
+                } else {
+                    self.empty_since = None;
+                }
+                let busy = self
+                    .encoder
+                    .as_ref()
+                    .is_some_and(|encoder| encoder.in_flight() >= IN_FLIGHT);
+                let picture = if busy { None } else { state.picture.take() };
+                (std::mem::take(&mut state.inbox), picture)
+            };
+            self.ended = self.ended.take().or(inbox.ended);
+            if let Some(reason) = inbox.encoder_failed {
+                self.encoder_failed(&reason)?;
+            }
+            if inbox.bitrate_changed {
+                self.change_bitrate();
+            }
+            if inbox.keyframe_wanted {
+                self.keyframe_wanted = true;
+            }
+            self.check_encoder()?;
+            match self.scanout.description.kind() {
+                Kind::Raw => self.encode(picture)?,
+                Kind::Encoded => self.pass_keyframe_request(),
+            }
+            if let Some(reason) = self.ended.take_if(|_| {
+                // What the source brought before it ended is still wanted.
+                self.scanout.state().picture.is_none()
+                    && self
+                        .encoder
+                        .as_ref()
+                        .is_none_or(|encoder| encoder.in_flight() == 0)
+            }) {
+                return Err(reason);
+            }
+            if let Wake::Cancelled = waiter
+                .wait(self.deadline())
+                .map_err(|error| error.to_string())?
+            {
+                return Ok(());
+            }
+        }
+    }
+
+    fn deadline(&self) -> Deadline {
+        let moments = [
+            self.empty_since.map(|since| since + LINGER),
+            self.still_at,
+            self.encoder
+                .as_ref()
+                .and_then(Encoder::busy_since)
+                .map(|since| since + PATIENCE),
+        ];
+        moments
+            .into_iter()
+            .flatten()
+            .min()
+            .map_or(Deadline::NEVER, Deadline::at)
+    }
+
+    /// Encodes a new picture, or the last one again where a still screen owes a keyframe.
+    fn encode(&mut self, new: Option<(gst::Sample, i64)>) -> Result<(), String> {
+        let now = Instant::now();
+        let allowed = self.last_keyframe.map_or(now, |last| last + KEYFRAME_PAUSE);
+        let (sample, pts) = if let Some(new) = new {
+            new
+        } else {
+            if !self.keyframe_wanted {
+                return Ok(());
+            }
+            let due = *self.still_at.get_or_insert(allowed.max(now + STILL));
+            let Some(last) = self.last.clone().filter(|_| now >= due) else {
+                if self.last.is_none() {
+                    // The first picture will be a keyframe anyway.
+                    self.still_at = None;
+                }
+                return Ok(());
+            };
+            (last, monotonic_now())
+        };
+        self.still_at = None;
+        let keyframe = self.keyframe_wanted && now >= allowed;
+        self.push(&sample, keyframe, pts)?;
+        if keyframe {
+            self.keyframe_wanted = false;
+            self.last_keyframe = Some(now);
+        }
+        self.last = Some(sample);
+        Ok(())
+    }
+
+    fn push(&mut self, sample: &gst::Sample, keyframe: bool, pts: i64) -> Result<(), String> {
+        let picture = picture(sample)?;
+        let encoder = match &mut self.encoder {
+            Some(encoder) => encoder,
+            None => self
+                .encoder
+                .insert(start_encoder(&self.scanout, &self.waker)?),
+        };
+        encoder.push(picture, keyframe, pts, pts)
+    }
+
+    fn pass_keyframe_request(&mut self) {
+        let now = Instant::now();
+        // Encoders start with a keyframe, and asking x264enc too early makes it deaf: see
+        // Encoder::push.
+        if !self.keyframe_wanted || !self.scanout.state().flowing {
+            return;
+        }
+        let allowed = self.last_keyframe.map_or(now, |last| last + KEYFRAME_PAUSE);
+        if now < allowed {
+            self.still_at = Some(allowed);
+            return;
+        }
+        self.still_at = None;
+        self.keyframe_wanted = false;
+        self.last_keyframe = Some(now);
+        self.source.force_keyframe();
+    }
+
+    fn change_bitrate(&mut self) {
+        let bits = self.scanout.state().bitrate;
+        if let (Some(encoder), Some(bits)) = (&self.encoder, bits) {
+            encoder.set_bitrate(bits);
+        } else if self.scanout.description.kind() == Kind::Encoded {
+            tracing::debug!(
+                scanout = self.scanout.id,
+                "the bitrate of an encoded scanout is its description's"
+            );
+        }
+    }
+
+    /// Drops a broken encoder; the next picture makes a new one.
+    fn encoder_failed(&mut self, reason: &str) -> Result<(), String> {
+        self.failures += 1;
+        tracing::warn!(scanout = self.scanout.id, reason, "encoding failed");
+        self.encoder = None;
+        self.scanout.interrupt();
+        if self.failures >= FAILURES {
+            return Err(reason.to_owned());
+        }
+        Ok(())
+    }
+
+    fn check_encoder(&mut self) -> Result<(), String> {
+        let Some(encoder) = &self.encoder else {
+            return Ok(());
+        };
+        let Some(since) = encoder.busy_since() else {
+            // All that was asked of it has come.
+            self.failures = 0;
+            return Ok(());
+        };
+        if since.elapsed() >= PATIENCE {
+            if let Some(encoder) = self.encoder.take() {
+                encoder.abandon();
+            }
+            self.encoder_failed("the encoder hangs")?;
+        }
+        Ok(())
+    }
+}
+
+fn start_encoder(scanout: &Arc<Scanout>, waker: &Waker) -> Result<Encoder<i64>, String> {
+    let tuning = Tuning {
+        bitrate: scanout.state().bitrate,
+        profile: 77,
+        keyframes: Keyframes::Every(KEYFRAME_DISTANCE),
+    };
+    let (target, waker) = (scanout.clone(), waker.clone());
+    Encoder::start(&scanout.encoder, &tuning, move |output| {
+        match output {
+            Output::Unit(pts, unit) => target.publish(unit, pts),
+            Output::Skipped(_) => target.interrupt(),
+            Output::Failed(reason) => target.state().inbox.encoder_failed = Some(reason),
+        }
+        // There is room in the encoder now.
+        waker.wake();
+    })
+}
+
+fn picture(sample: &gst::Sample) -> Result<Picture, String> {
+    let info = sample
+        .caps()
+        .and_then(|caps| VideoInfo::from_caps(caps).ok())
+        .ok_or("the source's caps are no raw video")?;
+    let buffer = sample
+        .buffer_owned()
+        .ok_or("the source sent a sample without a buffer")?;
+    Ok(Picture { buffer, info })
+}
+
+/// CLOCK_MONOTONIC in nanoseconds.
+fn monotonic_now() -> i64 {
+    gst::SystemClock::obtain().time().nseconds() as i64
+}

@@ -1,0 +1,337 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! A producer that says what it is told to say about its pictures, be it true or not.
+//!
+//! It is a PipeWire stream with memory of its own, on a thread of its own. What a test hands it is
+//! streamed as soon as somebody takes it, and in that order.
+
+use std::cell::RefCell;
+use std::collections::{HashMap, VecDeque};
+use std::fs::File;
+use std::io::Cursor;
+use std::os::fd::{AsRawFd, FromRawFd};
+use std::os::unix::fs::FileExt;
+use std::rc::Rc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use gstpipewirezerocopy::capture::negotiate::PodBytes;
+use gstpipewirezerocopy::capture::{Offer, OfferEntry, PixelFormat, Span};
+use libspa::param::ParamType;
+use libspa::pod::serialize::PodSerializer;
+use libspa::pod::{Object, Pod, Property, Value};
+use libspa::sys as spa_sys;
+use libspa::utils::{Direction, Id, SpaTypes};
+use pipewire::channel::{Receiver, Sender};
+use pipewire::context::ContextRc;
+use pipewire::main_loop::MainLoopRc;
+use pipewire::properties::properties;
+use pipewire::stream::{Stream, StreamFlags, StreamRc, StreamState};
+use pipewire::sys::pw_buffer;
+use zerocopy_test_support::desktop::Desktop;
+
+/// How often a picture is shown, if there is one: a driver's cycle.
+const CYCLE: Duration = Duration::from_millis(4);
+
+/// Bytes of memory that each buffer really has.
+pub const MEMORY: u32 = 64 * 1024;
+
+/// What is in a buffer, and what is said about it.
+#[derive(Clone, Debug, Default)]
+pub struct Picture {
+    /// Goes to the beginning of the memory.
+    pub bytes: Vec<u8>,
+    pub offset: u32,
+    pub size: u32,
+    pub stride: i32,
+    /// SPA_CHUNK_FLAG_*
+    pub chunk_flags: i32,
+    /// SPA_META_HEADER_FLAG_*
+    pub header_flags: u32,
+    /// x, y, width, height
+    pub crop: Option<(i32, i32, u32, u32)>,
+}
+
+impl Picture {
+    /// A frame without padding.
+    pub fn plain(bytes: Vec<u8>, stride: i32) -> Self {
+        Self {
+            size: bytes.len() as u32,
+            bytes,
+            stride,
+            ..Self::default()
+        }
+    }
+}
+
+enum Command {
+    Show(Picture),
+    Change(u32, u32),
+    Quit,
+}
+
+pub struct Painter {
+    commands: Sender<Command>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Painter {
+    /// A node of that name with BGRx pictures of that size. `announced` is how large it says that
+    /// its buffers are.
+    pub fn start(
+        desktop: &Desktop,
+        name: &'static str,
+        (width, height): (u32, u32),
+        announced: u32,
+    ) -> Self {
+        let socket = desktop.pipewire();
+        let (commands, receiver) = pipewire::channel::channel();
+        let thread = std::thread::spawn(move || {
+            run(socket.into(), name, (width, height), announced, receiver);
+        });
+        Self {
+            commands,
+            thread: Some(thread),
+        }
+    }
+
+    pub fn show(&self, picture: Picture) {
+        assert!(self.commands.send(Command::Show(picture)).is_ok());
+    }
+
+    /// Changes the size of its pictures.
+    pub fn change(&self, width: u32, height: u32) {
+        assert!(self.commands.send(Command::Change(width, height)).is_ok());
+    }
+}
+
+impl Drop for Painter {
+    fn drop(&mut self) {
+        let _ = self.commands.send(Command::Quit);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What the callbacks share.
+struct State {
+    pictures: RefCell<VecDeque<Picture>>,
+    memory: RefCell<HashMap<*mut pw_buffer, File>>,
+    announced: u32,
+}
+
+fn run(
+    socket: std::os::fd::OwnedFd,
+    name: &str,
+    size: (u32, u32),
+    announced: u32,
+    receiver: Receiver<Command>,
+) {
+    pipewire::init();
+    let main_loop = MainLoopRc::new(None).unwrap();
+    let context = ContextRc::new(&main_loop, None).unwrap();
+    let core = context.connect_fd_rc(socket, None).unwrap();
+    let stream = StreamRc::new(
+        core,
+        name,
+        properties! {
+            *pipewire::keys::MEDIA_TYPE => "Video",
+            *pipewire::keys::MEDIA_CLASS => "Video/Source",
+            *pipewire::keys::NODE_NAME => name,
+        },
+    )
+    .unwrap();
+    let state = Rc::new(State {
+        pictures: RefCell::default(),
+        memory: RefCell::default(),
+        announced,
+    });
+    let shared = || state.clone();
+    let _listener = stream
+        .add_local_listener::<()>()
+        .param_changed({
+            let state = shared();
+            move |stream, (), id, pod| {
+                if id == ParamType::Format.as_raw() && pod.is_some() {
+                    state.answer(stream);
+                }
+            }
+        })
+        .add_buffer({
+            let state = shared();
+            move |_, (), raw| state.add_buffer(raw)
+        })
+        .remove_buffer({
+            let state = shared();
+            move |_, (), raw| drop(state.memory.borrow_mut().remove(&raw))
+        })
+        .process({
+            let state = shared();
+            move |stream, ()| state.paint(stream)
+        })
+        .register()
+        .unwrap();
+
+    let pods = offer(size).pods();
+    let mut params: Vec<&Pod> = pods.iter().map(PodBytes::pod).collect();
+    stream
+        .connect(
+            Direction::Output,
+            None,
+            StreamFlags::DRIVER | StreamFlags::ALLOC_BUFFERS,
+            &mut params,
+        )
+        .unwrap();
+
+    let timer = main_loop.loop_().add_timer({
+        let (state, stream) = (shared(), stream.clone());
+        move |_| state.trigger(&stream)
+    });
+    let _ = timer.update_timer(Some(CYCLE), Some(CYCLE));
+
+    let quit = main_loop.clone();
+    let _receiver = receiver.attach(main_loop.loop_(), move |command| match command {
+        Command::Show(picture) => {
+            state.pictures.borrow_mut().push_back(picture);
+        }
+        Command::Change(width, height) => {
+            let pods = offer((width, height)).pods();
+            let mut params: Vec<&Pod> = pods.iter().map(PodBytes::pod).collect();
+            stream.update_params(&mut params).unwrap();
+        }
+        Command::Quit => quit.quit(),
+    });
+    main_loop.run();
+}
+
+fn offer((width, height): (u32, u32)) -> Offer {
+    let fixed = |n| Span { min: n, max: n };
+    Offer(vec![OfferEntry {
+        formats: vec![PixelFormat::Bgrx],
+        width: fixed(width),
+        height: fixed(height),
+    }])
+}
+
+impl State {
+    /// Begins a cycle if there is something to show and somebody to show it to.
+    fn trigger(&self, stream: &Stream) {
+        if !self.pictures.borrow().is_empty() && stream.state() == StreamState::Streaming {
+            // SAFETY: The stream is alive, and this is its loop's thread.
+            unsafe { pipewire::sys::pw_stream_trigger_process(stream.as_raw_ptr()) };
+        }
+    }
+
+    fn answer(&self, stream: &Stream) {
+        let int = |key, value: u32| Property::new(key, Value::Int(value as i32));
+        let buffers = pod(
+            SpaTypes::ObjectParamBuffers,
+            ParamType::Buffers,
+            vec![
+                int(spa_sys::SPA_PARAM_BUFFERS_buffers, 4),
+                int(spa_sys::SPA_PARAM_BUFFERS_blocks, 1),
+                int(spa_sys::SPA_PARAM_BUFFERS_size, self.announced),
+                int(
+                    spa_sys::SPA_PARAM_BUFFERS_dataType,
+                    1 << spa_sys::SPA_DATA_MemFd,
+                ),
+            ],
+        );
+        let meta = |kind, size: usize| {
+            pod(
+                SpaTypes::ObjectParamMeta,
+                ParamType::Meta,
+                vec![
+                    Property::new(spa_sys::SPA_PARAM_META_type, Value::Id(Id(kind))),
+                    int(spa_sys::SPA_PARAM_META_size, size as u32),
+                ],
+            )
+        };
+        let pods = [
+            buffers,
+            meta(
+                spa_sys::SPA_META_Header,
+                size_of::<spa_sys::spa_meta_header>(),
+            ),
+            meta(
+                spa_sys::SPA_META_VideoCrop,
+                size_of::<spa_sys::spa_meta_region>(),
+            ),
+        ];
+        let mut params: Vec<&Pod> = pods
+            .iter()
+            .map(|bytes| Pod::from_bytes(bytes).unwrap())
+            .collect();
+        stream.update_params(&mut params).unwrap();
+    }
+
+    fn add_buffer(&self, raw: *mut pw_buffer) {
+        // SAFETY: The name is a C string, and the descriptor is new and ours.
+        let memory = unsafe {
+            let fd = libc::memfd_create(c"painter".as_ptr(), libc::MFD_CLOEXEC);
+            assert!(fd >= 0);
+            File::from_raw_fd(fd)
+        };
+        memory.set_len(MEMORY.into()).unwrap();
+        // SAFETY: PipeWire passes a buffer with one block, as was asked for, to be filled in.
+        unsafe {
+            let data = &mut *(*(*raw).buffer).datas;
+            data.type_ = spa_sys::SPA_DATA_MemFd;
+            data.flags = spa_sys::SPA_DATA_FLAG_READWRITE;
+            data.fd = memory.as_raw_fd().into();
+            data.mapoffset = 0;
+            data.maxsize = self.announced;
+        }
+        self.memory.borrow_mut().insert(raw, memory);
+    }
+
+    fn paint(&self, stream: &Stream) {
+        let Some(picture) = self.pictures.borrow_mut().pop_front() else {
+            return;
+        };
+        // SAFETY: It is queued below, or put off when there is none.
+        let raw = unsafe { stream.dequeue_raw_buffer() };
+        if raw.is_null() {
+            self.pictures.borrow_mut().push_front(picture);
+            return;
+        }
+        let memory = self.memory.borrow();
+        memory[&raw].write_all_at(&picture.bytes, 0).unwrap();
+        // SAFETY: The buffer is ours until it is queued; its chunk and metadata are shared memory
+        // that PipeWire has set up for us to write.
+        unsafe {
+            let buffer = &*(*raw).buffer;
+            let chunk = &mut *(*buffer.datas).chunk;
+            chunk.offset = picture.offset;
+            chunk.size = picture.size;
+            chunk.stride = picture.stride;
+            chunk.flags = picture.chunk_flags;
+            for meta in std::slice::from_raw_parts(buffer.metas, buffer.n_metas as usize) {
+                if meta.type_ == spa_sys::SPA_META_Header {
+                    let header = &mut *meta.data.cast::<spa_sys::spa_meta_header>();
+                    header.flags = picture.header_flags;
+                    header.pts = -1;
+                } else if meta.type_ == spa_sys::SPA_META_VideoCrop {
+                    let region = &mut (*meta.data.cast::<spa_sys::spa_meta_region>()).region;
+                    let (x, y, width, height) = picture.crop.unwrap_or_default();
+                    (region.position.x, region.position.y) = (x, y);
+                    (region.size.width, region.size.height) = (width, height);
+                }
+            }
+            stream.queue_raw_buffer(raw);
+        }
+    }
+}
+
+fn pod(type_: SpaTypes, id: ParamType, properties: Vec<Property>) -> Vec<u8> {
+    let object = Value::Object(Object {
+        type_: type_.as_raw(),
+        id: id.as_raw(),
+        properties,
+    });
+    PodSerializer::serialize(Cursor::new(Vec::new()), &object)
+        .unwrap()
+        .0
+        .into_inner()
+}
