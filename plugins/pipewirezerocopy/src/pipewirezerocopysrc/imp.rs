@@ -55,7 +55,7 @@ use super::caps;
 use super::figures::Figures;
 use super::settings::Settings;
 use super::streaming::{Ending, Negotiated, Streaming};
-use crate::capture::{Capture, Config, Counters, Failure, Level, Log};
+use crate::capture::{Capture, Config, Counters, Failure, Level, Log, StreamFormat};
 
 pub(super) static CAT: LazyLock<gst::DebugCategory> = LazyLock::new(|| {
     gst::DebugCategory::new(
@@ -161,7 +161,7 @@ impl ElementImpl for PipeWireZeroCopySrc {
     fn send_event(&self, event: gst::Event) -> bool {
         // The base class would end the stream at once, without another buffer.
         if event.type_() == gst::EventType::Eos
-            && lock(&self.settings).resend_last
+            && lock(&self.settings).live.resend_last
             && let Some(streaming) = &mut *lock(&self.streaming)
         {
             gst::debug!(CAT, imp = self, "EOS: resending the last frame first");
@@ -259,6 +259,7 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
                 "downstream takes no video in system memory that this element has"
             ));
         }
+        let takes = |format: &StreamFormat| caps::caps_for(format, &allowed).is_some();
         let (wanted, offered_anew) = {
             let mut streaming = lock(&self.streaming);
             let Some(streaming) = &mut *streaming else {
@@ -268,6 +269,10 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
             if anew {
                 streaming.capture.offer(offer.clone());
                 streaming.offer = offer;
+            }
+            if streaming.stale.as_ref().is_some_and(takes) {
+                // Downstream has changed its mind back.
+                streaming.stale = None;
             }
             (streaming.wanted, anew)
         };
@@ -300,9 +305,10 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
                 info: info.clone(),
             });
             streaming.stale = None;
-            changed = before.is_none_or(|before| before.source != wanted);
-            let fits = |last: &gst::Buffer| last.size() == info.size();
-            if changed || !streaming.last.as_ref().is_none_or(fits) {
+            changed = before.is_none_or(|before| {
+                before.source != wanted || before.info.format() != info.format()
+            });
+            if changed {
                 // It has the old format.
                 streaming.last = None;
             }
@@ -396,8 +402,11 @@ impl PipeWireZeroCopySrc {
         }
     }
 
-    pub(super) fn is_cancelled(&self) -> bool {
-        lock(&self.waker).as_ref().is_none_or(Waker::is_cancelled)
+    /// Whether what fails now may fail because everything is being stopped or flushed.
+    pub(super) fn is_flushing(&self) -> bool {
+        let cancelled = lock(&self.waker).as_ref().is_none_or(Waker::is_cancelled);
+        let pad = self.obj().src_pad().clone();
+        cancelled || pad.pad_flags().contains(gst::PadFlags::FLUSHING)
     }
 
     /// The time from one frame to the next at the highest rate that the producer has.

@@ -23,6 +23,14 @@ pub(super) struct Settings {
     /// It was set, be it to its default, and so goes before `buffer_type`.
     pub output_mode_was_set: bool,
     pub cuda_device_id: i32,
+    pub buffer_type: Option<String>,
+    pub capture_source: Option<String>,
+    pub live: LiveSettings,
+}
+
+/// What may change while playing: looked at for each buffer.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LiveSettings {
     /// Milliseconds.
     pub keepalive_time: u32,
     pub resend_last: bool,
@@ -31,8 +39,6 @@ pub(super) struct Settings {
     pub on_disconnect: OnDisconnect,
     /// Frames per second.
     pub target_fps: u32,
-    pub buffer_type: Option<String>,
-    pub capture_source: Option<String>,
 }
 
 impl Default for Settings {
@@ -45,13 +51,21 @@ impl Default for Settings {
             output_mode: OutputMode::Auto,
             output_mode_was_set: false,
             cuda_device_id: -1,
+            buffer_type: None,
+            capture_source: Some(CAPTURE_SOURCE.into()),
+            live: LiveSettings::default(),
+        }
+    }
+}
+
+impl Default for LiveSettings {
+    fn default() -> Self {
+        Self {
             keepalive_time: 100,
             resend_last: false,
             first_frame_timeout: 10_000,
             on_disconnect: OnDisconnect::Error,
             target_fps: 0,
-            buffer_type: None,
-            capture_source: Some(CAPTURE_SOURCE.into()),
         }
     }
 }
@@ -112,22 +126,22 @@ impl Settings {
             glib::ParamSpecUInt::builder("keepalive-time")
                 .nick("Keepalive time")
                 .blurb("Resend the last frame after this many milliseconds without one (0 = off)")
-                .default_value(default.keepalive_time)
+                .default_value(default.live.keepalive_time)
                 .mutable_playing()
                 .build(),
             glib::ParamSpecBoolean::builder("resend-last")
                 .nick("Resend last")
                 .blurb("Resend the last frame at EOS")
-                .default_value(default.resend_last)
+                .default_value(default.live.resend_last)
                 .mutable_playing()
                 .build(),
             glib::ParamSpecUInt::builder("first-frame-timeout")
                 .nick("First frame timeout")
                 .blurb("Milliseconds to wait for the first frame before an error (0 = for ever)")
-                .default_value(default.first_frame_timeout)
+                .default_value(default.live.first_frame_timeout)
                 .mutable_playing()
                 .build(),
-            glib::ParamSpecEnum::builder_with_default("on-disconnect", default.on_disconnect)
+            glib::ParamSpecEnum::builder_with_default("on-disconnect", default.live.on_disconnect)
                 .nick("On disconnect")
                 .blurb("What it means that the node has vanished")
                 .mutable_playing()
@@ -135,7 +149,7 @@ impl Settings {
             glib::ParamSpecUInt::builder("target-fps")
                 .nick("Target framerate")
                 .blurb("The most frames per second to let out (0 = as many as come)")
-                .default_value(default.target_fps)
+                .default_value(default.live.target_fps)
                 .mutable_playing()
                 .build(),
             glib::ParamSpecString::builder("buffer-type")
@@ -177,11 +191,11 @@ impl Settings {
                 self.output_mode_was_set = true;
             }
             "cuda-device-id" => self.cuda_device_id = get(value),
-            "keepalive-time" => self.keepalive_time = get(value),
-            "resend-last" => self.resend_last = get(value),
-            "first-frame-timeout" => self.first_frame_timeout = get(value),
-            "on-disconnect" => self.on_disconnect = get(value),
-            "target-fps" => self.target_fps = get(value),
+            "keepalive-time" => self.live.keepalive_time = get(value),
+            "resend-last" => self.live.resend_last = get(value),
+            "first-frame-timeout" => self.live.first_frame_timeout = get(value),
+            "on-disconnect" => self.live.on_disconnect = get(value),
+            "target-fps" => self.live.target_fps = get(value),
             "buffer-type" => self.buffer_type = get(value),
             "capture-source" => self.capture_source = get(value),
             name => unreachable!("no writable property {name} was installed"),
@@ -197,11 +211,11 @@ impl Settings {
             "render-node" => self.render_node.to_value(),
             "output-mode" => self.output_mode.to_value(),
             "cuda-device-id" => self.cuda_device_id.to_value(),
-            "keepalive-time" => self.keepalive_time.to_value(),
-            "resend-last" => self.resend_last.to_value(),
-            "first-frame-timeout" => self.first_frame_timeout.to_value(),
-            "on-disconnect" => self.on_disconnect.to_value(),
-            "target-fps" => self.target_fps.to_value(),
+            "keepalive-time" => self.live.keepalive_time.to_value(),
+            "resend-last" => self.live.resend_last.to_value(),
+            "first-frame-timeout" => self.live.first_frame_timeout.to_value(),
+            "on-disconnect" => self.live.on_disconnect.to_value(),
+            "target-fps" => self.live.target_fps.to_value(),
             "buffer-type" => self.buffer_type.to_value(),
             "capture-source" => self.capture_source.to_value(),
             name => unreachable!("no property {name} was installed"),
@@ -280,7 +294,9 @@ impl Settings {
             )
         })
     }
+}
 
+impl LiveSettings {
     /// Time without a frame after which the last one is resent.
     pub fn keepalive(&self) -> Option<Duration> {
         (self.keepalive_time > 0).then(|| Duration::from_millis(self.keepalive_time.into()))

@@ -14,7 +14,7 @@ use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake};
 
 use super::imp::{CAT, PipeWireZeroCopySrc, failure_message, lock};
 use super::schedule::Schedule;
-use super::settings::Settings;
+use super::settings::LiveSettings;
 use super::{OnDisconnect, damage};
 use crate::capture::frame::Frame;
 use crate::capture::{Capture, Counters, Interest, Look, Monotonic, Offer, StreamFormat};
@@ -99,7 +99,7 @@ impl Streaming {
     }
 
     /// Decides what to do at `now`.
-    fn next_step(&mut self, settings: &Settings, counters: &Counters, now: Instant) -> Step {
+    fn next_step(&mut self, settings: &LiveSettings, counters: &Counters, now: Instant) -> Step {
         match self.ending {
             Ending::No => {}
             Ending::ResendLast if self.last.is_some() => {
@@ -134,7 +134,7 @@ impl Streaming {
     }
 
     /// What to do while no frame comes.
-    fn idle_step(&mut self, settings: &Settings, counters: &Counters, now: Instant) -> Step {
+    fn idle_step(&mut self, settings: &LiveSettings, counters: &Counters, now: Instant) -> Step {
         if self.vanished {
             return Step::Wait(Deadline::NEVER);
         }
@@ -177,13 +177,13 @@ impl PipeWireZeroCopySrc {
         let counters = lock(&self.figures).counters.clone();
         loop {
             if self.obj().src_pad().needs_reconfigure() && !self.obj().negotiate() {
-                return Err(if self.is_cancelled() {
+                return Err(if self.is_flushing() {
                     gst::FlowError::Flushing
                 } else {
                     gst::FlowError::NotNegotiated
                 });
             }
-            let settings = lock(&self.settings).clone();
+            let settings = lock(&self.settings).live;
             let step = match &mut *lock(&self.streaming) {
                 Some(streaming) => streaming.next_step(&settings, &counters, Instant::now()),
                 None => return Err(gst::FlowError::Flushing),
@@ -224,7 +224,7 @@ impl PipeWireZeroCopySrc {
             streaming.wanted = Some(format);
         }
         let agreed = self.obj().negotiate();
-        if self.is_cancelled() {
+        if self.is_flushing() {
             return Err(gst::FlowError::Flushing);
         }
         if !agreed {
@@ -270,7 +270,7 @@ impl PipeWireZeroCopySrc {
     fn take_frame(
         &self,
         format: &StreamFormat,
-        settings: &Settings,
+        settings: &LiveSettings,
     ) -> Result<Option<gst::Buffer>, gst::FlowError> {
         let Some(pool) = self.obj().buffer_pool() else {
             return Err(gst::FlowError::NotNegotiated);
@@ -332,7 +332,7 @@ impl PipeWireZeroCopySrc {
     }
 
     /// The last frame once more: the same memory, a new timestamp, a mark.
-    fn resend(&self, settings: &Settings) -> Option<gst::Buffer> {
+    fn resend(&self, settings: &LiveSettings) -> Option<gst::Buffer> {
         let last = {
             let mut streaming = lock(&self.streaming);
             let streaming = streaming.as_mut()?;
@@ -403,7 +403,7 @@ impl PipeWireZeroCopySrc {
 
     /// Ends the stream, after the last frame once more where that is wanted.
     fn end_or_resend(&self) {
-        let resend = lock(&self.settings).resend_last;
+        let resend = lock(&self.settings).live.resend_last;
         if let Some(streaming) = &mut *lock(&self.streaming) {
             streaming.ending = if resend {
                 Ending::ResendLast
