@@ -1,9 +1,14 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """Programs on the host that a stage needs beside the guest: helix-host, a device's back end, D-Bus."""
 
+import ctypes
 import pathlib
+import signal
 import subprocess
 import time
+
+LIBC = ctypes.CDLL(None)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 # How often a log that nobody announces changes of is looked at, in seconds.
 LOOK_EVERY = 0.05
@@ -35,6 +40,11 @@ def contains(path, text):
     return path.exists() and text in path.read_text(errors="replace")
 
 
+def _die_with_parent():
+    """In the child: be killed when the rig dies, even by SIGKILL."""
+    LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class Program:
     """A process of the host, with its log. As a context manager it is stopped at the end."""
 
@@ -45,9 +55,10 @@ class Program:
             try:
                 self.process = subprocess.Popen(
                     [str(part) for part in argv],
-                    stdin=options.pop("stdin", subprocess.DEVNULL),
+                    stdin=subprocess.DEVNULL,
                     stdout=file,
                     stderr=file,
+                    preexec_fn=_die_with_parent,
                     **options,
                 )
             except OSError as error:

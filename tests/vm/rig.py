@@ -12,9 +12,11 @@ import importlib
 import os
 import pathlib
 import shutil
+import signal
 import sys
 import tempfile
 import time
+import traceback
 
 HERE = pathlib.Path(__file__).resolve().parent
 SOURCE = HERE.parent.parent
@@ -103,6 +105,9 @@ def run_stage(name, system, began):
         module.run(stage)
     except Fault as fault:
         stage.check(False, str(fault))
+    except Exception:  # the other stages are run all the same
+        traceback.print_exc()
+        stage.check(False, "the stage itself is broken, see above")
     finally:
         stage.finish()
     seconds = time.monotonic() - start
@@ -155,6 +160,8 @@ def main():
     system = System(options.room, SOURCE, share)
     if options.shell:
         shell(system, options.kernel)
+    # Ends what was started, as an interrupt does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     began = time.monotonic()
     failed = [name for name in options.stages or known if not run_stage(name, system, began)]
     if failed:
