@@ -2,6 +2,7 @@
 
 //! Caps that say what the stream itself says.
 
+use gst::prelude::*;
 use gst_pbutils::codec_utils_h264_caps_set_level_and_profile;
 use helix_protocol::h264::{self, StreamInfo};
 
@@ -54,6 +55,37 @@ impl H264Caps {
         self.sps.extend_from_slice(sps);
         Some(caps)
     }
+}
+
+/// Profiles whose decoders can decode a stream of the given one (ITU-T H.264, A.2).
+fn wider_profiles(profile: &str) -> &'static [&'static str] {
+    match profile {
+        "constrained-baseline" => &["baseline", "main", "high"],
+        "main" | "constrained-high" => &["high"],
+        _ => &[],
+    }
+}
+
+/// `caps` as downstream of `pad` takes them: as they are, or with a profile whose decoders can
+/// decode the stream as well. The error says what downstream wants.
+pub fn accepted_downstream(pad: &gst::Pad, caps: gst::Caps) -> Result<gst::Caps, String> {
+    if pad.peer_query_accept_caps(&caps) {
+        return Ok(caps);
+    }
+    let profile = caps
+        .structure(0)
+        .and_then(|caps| caps.get::<String>("profile").ok());
+    for wider in profile.as_deref().map_or(&[][..], wider_profiles) {
+        let mut other = caps.clone();
+        other.make_mut().set("profile", *wider);
+        if pad.peer_query_accept_caps(&other) {
+            return Ok(other);
+        }
+    }
+    let wanted = pad.peer_query_caps(None);
+    Err(format!(
+        "the host sends {caps}, but downstream takes only {wanted}"
+    ))
 }
 
 #[cfg(test)]

@@ -10,6 +10,6 @@ mod stats;
 
 pub use backoff::Backoff;
 pub use connection::{ConnectionSettings, ConnectionState, connection_message};
-pub use h264_caps::H264Caps;
+pub use h264_caps::{H264Caps, accepted_downstream};
 pub use helix_protocol::wait;
 pub use stats::Quantiles;

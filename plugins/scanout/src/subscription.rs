@@ -55,6 +55,12 @@ pub enum SubscriptionError {
     /// The connection ended; another one may do better.
     #[error("{0}")]
     Lost(String),
+    /// The host sent something that is no message: the stream is out of step.
+    #[error("the peer sent an invalid message: {0}")]
+    OutOfStep(helix_protocol::DecodeError),
+    /// The host said what is wrong.
+    #[error("the host says: {0}")]
+    Said(String),
 }
 
 impl From<ConnectError> for SubscriptionError {
@@ -70,6 +76,7 @@ impl From<ConnectionError> for SubscriptionError {
     fn from(error: ConnectionError) -> Self {
         match error {
             ConnectionError::Cancelled => Self::Cancelled,
+            ConnectionError::Decode(error) => Self::OutOfStep(error),
             error => Self::Lost(error.to_string()),
         }
     }
@@ -170,8 +177,8 @@ impl Subscription {
                         return Ok(Pushed { response, data });
                     }
                     Message::Error(error) => {
-                        let text = format!("the host says: {}: {}", error.code, error.text);
-                        return Err(SubscriptionError::Lost(text));
+                        let text = format!("{}: {}", error.code, error.text);
+                        return Err(SubscriptionError::Said(text));
                     }
                     _ => {}
                 }

@@ -283,7 +283,7 @@ fn fails_once(how: impl Fn(&mut Link) -> Then + Send + 'static) -> Peer {
     })
 }
 
-fn goes_on_with_a_keyframe(peer: &Peer) {
+fn goes_on_with_a_keyframe(peer: &Peer, resyncs: u64) {
     let mut source = Source::new(peer.port(), "scanout-id=1");
     source.pull();
     source.pull();
@@ -297,7 +297,10 @@ fn goes_on_with_a_keyframe(peer: &Peer) {
     assert!(buffer.flags().contains(gst::BufferFlags::DISCONT));
     assert!(!buffer.flags().contains(gst::BufferFlags::DELTA_UNIT));
     assert!(source.pull().flags().contains(gst::BufferFlags::DELTA_UNIT));
-    assert_eq!((source.stat("reconnects"), source.stat("resyncs")), (1, 1));
+    assert_eq!(
+        (source.stat("reconnects"), source.stat("resyncs")),
+        (1, resyncs)
+    );
     let states: Vec<String> =
         std::iter::from_fn(|| source.bus.pop_filtered(&[gst::MessageType::Element]))
             .filter_map(|message| message.structure()?.get("state").ok())
@@ -307,19 +310,20 @@ fn goes_on_with_a_keyframe(peer: &Peer) {
 
 #[test]
 fn a_closed_connection_is_made_again() {
-    goes_on_with_a_keyframe(&fails_once(|_| Then::Close));
+    goes_on_with_a_keyframe(&fails_once(|_| Then::Close), 0);
 }
 
 #[test]
 fn a_stream_out_of_step_is_made_again() {
     // Part of a message, then the next one (quirk 8).
-    goes_on_with_a_keyframe(&fails_once(|link| {
+    let peer = fails_once(|link| {
         link.raw(&[0x48, 0x58, 0x46, 0x52, 2, 0, 1, 0, 48, 0, 0, 0])
             .unwrap();
         link.raw(&[0; 30]).unwrap();
         push(link, &[false, false, false]);
         Then::GoOn
-    }));
+    });
+    goes_on_with_a_keyframe(&peer, 1);
 }
 
 #[test]
@@ -397,5 +401,64 @@ fn without_a_scanout_id_it_says_where_one_may_come_from() {
     let text = format!("{} {:?}", error.error(), error.debug());
     assert!(text.contains("HELIX_SCANOUT_ID"), "{text}");
     element.set_state(gst::State::Null).unwrap();
+    bus.set_flushing(true);
+}
+
+#[test]
+fn a_host_that_subscribes_and_fails_is_given_up_in_time() {
+    let peer = Peer::new(|link, envelope| {
+        if let Message::Subscribe { scanout_id } = envelope.message {
+            link.send(encode::subscribe_resp(scanout_id, true));
+            let text = "no such camera".to_owned();
+            link.send(encode::error(
+                1,
+                &ErrorMessage {
+                    code: ErrorCode::INTERNAL,
+                    text,
+                    tag: None,
+                },
+            ));
+        }
+        Then::GoOn
+    });
+    let source = Source::new(peer.port(), "scanout-id=1 reconnect-timeout=400");
+    let error = source.error();
+    assert!(
+        error.contains("no such camera") && error.contains("400 ms"),
+        "{error}"
+    );
+    // Pauses grow from 50 ms: 50, 100, 200 and the rest.
+    let connections = peer
+        .seen()
+        .iter()
+        .filter(|seen| matches!(seen, Seen::Connected))
+        .count();
+    assert!(connections <= 6, "{connections} connections");
+}
+
+#[test]
+fn a_profile_that_downstream_does_not_take_is_named() {
+    init();
+    let peer = host(&[true]);
+    let pipeline = gst::parse::launch(&format!(
+        "scanoutsrc scanout-id=1 tcp-host=127.0.0.1 tcp-port={} ! video/x-h264,profile=high-4:4:4 ! \
+         fakesink",
+        peer.port()
+    ))
+    .unwrap();
+    pipeline.set_state(gst::State::Playing).unwrap();
+    let bus = pipeline.bus().unwrap();
+    let wait = gst::ClockTime::try_from(LONG).unwrap();
+    let message = bus
+        .timed_pop_filtered(wait, &[gst::MessageType::Error])
+        .unwrap();
+    let gst::MessageView::Error(error) = message.view() else {
+        unreachable!()
+    };
+    assert!(
+        error.error().to_string().contains("downstream takes only"),
+        "{error:?}"
+    );
+    pipeline.set_state(gst::State::Null).unwrap();
     bus.set_flushing(true);
 }

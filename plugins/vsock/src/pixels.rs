@@ -10,6 +10,7 @@
 use std::io::IoSlice;
 
 use gst_video::prelude::*;
+use helix_protocol::Limits;
 use helix_protocol::connection::Body;
 use helix_protocol::message::PixelFormat;
 
@@ -89,7 +90,10 @@ impl Pixels {
             PixelFormat::Bgra | PixelFormat::Rgba => {
                 let mut plane = plane(0, 4 * w, h, 0, 0)?;
                 let whole = plane.stride * plane.rows;
-                if frame.plane_data(0).ok()?.len() >= whole && plane.stride <= 2 * plane.row {
+                if frame.plane_data(0).ok()?.len() >= whole
+                    && plane.stride <= 2 * plane.row
+                    && whole <= Limits::default().pixels as usize
+                {
                     // One slice, the bytes between the rows included: the host skips them. Where
                     // they are more than the pixels, sending them costs more than gathering.
                     plane.row = plane.stride;
@@ -288,6 +292,13 @@ mod tests {
             assert_eq!(&*slices[0], wanted);
             assert_eq!(pixels.stride, 64 + padding as u32);
         }
+    }
+
+    #[test]
+    fn padding_that_would_break_the_limit_is_not_sent() {
+        let (pixels, _) = frame(gst_video::VideoFormat::Bgrx, 4096, 4096, 256);
+        assert_eq!(pixels.size(), Limits::default().pixels as usize);
+        assert_eq!(pixels.stride, 4 * 4096);
     }
 
     #[test]

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use gst::prelude::*;
 use gst_check::Harness;
+use gst_video::prelude::*;
 use helix_protocol::message::{Config, ErrorCode, ErrorMessage, FrameRequest};
 use helix_protocol::{Message, encode};
 use zerocopy_test_support::peer::{DELTA, KEYFRAME, LONG, Peer, Seen, Then};
@@ -673,4 +674,225 @@ fn frames_refused_before_the_first_keyframe_cost_only_themselves() {
             .is_none()
     );
     assert_eq!(encoder.stat("dropped"), 3);
+}
+
+#[test]
+fn a_late_reply_is_nobody_elses() {
+    // Frame 2 is answered after it was given up, together with frame 3.
+    let mut held = None;
+    let peer = Peer::new(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            if request.pts == 2 * FRAME.nseconds() as i64 {
+                held = Some(*request);
+            } else {
+                if let Some(late) = held.take() {
+                    link.respond(1, late.pts, false, b"\0\0\0\x01late");
+                }
+                link.answer(request);
+            }
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "timeout=200 max-in-flight=1");
+    for _ in 0..3 {
+        encoder.push().unwrap();
+    }
+    // Waits for its slot until frame 2 is given up.
+    encoder.push().unwrap();
+    encoder.push().unwrap();
+    let numbers: Vec<_> = (0..4)
+        .map(|_| encoder.pull())
+        .map(|buffer| {
+            assert!(!buffer.map_readable().unwrap().ends_with(b"late"));
+            buffer.pts().unwrap().nseconds() / FRAME.nseconds()
+        })
+        .collect();
+    assert_eq!(numbers, [0, 1, 3, 4]);
+    assert_eq!(encoder.stat("dropped"), 1);
+    // What came too late may be what the next frames refer to.
+    let forced: Vec<_> = (0..5)
+        .map(|_| peer.wait_for(request).force_keyframe)
+        .collect();
+    assert_eq!(forced, [true, false, false, false, true]);
+}
+
+#[test]
+fn a_loss_while_idle_starts_the_reconnect_time_anew() {
+    // Closes each connection after its first PING: as a host would that was restarted again and
+    // again.
+    let peer = Peer::new(|link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            link.answer(request);
+        }
+        if link.pong(envelope) {
+            Then::CloseAfterSending
+        } else {
+            Then::GoOn
+        }
+    });
+    let encoder = Encoder::new(peer.port(), "reconnect-timeout=150");
+    // Pauses of one budget of 150 ms allow three attempts.
+    for _ in 0..12 {
+        peer.wait_for(|seen| matches!(seen, Seen::Connected).then_some(()));
+    }
+    assert!(
+        encoder
+            .bus
+            .pop_filtered(&[gst::MessageType::Error])
+            .is_none()
+    );
+}
+
+#[test]
+fn a_host_that_accepts_and_says_nothing_is_found_out_without_a_frame() {
+    let peer = Peer::new(|_, _| Then::GoOn);
+    let mut encoder = Encoder::new(peer.port(), "timeout=100 reconnect-timeout=0");
+    let error = encoder.error();
+    assert!(error.contains("no sign of life"), "{error}");
+}
+
+#[test]
+fn the_hosts_reason_is_in_the_error_about_its_loss() {
+    let peer = Peer::new(|link, envelope| {
+        if matches!(envelope.message, Message::FrameRequest(..)) {
+            let (code, text) = (ErrorCode::INVALID_MESSAGE, "that is too large".to_owned());
+            link.send(encode::error(
+                1,
+                &ErrorMessage {
+                    code,
+                    text,
+                    tag: None,
+                },
+            ));
+            return Then::CloseAfterSending;
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "reconnect-timeout=0");
+    encoder.push().unwrap();
+    let error = encoder.error();
+    assert!(error.contains("that is too large"), "{error}");
+}
+
+#[test]
+fn a_host_that_refuses_everything_is_given_up() {
+    let peer = Peer::new(|link, envelope| {
+        if matches!(envelope.message, Message::FrameRequest(..)) {
+            let (code, text) = (ErrorCode::ENCODE_FAILED, "no encoder".to_owned());
+            link.send(encode::error(
+                1,
+                &ErrorMessage {
+                    code,
+                    text,
+                    tag: None,
+                },
+            ));
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "");
+    let mut frames = 0;
+    while encoder.push().is_ok() {
+        frames += 1;
+        assert!(frames < 1000, "it goes on for ever");
+    }
+    let error = encoder.error();
+    assert!(
+        error.contains("refused 120 frames") && error.contains("no encoder"),
+        "{error}"
+    );
+}
+
+#[test]
+fn frames_dropped_before_the_first_keyframe_are_let_go_with_it() {
+    const REFUSED: i64 = 50;
+    let peer = Peer::new(|link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            if request.pts < REFUSED * FRAME.nseconds() as i64 {
+                let code = ErrorCode::NOT_CONFIGURED;
+                link.send(encode::error(
+                    1,
+                    &ErrorMessage {
+                        code,
+                        text: String::new(),
+                        tag: None,
+                    },
+                ));
+            } else {
+                link.answer(request);
+            }
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=1");
+    let held = |encoder: &Encoder| {
+        let encoder = encoder
+            .element()
+            .downcast::<gst_video::VideoEncoder>()
+            .unwrap();
+        (0..60)
+            .filter(|number| encoder.frame(*number).is_some())
+            .count()
+    };
+    for _ in 0..REFUSED {
+        encoder.push().unwrap();
+    }
+    encoder.push().unwrap();
+    encoder.pull();
+    encoder.push().unwrap();
+    encoder.pull();
+    assert!(held(&encoder) <= 1, "{} frames are held", held(&encoder));
+}
+
+/// Runs frames through a caps filter behind the element to EOS or an error, whose text is returned.
+fn with_filter(frames: u32, filter: &str) -> Option<String> {
+    init();
+    let peer = Peer::answering();
+    let pipeline = gst::parse::launch(&format!(
+        "videotestsrc num-buffers={frames} ! video/x-raw,format=NV12,width=64,height=48 ! \
+         vsockenc tcp-host=127.0.0.1 tcp-port={} ! {filter} ! fakesink",
+        peer.port()
+    ))
+    .unwrap();
+    pipeline.set_state(gst::State::Playing).unwrap();
+    let bus = pipeline.bus().unwrap();
+    let message = bus
+        .timed_pop_filtered(
+            gst::ClockTime::try_from(LONG).unwrap(),
+            &[gst::MessageType::Error, gst::MessageType::Eos],
+        )
+        .expect("an end");
+    pipeline.set_state(gst::State::Null).unwrap();
+    bus.set_flushing(true);
+    match message.view() {
+        gst::MessageView::Error(error) => Some(error.error().to_string()),
+        _ => None,
+    }
+}
+
+#[test]
+fn a_profile_that_the_host_cannot_meet_is_named_even_by_the_last_frame() {
+    for frames in [1, 2, 50] {
+        let error = with_filter(frames, "video/x-h264,profile=high-4:4:4").expect("an error");
+        assert!(error.contains("constrained-baseline"), "{error}");
+        assert!(error.contains("downstream takes only"), "{error}");
+    }
+}
+
+#[test]
+fn a_wider_profile_than_the_streams_is_met() {
+    for profile in ["constrained-baseline", "baseline", "main", "high"] {
+        let error = with_filter(5, &format!("video/x-h264,profile={profile}"));
+        assert_eq!(error, None, "{profile}");
+    }
+}
+
+#[test]
+fn a_failure_downstream_is_told_though_no_frame_follows() {
+    let error = with_filter(1, "identity error-after=1").expect("an error");
+    assert!(error.contains("Failed after"), "{error}");
 }

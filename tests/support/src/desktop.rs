@@ -14,6 +14,9 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 
 use serde_json::{Value, json};
 
+/// How often a client is started before that counts as failed.
+const CLIENT_TRIES: u32 = 3;
+
 /// A desktop that runs.
 #[derive(Debug)]
 pub struct Desktop {
@@ -70,7 +73,8 @@ impl Desktop {
             .unwrap_or_else(|error| panic!("start {}: {error}", script.display()));
         let commands = process.stdin.take();
         let mut answers = BufReader::new(process.stdout.take().expect("its output is a pipe"));
-        let ready = read_answer(&mut answers, "starting the desktop");
+        let ready = read_answer(&mut answers)
+            .unwrap_or_else(|error| panic!("starting the desktop: {error}"));
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         Self {
             process,
@@ -128,7 +132,11 @@ impl Desktop {
     /// waits until it is shown. Only while a screencast is running: without one, mutter keeps
     /// every picture in memory.
     pub fn moving_picture(&mut self, fps: u32) -> Client {
-        let answer = self.ask(&json!({"cmd": "client", "kind": "pattern", "fps": fps}));
+        let command = json!({"cmd": "client", "kind": "pattern", "fps": fps});
+        // Debian 12's waylandsink sometimes fails to make its window.
+        let answer = (1..CLIENT_TRIES)
+            .find_map(|_| self.try_ask(&command).ok())
+            .unwrap_or_else(|| self.ask(&command));
         Client(
             answer["pid"]
                 .as_u64()
@@ -151,9 +159,14 @@ impl Desktop {
     }
 
     fn ask(&mut self, command: &Value) -> Value {
+        self.try_ask(command)
+            .unwrap_or_else(|error| panic!("{command}: {error}"))
+    }
+
+    fn try_ask(&mut self, command: &Value) -> Result<Value, String> {
         let commands = self.commands.as_mut().expect("the desktop runs");
-        writeln!(commands, "{command}").unwrap_or_else(|error| panic!("{command}: {error}"));
-        read_answer(&mut self.answers, &command.to_string())
+        writeln!(commands, "{command}").map_err(|error| error.to_string())?;
+        read_answer(&mut self.answers)
     }
 }
 
@@ -165,17 +178,17 @@ impl Drop for Desktop {
     }
 }
 
-fn read_answer(answers: &mut impl BufRead, what: &str) -> Value {
+fn read_answer(answers: &mut impl BufRead) -> Result<Value, String> {
     let mut line = String::new();
     match answers.read_line(&mut line) {
-        Ok(0) => panic!("{what}: desktop.py ended without an answer"),
+        Ok(0) => return Err("desktop.py ended without an answer".into()),
         Ok(_) => {}
-        Err(error) => panic!("{what}: {error}"),
+        Err(error) => return Err(error.to_string()),
     }
     let answer: Value =
-        serde_json::from_str(&line).unwrap_or_else(|error| panic!("{what}: {error} in {line}"));
-    if let Some(error) = answer.get("error") {
-        panic!("{what}: {}", error.as_str().unwrap_or_default());
+        serde_json::from_str(&line).map_err(|error| format!("{error} in {line}"))?;
+    match answer.get("error") {
+        Some(error) => Err(error.as_str().unwrap_or_default().to_owned()),
+        None => Ok(answer),
     }
-    answer
 }

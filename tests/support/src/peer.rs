@@ -45,6 +45,8 @@ pub enum Then {
     GoOn,
     /// Close the connection.
     Close,
+    /// Close it once all that was queued is sent.
+    CloseAfterSending,
     /// Read and send nothing any more, but stay connected: a dead host behind NAT.
     PlayDead,
 }
@@ -147,9 +149,11 @@ impl Peer {
                 // A test that has seen enough no longer listens.
                 let _ = tell.send(Seen::Connected);
                 let mut link = Link { connection };
+                let mut closing = false;
                 loop {
                     let envelope = match link.connection.next(&mut waiter, Deadline::NEVER) {
                         Ok(Event::Message(envelope)) => envelope,
+                        Ok(Event::Drained) if closing => break,
                         Ok(_) => continue,
                         Err(ConnectionError::Cancelled) => return,
                         Err(_) => break,
@@ -159,6 +163,7 @@ impl Peer {
                     match then {
                         Then::GoOn => {}
                         Then::Close => break,
+                        Then::CloseAfterSending => closing = true,
                         Then::PlayDead => {
                             while !waiter.waker().is_cancelled() {
                                 waiter.wait(Deadline::NEVER).expect("wait");

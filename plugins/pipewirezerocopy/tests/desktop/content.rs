@@ -2,10 +2,13 @@
 
 //! Pixels, formats and caps, against producers whose every pixel is known.
 
+use std::process::{Command, Stdio};
+
 use gst::prelude::*;
 
 use super::desktop;
-use super::run::{Producer, Run, expected_pixels, pixels};
+use super::painter::Painter;
+use super::run::{Run, expected_pixels, pixels};
 
 /// A run on a producer by name, for a sink that takes `caps`.
 pub fn run_on(desktop: &zerocopy_test_support::desktop::Desktop, name: &str, caps: &str) -> Run {
@@ -38,7 +41,7 @@ fn every_format_arrives_as_it_was_drawn() {
         // Odd sizes: rows with padding, chroma that rounds up.
         let caps = format!("format={name},width=99,height=35");
         let node = format!("content-{name}");
-        let _producer = Producer::start(&desktop, &node, &caps);
+        let _producer = Painter::still(&desktop, &node, &caps);
         let run = run_on(&desktop, &node, "video/x-raw");
         run.play();
         let sample = run.frame();
@@ -57,7 +60,7 @@ fn every_format_arrives_as_it_was_drawn() {
 fn padding_goes_out_as_opaque_alpha_where_alpha_is_asked_for() {
     let desktop = desktop();
     let caps = "format=BGRx,width=64,height=16";
-    let _producer = Producer::start(&desktop, "sibling", caps);
+    let _producer = Painter::still(&desktop, "sibling", caps);
     let run = run_on(&desktop, "sibling", "video/x-raw,format=BGRA");
     run.play();
     let sample = run.frame();
@@ -72,7 +75,7 @@ fn padding_goes_out_as_opaque_alpha_where_alpha_is_asked_for() {
 #[test]
 fn a_framerate_that_downstream_fixes_is_on_the_caps() {
     let desktop = desktop();
-    let _producer = Producer::start(&desktop, "rated", "format=BGRx,width=64,height=48");
+    let _producer = Painter::still(&desktop, "rated", "format=BGRx,width=64,height=48");
     let run = run_on(&desktop, "rated", "video/x-raw,framerate=24/1");
     run.play();
     let sample = run.frame();
@@ -89,7 +92,7 @@ fn a_framerate_that_downstream_fixes_is_on_the_caps() {
 #[test]
 fn a_format_that_is_not_shared_is_an_error_that_names_both() {
     let desktop = desktop();
-    let _producer = Producer::start(&desktop, "stubborn", "format=BGRx,width=64,height=48");
+    let _producer = Painter::still(&desktop, "stubborn", "format=BGRx,width=64,height=48");
     let run = run_on(&desktop, "stubborn", "video/x-raw,format=NV12");
     run.play();
     let error = run.error();
@@ -106,4 +109,35 @@ fn memory_that_this_version_does_not_give_is_refused() {
     run.play();
     let error = run.error();
     assert!(error.contains("not-negotiated"), "{error}");
+}
+
+#[test]
+fn the_sink_of_pipewire_itself_is_a_producer_too() {
+    // It streams from memory that the daemon has allocated. A process of its own, because its
+    // version of Debian 12 sometimes crashes or hangs when it ends.
+    let desktop = desktop();
+    let caps = "format=RGBA,width=64,height=48";
+    let mut producer = Command::new("gst-launch-1.0")
+        .args([
+            "-q",
+            "videotestsrc",
+            "is-live=true",
+            "pattern=smpte100",
+            "!",
+        ])
+        .args([&format!("video/x-raw,{caps},framerate=30/1"), "!"])
+        .args(["pipewiresink", "mode=provide"])
+        .arg("stream-properties=p,media.class=Video/Source,media.type=Video,node.name=sink")
+        .envs(desktop.environment().iter().cloned())
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let run = run_on(&desktop, "sink", "video/x-raw");
+    run.play();
+    let got = pixels(&run.frame());
+    run.stop();
+    producer.kill().unwrap();
+    producer.wait().unwrap();
+    assert_eq!(got, expected_pixels(caps));
 }

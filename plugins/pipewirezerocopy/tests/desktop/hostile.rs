@@ -5,6 +5,7 @@
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
+use gstpipewirezerocopy::capture::PixelFormat;
 
 use super::content::run_on;
 use super::desktop;
@@ -16,8 +17,8 @@ const HEIGHT: u32 = 8;
 const STRIDE: i32 = WIDTH as i32 * 4;
 const SIZE: u32 = WIDTH * HEIGHT * 4;
 
-fn painter(desktop: &zerocopy_test_support::desktop::Desktop, name: &'static str) -> Painter {
-    Painter::start(desktop, name, (WIDTH, HEIGHT), MEMORY)
+fn painter(desktop: &zerocopy_test_support::desktop::Desktop, name: &str) -> Painter {
+    Painter::start(desktop, name, PixelFormat::Bgrx, (WIDTH, HEIGHT), MEMORY)
 }
 
 /// A picture of one colour.
@@ -154,7 +155,13 @@ fn pictures_that_are_none_are_skipped_and_counted() {
 fn memory_that_is_shorter_than_announced_is_not_read() {
     let desktop = desktop();
     // Reading it would end this process with SIGBUS.
-    let painter = Painter::start(&desktop, "short", (WIDTH, HEIGHT), 16 * MEMORY);
+    let painter = Painter::start(
+        &desktop,
+        "short",
+        PixelFormat::Bgrx,
+        (WIDTH, HEIGHT),
+        16 * MEMORY,
+    );
     let run = playing(&desktop, "short");
     painter.show(Picture {
         offset: 8 * MEMORY,

@@ -8,6 +8,7 @@ use gst::prelude::*;
 use zerocopy_test_support::desktop::Recording;
 
 use super::desktop;
+use super::painter::Painter;
 use super::run::{Run, is_keepalive, pts};
 
 /// Frames until the desktop has come to rest: the last one is its picture, and not a keepalive.
@@ -98,7 +99,7 @@ fn a_short_period_does_not_shorten_the_wait_for_the_first_frame() {
     run.play();
     assert!(run.frame_within(Duration::from_millis(500)).is_none());
     let caps = "format=BGRx,width=64,height=48";
-    let _producer = super::run::Producer::start(&desktop, "comes-later", caps);
+    let _producer = Painter::still(&desktop, "comes-later", caps);
     run.frame();
 }
 

@@ -8,7 +8,8 @@ use gst::prelude::*;
 use zerocopy_test_support::desktop::{Desktop, Recording, Victim};
 
 use super::desktop;
-use super::run::{Producer, Run, is_keepalive};
+use super::painter::Painter;
+use super::run::{Run, is_keepalive};
 
 /// Within this a vanished producer must have been noticed.
 const SOON: Duration = Duration::from_secs(2);
@@ -54,11 +55,11 @@ fn a_node_that_comes_back_under_its_name_is_followed() {
     run.src.set_property_from_str("on-disconnect", "none");
     run.play();
     let caps = "format=BGRx,width=64,height=48";
-    let producer = Producer::start(&desktop, "comes-back", caps);
+    let producer = Painter::still(&desktop, "comes-back", caps);
     run.frame();
     run.capture_message("streaming");
     for _ in 0..2 {
-        let still = Producer::start(&desktop, "another", caps);
+        let still = Painter::still(&desktop, "another", caps);
         drop(still);
     }
     drop(producer);
@@ -67,7 +68,7 @@ fn a_node_that_comes_back_under_its_name_is_followed() {
     while run.frame_within(Duration::from_millis(150)).is_some() {}
     assert!(run.frame_within(Duration::from_millis(500)).is_none());
 
-    let _producer = Producer::start(&desktop, "comes-back", "format=RGBA,width=32,height=32");
+    let _producer = Painter::still(&desktop, "comes-back", "format=RGBA,width=32,height=32");
     let sample = run.frame();
     assert!(!is_keepalive(&sample));
     run.capture_message("returned");
@@ -88,7 +89,7 @@ fn a_killed_compositor_and_a_killed_daemon_are_errors_soon() {
     assert!(error.contains("vanished"), "{error}");
     run.stop();
 
-    let _producer = Producer::start(&desktop, "survivor", "format=BGRx,width=64,height=48");
+    let _producer = Painter::still(&desktop, "survivor", "format=BGRx,width=64,height=48");
     let run = Run::new(&desktop, "video/x-raw");
     run.src.set_property("target-object", "survivor");
     run.src.set_property_from_str("on-disconnect", "none");

@@ -76,23 +76,46 @@ pub struct Painter {
 }
 
 impl Painter {
-    /// A node of that name with BGRx pictures of that size. `announced` is how large it says that
-    /// its buffers are.
+    /// A node of that name with pictures of that format and size. `announced` is how large it says
+    /// that its buffers are.
     pub fn start(
         desktop: &Desktop,
-        name: &'static str,
+        name: &str,
+        format: PixelFormat,
         (width, height): (u32, u32),
         announced: u32,
     ) -> Self {
+        let name = name.to_owned();
         let socket = desktop.pipewire();
         let (commands, receiver) = pipewire::channel::channel();
         let thread = std::thread::spawn(move || {
-            run(socket.into(), name, (width, height), announced, receiver);
+            run(
+                socket.into(),
+                &name,
+                format,
+                (width, height),
+                announced,
+                receiver,
+            );
         });
         Self {
             commands,
             thread: Some(thread),
         }
+    }
+
+    /// A node of that name that shows one still picture of videotestsrc; see
+    /// [`test_picture`](super::run::test_picture).
+    pub fn still(desktop: &Desktop, name: &str, caps: &str) -> Self {
+        let sample = super::run::test_picture(caps);
+        let info = gst_video::VideoInfo::from_caps(sample.caps().unwrap()).unwrap();
+        let format = PixelFormat::from_name(info.name()).unwrap();
+        let size = (info.width(), info.height());
+        let painter = Self::start(desktop, name, format, size, MEMORY);
+        // As GStreamer lays it out: rows with padding, planes behind each other.
+        let bytes = sample.buffer().unwrap().map_readable().unwrap().to_vec();
+        painter.show(Picture::plain(bytes, info.stride()[0]));
+        painter
     }
 
     pub fn show(&self, picture: Picture) {
@@ -124,6 +147,7 @@ struct State {
 fn run(
     socket: std::os::fd::OwnedFd,
     name: &str,
+    format: PixelFormat,
     size: (u32, u32),
     announced: u32,
     receiver: Receiver<Command>,
@@ -173,7 +197,7 @@ fn run(
         .register()
         .unwrap();
 
-    let pods = offer(size).pods();
+    let pods = offer(format, size).pods();
     let mut params: Vec<&Pod> = pods.iter().map(PodBytes::pod).collect();
     stream
         .connect(
@@ -196,7 +220,7 @@ fn run(
             state.pictures.borrow_mut().push_back(picture);
         }
         Command::Change(width, height) => {
-            let pods = offer((width, height)).pods();
+            let pods = offer(format, (width, height)).pods();
             let mut params: Vec<&Pod> = pods.iter().map(PodBytes::pod).collect();
             stream.update_params(&mut params).unwrap();
         }
@@ -205,10 +229,10 @@ fn run(
     main_loop.run();
 }
 
-fn offer((width, height): (u32, u32)) -> Offer {
+fn offer(format: PixelFormat, (width, height): (u32, u32)) -> Offer {
     let fixed = |n| Span { min: n, max: n };
     Offer(vec![OfferEntry {
-        formats: vec![PixelFormat::Bgrx],
+        formats: vec![format],
         width: fixed(width),
         height: fixed(height),
     }])

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Pipelines for the tests: the element with an appsink behind it, and producers with known pixels.
+//! Pipelines for the tests: the element with an appsink behind it, and pictures to compare with.
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
@@ -220,60 +220,12 @@ pub fn pixels(sample: &gst::Sample) -> Vec<u8> {
     pixels
 }
 
-/// A PipeWire node of the given name that shows a picture of videotestsrc.
-pub struct Producer {
-    pipeline: gst::Pipeline,
-    _socket: UnixStream,
-}
-
-impl Producer {
-    /// `format`, width and height in `caps`; a still picture with known pixels, 30 times a second.
-    pub fn start(desktop: &Desktop, name: &str, caps: &str) -> Self {
-        init();
-        let socket = desktop.pipewire();
-        let description = format!(
-            "{} ! pipewiresink fd={} mode=provide sync=false \
-             stream-properties=\"p,media.class=Video/Source,media.type=Video,node.name={name}\"",
-            picture(caps, "is-live=true"),
-            socket.as_raw_fd()
-        );
-        let pipeline = gst::parse::launch(&description)
-            .unwrap()
-            .downcast::<gst::Pipeline>()
-            .unwrap();
-        pipeline.set_state(gst::State::Playing).unwrap();
-        Self {
-            pipeline,
-            _socket: socket,
-        }
-    }
-}
-
-impl Drop for Producer {
-    fn drop(&mut self) {
-        let _ = self.pipeline.set_state(gst::State::Null);
-    }
-}
-
-fn picture(caps: &str, how: &str) -> String {
-    format!(
-        "videotestsrc pattern=smpte100 {how} ! capsfilter caps=\"{}\"",
-        full_caps(caps)
-    )
-}
-
-fn full_caps(caps: &str) -> gst::Caps {
-    format!("video/x-raw,{caps},framerate=30/1")
-        .parse()
-        .unwrap()
-}
-
-/// What a producer of these caps shows.
-pub fn expected_pixels(caps: &str) -> Vec<u8> {
+/// A picture of videotestsrc, with `format`, width and height in `caps`.
+pub fn test_picture(caps: &str) -> gst::Sample {
     init();
     let description = format!(
-        "{} ! appsink name=sink sync=false",
-        picture(caps, "num-buffers=1")
+        "videotestsrc pattern=smpte100 num-buffers=1 ! video/x-raw,{caps} ! \
+         appsink name=sink sync=false"
     );
     let pipeline = gst::parse::launch(&description)
         .unwrap()
@@ -281,11 +233,12 @@ pub fn expected_pixels(caps: &str) -> Vec<u8> {
         .unwrap();
     pipeline.set_state(gst::State::Playing).unwrap();
     let sink = pipeline.by_name("sink").unwrap();
-    let sample = sink
-        .downcast::<gst_app::AppSink>()
-        .unwrap()
-        .pull_sample()
-        .unwrap();
+    let sample = sink.downcast::<gst_app::AppSink>().unwrap().pull_sample();
     pipeline.set_state(gst::State::Null).unwrap();
-    pixels(&sample)
+    sample.unwrap()
+}
+
+/// What [`Painter::still`](super::painter::Painter::still) shows.
+pub fn expected_pixels(caps: &str) -> Vec<u8> {
+    pixels(&test_picture(caps))
 }

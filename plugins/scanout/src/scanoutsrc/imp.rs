@@ -36,7 +36,7 @@ use gst_base::subclass::prelude::*;
 use helix_protocol::message::EnableScanout;
 use helix_protocol::wait::{Deadline, Waiter, Wake, Waker};
 use zerocopy_plugin_common::{
-    Backoff, ConnectionSettings, ConnectionState, H264Caps, connection_message,
+    Backoff, ConnectionSettings, ConnectionState, H264Caps, accepted_downstream, connection_message,
 };
 
 use crate::subscription::{Pushed, Subscription, SubscriptionError, Target, Wishes};
@@ -87,6 +87,8 @@ struct Streaming {
     target: Target,
     settings: Settings,
     subscription: Option<Subscription>,
+    /// Runs from the loss of a host until another has pushed a frame.
+    backoff: Option<Backoff>,
     /// Bytes of the subscription that are in [`Counts`].
     bytes: (u64, u64),
     caps: H264Caps,
@@ -320,6 +322,7 @@ impl BaseSrcImpl for ScanoutSrc {
             target,
             settings,
             subscription: None,
+            backoff: None,
             bytes: (0, 0),
             caps: H264Caps::default(),
             had_keyframe: false,
@@ -418,7 +421,17 @@ impl ScanoutSrc {
                     }
                 }
                 Err(SubscriptionError::Cancelled) => return Err(gst::FlowError::Flushing),
-                Err(error) => self.resubscribe(streaming, &error.to_string())?,
+                Err(error) => {
+                    {
+                        let mut counts = lock(&self.counts);
+                        match error {
+                            SubscriptionError::OutOfStep(_) => counts.resyncs += 1,
+                            SubscriptionError::Said(_) => counts.errors += 1,
+                            _ => {}
+                        }
+                    }
+                    self.resubscribe(streaming, &error.to_string())?;
+                }
             }
         }
     }
@@ -448,9 +461,12 @@ impl ScanoutSrc {
         }
         gst::warning!(CAT, imp = self, "{lost}; calling again");
         self.post(streaming, ConnectionState::Reconnecting, "", &lost);
-        let mut backoff = Backoff::new(limit);
         let mut outcome = String::new();
-        while let Some(at) = backoff.next_attempt() {
+        while let Some(at) = streaming
+            .backoff
+            .get_or_insert_with(|| Backoff::new(limit))
+            .next_attempt()
+        {
             loop {
                 match streaming.waiter.wait(Deadline::at(at)) {
                     Ok(Wake::TimedOut) => break,
@@ -461,11 +477,7 @@ impl ScanoutSrc {
             }
             match Subscription::start(streaming.target.clone(), &mut streaming.waiter) {
                 Ok(subscription) => {
-                    {
-                        let mut counts = lock(&self.counts);
-                        counts.reconnects += 1;
-                        counts.resyncs += 1;
-                    }
+                    lock(&self.counts).reconnects += 1;
                     self.wish_bitrate(lock(&self.settings).bitrate);
                     self.subscribed(streaming, subscription);
                     return Ok(());
@@ -493,6 +505,11 @@ impl ScanoutSrc {
         if response.is_keyframe {
             if let Some(caps) = streaming.caps.update(&data) {
                 gst::info!(CAT, imp = self, "the host sends {caps}");
+                let obj = self.obj();
+                let caps = accepted_downstream(obj.src_pad(), caps).map_err(|reason| {
+                    gst::element_imp_error!(self, gst::CoreError::Negotiation, ("{reason}"));
+                    gst::FlowError::NotNegotiated
+                })?;
                 self.obj().set_caps(&caps).map_err(|error| {
                     gst::debug!(CAT, imp = self, "{error}");
                     gst::FlowError::NotNegotiated
@@ -514,6 +531,7 @@ impl ScanoutSrc {
             counts.frames += 1;
             counts.keyframes += u64::from(response.is_keyframe);
         }
+        streaming.backoff = None;
         let now = self.obj().current_running_time();
         // Two in one tick of the clock must still differ.
         let pts = match (now, streaming.last_pts) {
@@ -594,6 +612,9 @@ impl ScanoutSrc {
             .field("transfer", "h264")
             .field("keyframes", counts.keyframes)
             .field("resyncs", counts.resyncs)
+            // Needs the host's clock, which only HELLO will tell.
+            .field("latency-p50-us", 0u64)
+            .field("latency-p99-us", 0u64)
             .build()
     }
 }

@@ -17,31 +17,53 @@ use crate::pixels::Pixels;
 /// Encode sessions use this session id by habit.
 const SESSION_ID: u16 = 1;
 
+/// An idle connection says something this often: deployed hosts close one whose client has been
+/// silent for 60 s or more (quirk 10), and behind NAT nobody says when the host has gone.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(20);
+
+/// Requests that were given up and whose late replies are still waited for. Older ones are
+/// forgotten.
+const ABANDONED: usize = 64;
+
+/// A host that refuses so many frames in a row, and has encoded none, will not encode any.
+const REFUSALS: u32 = 120;
+
 /// A PTS that went through a host may be off by this much (quirk 3 of docs/protocol.md).
 const PTS_TOLERANCE_NS: u64 = 1000;
 
 /// A request that was sent and has no reply yet.
-pub(super) struct Open {
-    pub frame: u32,
+struct Open {
+    frame: u32,
     pts: i64,
     forced: bool,
     submitted: Instant,
+    /// The frame was reported as dropped; its reply, should it come, belongs to nobody else.
+    abandoned: bool,
 }
 
 /// The time on one connection.
 pub(super) struct Conversation {
-    pub open: VecDeque<Open>,
+    open: VecDeque<Open>,
     after_loss: bool,
-    /// PTS of the request that was answered last.
+    /// The host has answered something: it speaks the protocol.
+    proven: bool,
+    /// The host has answered a request, if only with an ERROR.
+    answered: bool,
+    /// PTS of the request that was answered last with a frame.
     last_answered: Option<i64>,
-    /// The host has refused a frame.
-    refused: bool,
+    /// The last ERROR, for when the connection is lost.
+    last_error: Option<String>,
+    /// ERRORs since the last frame.
+    refusals: u32,
     /// When the host last sent or took something.
     progress: Instant,
-    /// The latest of: the oldest open request became the oldest, a reply came.
+    /// Since when something is waited for that must come: a reply to the oldest open request, or
+    /// a PONG.
     waiting_since: Instant,
     /// A PING was sent in this waiting time, and whether its PONG has come.
     ping: Option<bool>,
+    /// When this side last sent something.
+    spoke: Instant,
     /// Sent and received, as far as they are in the session's counts.
     bytes: (u64, u64),
     /// Not yet in the session's counts.
@@ -54,39 +76,64 @@ impl Conversation {
         Self {
             open: VecDeque::new(),
             after_loss,
+            proven: false,
+            answered: false,
             last_answered: None,
-            refused: false,
+            last_error: None,
+            refusals: 0,
             progress: now,
             waiting_since: now,
             ping: None,
+            spoke: now,
             bytes: (0, 0),
             pixel_bytes: 0,
         }
     }
 
+    /// Talks until the connection is of no use any more.
     pub fn run(&mut self, worker: &mut Worker, connection: &mut Connection<Pixels>) -> End {
         // Frames come only after set_format(), and its settings with them; after a loss they are
         // known already.
         if let Some(config) = &worker.config {
             connection.send(encode::config_req(SESSION_ID, config));
         }
-        loop {
+        // A host that accepts a connection and is dead shows before there is a frame to lose.
+        self.send_ping(connection);
+        let end = loop {
             self.send_queued(worker, connection);
             let deadline = self.deadline(worker.timeout());
             let event = match connection.next(&mut worker.waiter, deadline) {
                 Ok(event) => event,
-                Err(error) => return error.into(),
+                Err(error) => break error.into(),
             };
             self.count(worker, connection);
             if let Event::Message(envelope) = event
                 && let Err(end) = self.receive(worker, envelope.message)
             {
-                return end;
+                break end;
             }
             if let Err(end) = self.check_time(worker, connection) {
-                return end;
+                break end;
             }
+        };
+        if self.proven && !self.is_waiting_for_reply() {
+            // Nothing was asked of it: the next host gets the whole time again.
+            worker.backoff = None;
         }
+        match (end, self.last_error.take()) {
+            (End::Lost(reason), Some(error)) if !reason.contains(&error) => {
+                End::Lost(format!("{reason}; before that, {error}"))
+            }
+            (end, _) => end,
+        }
+    }
+
+    /// The frames that the connection takes with it.
+    pub fn into_lost_frames(self) -> impl Iterator<Item = u32> {
+        self.open
+            .into_iter()
+            .filter(|open| !open.abandoned)
+            .map(|open| open.frame)
     }
 
     fn send_queued(&mut self, worker: &mut Worker, connection: &mut Connection<Pixels>) {
@@ -94,6 +141,7 @@ impl Conversation {
             let Some(item) = worker.shared.state().queue.pop_front() else {
                 return;
             };
+            self.spoke = Instant::now();
             match item {
                 Item::Config(config) => {
                     connection.send(encode::config_req(SESSION_ID, &config));
@@ -134,7 +182,7 @@ impl Conversation {
         let size = pixels.size() as u32;
         connection.send_with(encode::frame_request(SESSION_ID, &wire, size), pixels);
         self.pixel_bytes += u64::from(size);
-        if self.open.is_empty() {
+        if !self.is_waiting_for_reply() {
             self.start_waiting();
         }
         self.open.push_back(Open {
@@ -142,6 +190,7 @@ impl Conversation {
             pts: request.pts,
             forced: force_keyframe,
             submitted,
+            abandoned: false,
         });
     }
 
@@ -149,7 +198,10 @@ impl Conversation {
         match message {
             Message::FrameResponse(response, data) => self.reply(worker, response, data),
             Message::Error(error) => return self.error(worker, &error),
-            Message::Pong => self.ping = self.ping.map(|_| true),
+            Message::Pong => {
+                self.proven = true;
+                self.ping = self.ping.map(|_| true);
+            }
             // A client need not answer PING; deployed hosts send none.
             _ => {}
         }
@@ -172,9 +224,19 @@ impl Conversation {
         let Some(open) = self.open.pop_front() else {
             return;
         };
+        self.proven = true;
+        self.answered = true;
         self.last_answered = Some(open.pts);
+        self.last_error = None;
+        self.refusals = 0;
         worker.backoff = None;
+        worker.encoded_any = true;
         self.start_waiting();
+        if open.abandoned {
+            // Too late. Later frames may refer to this one, which nobody has.
+            worker.force_keyframe = true;
+            return;
+        }
         if data.is_empty() {
             worker.force_keyframe |= open.forced;
             worker.report_dropped(open.frame, "the host sent an empty access unit");
@@ -198,24 +260,59 @@ impl Conversation {
             // Said before anything was asked, as by a host that takes no more clients.
             return Err(End::Lost(reason));
         }
-        if !std::mem::replace(&mut self.refused, true) {
+        self.answered = true;
+        self.refusals += 1;
+        if self.last_error.is_none() {
             worker.client.refused(&reason);
         }
         self.drop_oldest(worker, &reason);
         self.start_waiting();
+        if self.refusals >= REFUSALS && !worker.encoded_any {
+            return Err(End::Hopeless(format!(
+                "{} refused {REFUSALS} frames and encoded none; {reason}",
+                worker.address
+            )));
+        }
+        self.last_error = Some(reason);
         Ok(())
     }
 
     fn drop_oldest(&mut self, worker: &mut Worker, reason: &str) {
-        if let Some(open) = self.open.pop_front() {
+        if let Some(open) = self.open.pop_front()
+            && !open.abandoned
+        {
             worker.force_keyframe |= open.forced;
             worker.report_dropped(open.frame, reason);
         }
     }
 
+    /// Reports the oldest open frame as dropped, but remembers its request: should the reply come
+    /// late, it must not be taken for another's.
+    fn abandon_oldest(&mut self, worker: &mut Worker) {
+        if let Some(open) = self.open.iter_mut().find(|open| !open.abandoned) {
+            open.abandoned = true;
+            let (frame, forced) = (open.frame, open.forced);
+            worker.force_keyframe |= forced;
+            worker.report_dropped(frame, "the host did not answer it in time");
+        }
+        if self.open.iter().filter(|open| open.abandoned).count() > ABANDONED {
+            self.open.pop_front();
+        }
+    }
+
+    fn is_waiting_for_reply(&self) -> bool {
+        self.open.iter().any(|open| !open.abandoned)
+    }
+
     fn start_waiting(&mut self) {
         self.waiting_since = Instant::now();
         self.ping = None;
+    }
+
+    fn send_ping(&mut self, connection: &mut Connection<Pixels>) {
+        connection.send(encode::ping(SESSION_ID));
+        self.ping = Some(false);
+        self.spoke = Instant::now();
     }
 
     fn count(&mut self, worker: &Worker, connection: &Connection<Pixels>) {
@@ -230,19 +327,19 @@ impl Conversation {
         }
     }
 
-    /// When to look at the time: first to ask whether the host is there, then to give up.
+    /// When to look at the time again.
     fn deadline(&self, timeout: Option<Duration>) -> Deadline {
-        match timeout {
-            Some(limit) if !self.open.is_empty() => {
-                let limit = if self.ping.is_none() {
-                    limit / 2
-                } else {
-                    limit
-                };
-                Deadline::at(self.waiting_since + limit)
-            }
-            _ => Deadline::NEVER,
-        }
+        let sign_of_life = Deadline::at(self.spoke + SIGN_OF_LIFE);
+        let Some(limit) = timeout else {
+            return sign_of_life;
+        };
+        let due = match (self.is_waiting_for_reply(), self.ping) {
+            // First to ask whether the host is there, then to give up.
+            (true, None) => limit / 2,
+            (true, Some(_)) | (false, Some(false)) => limit,
+            (false, None | Some(true)) => return sign_of_life,
+        };
+        Deadline::at(self.waiting_since + due).min(sign_of_life)
     }
 
     fn check_time(
@@ -250,10 +347,18 @@ impl Conversation {
         worker: &mut Worker,
         connection: &mut Connection<Pixels>,
     ) -> Result<(), End> {
+        let waiting = self.is_waiting_for_reply();
+        if self.spoke.elapsed() >= SIGN_OF_LIFE {
+            if !waiting {
+                self.start_waiting();
+            }
+            self.send_ping(connection);
+            return Ok(());
+        }
         let Some(limit) = worker.timeout() else {
             return Ok(());
         };
-        if self.open.is_empty() || !self.deadline(Some(limit)).has_passed() {
+        if !self.deadline(Some(limit)).has_passed() {
             return Ok(());
         }
         if connection.queued() > 0 && self.progress.elapsed() < limit {
@@ -264,21 +369,20 @@ impl Conversation {
         let waited = limit.as_millis();
         match self.ping {
             None => {
-                connection.send(encode::ping(SESSION_ID));
-                self.ping = Some(false);
+                self.send_ping(connection);
                 Ok(())
             }
             Some(false) => Err(End::Lost(format!(
                 "no answer and no sign of life for {waited} ms (timeout)"
             ))),
-            Some(true) if self.last_answered.is_none() => Err(End::Hopeless(format!(
+            Some(true) if !self.answered => Err(End::Hopeless(format!(
                 "{} is alive but did not answer a FRAME_REQUEST within {waited} ms (timeout): is \
                  it a host that only pushes screens? Those skip frames to encode; use a \
                  helix-host, or a longer timeout",
                 worker.address
             ))),
             Some(true) => {
-                self.drop_oldest(worker, "the host did not answer it");
+                self.abandon_oldest(worker);
                 self.start_waiting();
                 Ok(())
             }

@@ -178,6 +178,7 @@ impl Session {
             backoff: None,
             force_keyframe: true,
             since_keyframe: 0,
+            encoded_any: false,
         };
         let thread = thread::Builder::new()
             .name("vsockenc".to_owned())
@@ -305,6 +306,8 @@ struct Worker {
     /// The next request asks for a keyframe.
     force_keyframe: bool,
     since_keyframe: u32,
+    /// Some host has encoded a frame of this session.
+    encoded_any: bool,
 }
 
 impl Worker {
@@ -325,8 +328,8 @@ impl Worker {
             let mut conversation = Conversation::new(again);
             let end = conversation.run(self, &mut connection);
             drop(connection);
-            for open in conversation.open {
-                self.report_dropped(open.frame, "the host was lost");
+            for frame in conversation.into_lost_frames() {
+                self.report_dropped(frame, "the host was lost");
             }
             let reason = match end {
                 End::Cancelled => return,

@@ -250,10 +250,15 @@ impl VideoEncoderImpl for VsockEnc {
         if size > limit {
             let text = format!(
                 "a {}x{} {} frame has {size} bytes, over the host's limit of {limit} bytes; \
-                 scale it down or use NV12",
+                 scale it down{}",
                 info.width(),
                 info.height(),
-                info.format()
+                info.format(),
+                if even(info.width()) * even(info.height()) * 3 / 2 <= limit {
+                    ", or send NV12"
+                } else {
+                    ""
+                },
             );
             gst::element_imp_error!(self, gst::StreamError::Format, ("{text}"));
             return Err(gst::loggable_error!(CAT, "{text}"));
@@ -352,7 +357,9 @@ impl VideoEncoderImpl for VsockEnc {
         match self.drain() {
             Submission::Cancelled => Err(gst::FlowError::Flushing),
             Submission::Failed => Err(gst::FlowError::Error),
-            Submission::Accepted | Submission::NoHost => Ok(gst::FlowSuccess::Ok),
+            Submission::Accepted | Submission::NoHost => lock(&self.output)
+                .flow
+                .map_or(Ok(gst::FlowSuccess::Ok), Err),
         }
     }
 

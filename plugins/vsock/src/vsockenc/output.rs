@@ -8,7 +8,7 @@ use gst::subclass::prelude::*;
 use gst_video::prelude::*;
 use helix_protocol::message::FrameResponse;
 use helix_protocol::{Address, Payload};
-use zerocopy_plugin_common::{ConnectionState, H264Caps, connection_message};
+use zerocopy_plugin_common::{ConnectionState, H264Caps, accepted_downstream, connection_message};
 
 use super::imp::{CAT, VsockEnc, lock};
 use crate::session::Client;
@@ -150,7 +150,10 @@ impl VsockEnc {
             caps
         };
         let result = caps
-            .map_or(Ok(()), |caps| self.set_output_caps(caps))
+            .map_or(Ok(()), |caps| {
+                self.set_output_caps(caps)?;
+                self.finish_unfinished()
+            })
             .and_then(|()| {
                 if response.is_keyframe {
                     frame.set_flags(gst_video::VideoCodecFrameFlags::SYNC_POINT);
@@ -166,8 +169,32 @@ impl VsockEnc {
                 obj.finish_frame(frame).map(|_| ())
             });
         if let Err(error) = result {
-            gst::debug!(CAT, imp = self, "downstream says {error:?}");
-            lock(&self.output).flow = Some(error);
+            self.see_flow(error);
+        }
+    }
+
+    /// Finishes the frames that were dropped before there were caps.
+    fn finish_unfinished(&self) -> Result<(), gst::FlowError> {
+        let unfinished = std::mem::take(&mut lock(&self.output).unfinished);
+        for number in unfinished {
+            if let Some(frame) = self.obj().frame(number as i32) {
+                self.obj().finish_frame(frame)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Downstream takes no more: upstream learns it with its next frame, or at the end; whoever
+    /// watches the bus, now.
+    fn see_flow(&self, error: gst::FlowError) {
+        gst::debug!(CAT, imp = self, "downstream says {error:?}");
+        let first = lock(&self.output).flow.replace(error).is_none();
+        if first && !matches!(error, gst::FlowError::Flushing | gst::FlowError::Eos) {
+            gst::element_imp_error!(
+                self,
+                gst::StreamError::Failed,
+                ("downstream of the encoder takes no more: {error}")
+            );
         }
     }
 
@@ -178,12 +205,17 @@ impl VsockEnc {
             .and_then(|streaming| streaming.input.clone())
             .ok_or(gst::FlowError::Flushing)?;
         gst::info!(CAT, imp = self, "the host sends {caps}");
+        // negotiate() does not fail where downstream refuses: its event is kept for later.
+        let caps = accepted_downstream(obj.src_pad(), caps).map_err(|reason| {
+            gst::element_imp_error!(self, gst::CoreError::Negotiation, ("{reason}"));
+            lock(&self.output).flow = Some(gst::FlowError::NotNegotiated);
+            gst::FlowError::NotNegotiated
+        })?;
         let structure = caps.structure(0).ok_or(gst::FlowError::NotNegotiated)?;
         let side = |name| structure.get::<i32>(name).map(i32::unsigned_abs);
         let (Ok(width), Ok(height)) = (side("width"), side("height")) else {
             return Err(gst::FlowError::NotNegotiated);
         };
-        let wanted = caps.clone();
         let mut state = obj.set_output_state(caps, Some(&input.state))?;
         if let Ok(info) = gst_video::VideoInfo::builder(input.info.format(), width, height)
             .fps(input.info.fps())
@@ -193,14 +225,7 @@ impl VsockEnc {
         {
             state.set_info(info);
         }
-        obj.negotiate(state).inspect_err(|_| {
-            let downstream = obj.src_pad().peer_query_caps(None);
-            gst::element_imp_error!(
-                self,
-                gst::CoreError::Negotiation,
-                ("the host sends {wanted}, but downstream takes only {downstream}")
-            );
-        })
+        obj.negotiate(state)
     }
 }
 
