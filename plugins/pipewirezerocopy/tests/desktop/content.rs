@@ -5,9 +5,10 @@
 use std::process::{Command, Stdio};
 
 use gst::prelude::*;
+use gstpipewirezerocopy::capture::PixelFormat;
 
 use super::desktop;
-use super::painter::Painter;
+use super::painter::{MEMORY, Painter, Picture};
 use super::run::{Run, expected_pixels, pixels};
 
 /// A run on a producer by name, for a sink that takes `caps`.
@@ -59,17 +60,14 @@ fn every_format_arrives_as_it_was_drawn() {
 #[test]
 fn padding_goes_out_as_opaque_alpha_where_alpha_is_asked_for() {
     let desktop = desktop();
-    let caps = "format=BGRx,width=64,height=16";
-    let _producer = Painter::still(&desktop, "sibling", caps);
+    let size = (16, 8);
+    let painter = Painter::start(&desktop, "sibling", PixelFormat::Bgrx, size, MEMORY);
+    painter.show(Picture::plain([1, 2, 3, 4].repeat(16 * 8), 16 * 4));
     let run = run_on(&desktop, "sibling", "video/x-raw,format=BGRA");
     run.play();
     let sample = run.frame();
     assert_eq!(format(&sample), "BGRA");
-    let (expected, got) = (expected_pixels(caps), pixels(&sample));
-    for (expected, got) in expected.chunks(4).zip(got.chunks(4)) {
-        assert_eq!(expected[..3], got[..3]);
-        assert_eq!(got[3], 255);
-    }
+    assert_eq!(pixels(&sample), [1, 2, 3, 255].repeat(16 * 8));
 }
 
 #[test]

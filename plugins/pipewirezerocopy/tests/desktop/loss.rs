@@ -62,8 +62,12 @@ fn a_node_that_comes_back_under_its_name_is_followed() {
         let still = Painter::still(&desktop, "another", caps);
         drop(still);
     }
+    let start = Instant::now();
     drop(producer);
     run.capture_message("vanished");
+    // The registry tells at once; the buffers would take a second.
+    let took = start.elapsed();
+    assert!(took < Duration::from_millis(900), "after {took:?}");
     // Keepalives have stopped, for good.
     while run.frame_within(Duration::from_millis(150)).is_some() {}
     assert!(run.frame_within(Duration::from_millis(500)).is_none());
