@@ -67,3 +67,18 @@ plugin_dir() {
     done
     printf '%s\n' "$PWD/$dir"
 }
+
+# The cargo options for the GStreamer of this machine; a build script cannot switch features on.
+gst_features() {
+    if pkg-config --atleast-version=1.24 gstreamer-1.0; then
+        echo --features v1_24
+    fi
+}
+
+# The plugins and helix-host in release mode, as ci/demo and ci/vm run them.
+build_release() {
+    say "Building the plugins and helix-host (release)"
+    # shellcheck disable=SC2046
+    cargo build --release --locked $(gst_features) -p gst-plugin-pipewirezerocopy \
+        -p gst-plugin-vsock -p gst-plugin-scanout -p helix-host
+}

@@ -17,7 +17,8 @@ import unittest
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 ROOT = FOLDER.parent.parent
-BUILT = ROOT / "target" / "debug"
+# Where cargo put what is tested; ci/debian13 builds in release mode.
+BUILT = pathlib.Path(os.environ.get("BUILT", ROOT / "target" / "debug"))
 HELIX_HOST = os.environ.get("HELIX_HOST", str(BUILT / "helix-host"))
 VECTORS = ROOT / "crates" / "helix-protocol" / "vectors" / "vectors.json"
 

@@ -47,8 +47,40 @@ pub(super) fn offer(allowed: &gst::CapsRef) -> Offer {
             entries.push(entry);
         }
     }
+    let mut entries = without_mere_preferences(&entries);
     entries.truncate(MAX_ENTRIES);
     Offer(entries)
+}
+
+/// The entries, each with the sizes of another one that takes its formats at those sizes and more.
+///
+/// A scaler says first what it need not scale, then that any size will do. The picture has the size
+/// of the screen, so the first would be a wish without use; worse, mutter 48 grants it for a monitor
+/// too and then crashes, because it writes the monitor's own size into the smaller buffers.
+fn without_mere_preferences(entries: &[OfferEntry]) -> Vec<OfferEntry> {
+    let holds = |outer: Span, inner: Span| outer.contains(inner.min) && outer.contains(inner.max);
+    let mut kept: Vec<OfferEntry> = Vec::new();
+    for entry in entries {
+        let wider = entries.iter().find(|other| {
+            (other.width, other.height) != (entry.width, entry.height)
+                && holds(other.width, entry.width)
+                && holds(other.height, entry.height)
+                && entry
+                    .formats
+                    .iter()
+                    .all(|format| other.formats.contains(format))
+        });
+        let sized = wider.unwrap_or(entry);
+        let entry = OfferEntry {
+            formats: entry.formats.clone(),
+            width: sized.width,
+            height: sized.height,
+        };
+        if !kept.contains(&entry) {
+            kept.push(entry);
+        }
+    }
+    kept
 }
 
 fn formats(structure: &gst::StructureRef) -> impl Iterator<Item = PixelFormat> {
@@ -209,7 +241,7 @@ mod tests {
     #[test]
     fn sizes_that_downstream_asks_for_are_the_only_ones_offered() {
         let offer = offer(&allowed(
-            "video/x-raw,format=BGRx,width=640,height=[2,480]; video/x-raw,format=BGRx",
+            "video/x-raw,format=BGRx,width=640,height=[2,480]; video/x-raw,format=RGB",
         ));
         let span = |min, max| Span { min, max };
         assert_eq!(offer.0[0].width, span(640, 640));
@@ -217,6 +249,21 @@ mod tests {
         assert_eq!(
             (offer.0[1].width, offer.0[1].height),
             (Span::ANY, Span::ANY)
+        );
+    }
+
+    #[test]
+    fn a_size_that_downstream_only_prefers_is_not_asked_for() {
+        let offer = offer(&allowed(
+            "video/x-raw,format={RGBA,BGRx},width=320,height=240;
+             video/x-raw,format={BGRx,RGBA},width=[1,32767],height=[1,32767]",
+        ));
+        assert_eq!(offer.0[0].formats[0], PixelFormat::Rgba, "its formats are");
+        assert!(
+            offer
+                .0
+                .iter()
+                .all(|entry| entry.width != Span { min: 320, max: 320 })
         );
     }
 

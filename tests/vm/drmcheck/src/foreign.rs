@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Memory that is not virtio-gpu's: it must say no to all of it, and so tell `vsockenc` to send pixels.
+
+use std::ffi::CStr;
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+
+use drm::buffer::{Buffer, DrmFourcc};
+use drm::control::Device;
+use nix::fcntl::{FcntlArg, SealFlag, fcntl};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+
+use crate::node::{Kind, Node, VGEM, VIRTIO_GPU};
+use crate::{Outcome, virtgpu};
+
+/// Bytes: a 640x480 picture, whole pages as udmabuf wants them.
+const SIZE: usize = 640 * 480 * 4;
+/// `O_CLOEXEC | O_RDWR` (fcntl.h).
+const CLOEXEC_RDWR: u32 = 0o2_000_000 | 0o2;
+
+/// `struct udmabuf_create` (linux/udmabuf.h).
+#[repr(C)]
+#[derive(Debug)]
+pub struct UdmabufCreate {
+    memfd: u32,
+    flags: u32,
+    offset: u64,
+    size: u64,
+}
+
+/// `struct dma_heap_allocation_data` (linux/dma-heap.h).
+#[repr(C)]
+#[derive(Debug)]
+pub struct HeapAllocation {
+    len: u64,
+    fd: u32,
+    fd_flags: u32,
+    heap_flags: u64,
+}
+
+nix::ioctl_write_ptr!(udmabuf_create_ioctl, b'u', 0x42, UdmabufCreate);
+nix::ioctl_readwrite!(heap_alloc_ioctl, b'H', 0, HeapAllocation);
+
+/// Why there is no such buffer to offer.
+enum Missing {
+    /// This kernel has no such thing.
+    Absent(String),
+    /// It has, and something went wrong.
+    Broken(String),
+}
+
+/// A descriptor to offer, or why there is none.
+type Made = Result<OwnedFd, Missing>;
+
+/// Offers each kind to virtio-gpu.
+pub fn show() -> Outcome<()> {
+    let render = Node::open(VIRTIO_GPU, Kind::Render)?;
+    for name in ["vgem", "udmabuf", "heap", "memfd"] {
+        let made = match name {
+            "vgem" => from_vgem(),
+            "udmabuf" => from_udmabuf(),
+            "heap" => from_heap(),
+            _ => from_memfd(),
+        };
+        match made {
+            Ok(buffer) => match virtgpu::resource_of(&render, &buffer) {
+                Err(error) => println!("refused {name}: {error}"),
+                Ok(id) => return Err(format!("virtio-gpu took {name} for resource {id}").into()),
+            },
+            Err(Missing::Absent(why)) => println!("absent {name}: {why}"),
+            Err(Missing::Broken(why)) => return Err(format!("make a buffer, {name}: {why}").into()),
+        }
+    }
+    Ok(())
+}
+
+/// Another driver's dumb buffer. The module vgem is there only when somebody loads it.
+fn from_vgem() -> Made {
+    let node =
+        Node::open(VGEM, Kind::Primary).map_err(|error| Missing::Absent(error.to_string()))?;
+    let dumb = node
+        .create_dumb_buffer((640, 480), DrmFourcc::Xrgb8888, 32)
+        .map_err(broken)?;
+    node.buffer_to_prime_fd(dumb.handle(), CLOEXEC_RDWR)
+        .map_err(broken)
+}
+
+/// Pages of a memfd as a DMA-BUF.
+fn from_udmabuf() -> Made {
+    let device = open_if_there("/dev/udmabuf")?;
+    let memory = from_memfd()?;
+    // Without this seal pages could go away under whoever uses the DMA-BUF; udmabuf refuses it.
+    fcntl(&memory, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).map_err(broken)?;
+    let create = UdmabufCreate {
+        memfd: memory.as_raw_fd() as u32,
+        flags: 1, // UDMABUF_FLAGS_CLOEXEC
+        offset: 0,
+        size: SIZE as u64,
+    };
+    // SAFETY: the ioctl reads one structure of this layout, which lives through the call.
+    let fd =
+        unsafe { udmabuf_create_ioctl(device.as_raw_fd(), &raw const create) }.map_err(broken)?;
+    // SAFETY: the ioctl returned a new descriptor, which nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// Memory of the system heap.
+fn from_heap() -> Made {
+    let heap = open_if_there("/dev/dma_heap/system")?;
+    let mut allocation = HeapAllocation {
+        len: SIZE as u64,
+        fd: 0,
+        fd_flags: CLOEXEC_RDWR,
+        heap_flags: 0,
+    };
+    // SAFETY: the ioctl reads and writes one structure of this layout, which lives through the call.
+    unsafe { heap_alloc_ioctl(heap.as_raw_fd(), &raw mut allocation) }.map_err(broken)?;
+    // SAFETY: the ioctl put a new descriptor there, which nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(allocation.fd as i32) })
+}
+
+/// Plain shared memory, no DMA-BUF at all: what a confused peer might pass.
+fn from_memfd() -> Made {
+    const NAME: &CStr = c"drmcheck";
+    let memory =
+        memfd_create(NAME, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).map_err(broken)?;
+    nix::unistd::ftruncate(memory.as_fd(), SIZE as i64).map_err(broken)?;
+    Ok(memory)
+}
+
+fn open_if_there(path: &str) -> Result<File, Missing> {
+    match OpenOptions::new().read(true).write(true).open(path) {
+        Ok(file) => Ok(file),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {
+            Err(Missing::Absent(format!("no {path}")))
+        }
+        Err(error) => Err(Missing::Broken(format!("open {path}: {error}"))),
+    }
+}
+
+fn broken(error: impl Into<io::Error>) -> Missing {
+    Missing::Broken(error.into().to_string())
+}

@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What a kernel's DRM and DMA-BUF do with virtio-gpu, shown one fact a line.
+//!
+//! Runs in the guest of `ci/vm`, whose stage `drm` compares what it says with QEMU's own trace. Ends
+//! with an error at the first fact that is not as the plugins of this project take it to be.
+
+use std::error::Error;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::{Parser, Subcommand};
+
+mod buffers;
+mod dmabuf;
+mod foreign;
+mod node;
+mod outputs;
+mod virtgpu;
+
+/// Shows what this kernel's DRM and DMA-BUF do with virtio-gpu.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Options {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Makes buffers in each way there is, exports them as DMA-BUFs and says which resource of the
+    /// host each one is: "resource ID WIDTHxHEIGHT HOW".
+    Buffers,
+    /// Offers virtio-gpu what is not its own, which it must refuse: "refused WHAT: ERROR", or
+    /// "absent WHAT: REASON" where this kernel cannot make such a thing.
+    Refusals,
+    /// Waits until an output is connected with a size, and says which outputs there are.
+    Output {
+        /// The connector's name, for example Virtual-2.
+        name: String,
+        /// Its preferred mode must have this width, in pixels.
+        width: u16,
+        /// And this height.
+        height: u16,
+        /// How long to wait, in seconds.
+        #[arg(long, default_value_t = 20)]
+        limit: u64,
+    },
+}
+
+fn main() -> ExitCode {
+    let done = match Options::parse().command {
+        Command::Buffers => buffers::show(),
+        Command::Refusals => foreign::show(),
+        Command::Output {
+            name,
+            width,
+            height,
+            limit,
+        } => outputs::wait_for(&name, (width, height), Duration::from_secs(limit)),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("drmcheck: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// What the parts return: the reason is for a person, and ends the program.
+type Outcome<T> = Result<T, Box<dyn Error>>;

@@ -1,0 +1,172 @@
+#!/usr/bin/python3
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""Runs stages in a guest, or gives a shell in one. Run by ci/vm; docs/testing.md explains it.
+
+A stage is a module in tests/vm/stages with a function `run(stage)`. It starts guests and programs
+through the `Stage` that it is given, and says what it found with `stage.check`.
+"""
+
+import argparse
+import contextlib
+import importlib
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+
+HERE = pathlib.Path(__file__).resolve().parent
+SOURCE = HERE.parent.parent
+# Stages use what other tests have: the known picture, and the comparison with it.
+sys.path += [str(HERE), str(HERE.parent)]
+
+from guest import Guest, System  # noqa: E402
+from programs import Fault, Program  # noqa: E402
+
+# Lines of each log that a failed stage shows.
+TAIL = 25
+
+
+class Stage:
+    """What a stage works with: a folder, guests, programs on the host, and its verdicts."""
+
+    def __init__(self, name, system, began):
+        self.name = name
+        self.system = system
+        self.began = began
+        # On the share: the guest sees it as /share/NAME.
+        self.folder = system.share / name
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True)
+        self.passed = 0
+        self.faults = []
+        self.programs = contextlib.ExitStack()
+        # For sockets: the path of one may have 107 bytes, and a source tree may lie deep.
+        self.sockets = pathlib.Path(tempfile.mkdtemp(prefix="vm-"))
+        self.programs.callback(shutil.rmtree, self.sockets)
+
+    def say(self, text):
+        """A line for whoever watches."""
+        print(f"[{time.monotonic() - self.began:5.1f} s] {text}", flush=True)
+
+    def check(self, good, what):
+        """Notes one verdict, and goes on."""
+        if good:
+            self.passed += 1
+            self.say(f"    ok      {what}")
+        else:
+            self.faults.append(what)
+            self.say(f"    FAILED  {what}")
+
+    @contextlib.contextmanager
+    def part(self, what):
+        """A part of the stage: one that cannot go on is a verdict, and the next part is run."""
+        self.say(what)
+        try:
+            yield
+        except Fault as fault:
+            self.check(False, f"{what}: {fault}")
+
+    def guest(self, name, kernel, devices=()):
+        """A guest with Linux 6.1 or 6.12, to be used in `with`."""
+        return Guest(self.system, self.name, name, kernel, self.folder, devices)
+
+    def program(self, name, argv, **options):
+        """Starts a program on the host. It ends with the stage, or when it is told to."""
+        program = Program(name, argv, self.folder / f"{name}.log", **options)
+        return self.programs.enter_context(program)
+
+    def built(self, program):
+        """The path of a program that cargo built."""
+        return SOURCE / "target" / "release" / program
+
+    def finish(self):
+        """Ends what was started and shows the logs of a stage that failed."""
+        self.programs.close()
+        if not self.faults:
+            return
+        for log in sorted(self.folder.rglob("*.log")):
+            lines = log.read_text(errors="replace").splitlines()
+            left_out = f", {len(lines) - TAIL} lines before these" if len(lines) > TAIL else ""
+            print(f"\n--- {log.relative_to(SOURCE)}{left_out}")
+            print("\n".join(lines[-TAIL:]))
+
+
+def run_stage(name, system, began):
+    """Runs one stage and prints its verdict. Returns whether it passed."""
+    module = importlib.import_module(f"stages.{name}")
+    start = time.monotonic()
+    stage = Stage(name, system, began)
+    stage.say(f"{name}: {summary(name)}")
+    try:
+        module.run(stage)
+    except Fault as fault:
+        stage.check(False, str(fault))
+    except Exception:  # the other stages are run all the same
+        traceback.print_exc()
+        stage.check(False, "the stage itself is broken, see above")
+    finally:
+        stage.finish()
+    seconds = time.monotonic() - start
+    if stage.faults:
+        verdict = f"FAILED, {len(stage.faults)} of {stage.passed + len(stage.faults)} checks"
+    else:
+        verdict = f"passed, {stage.passed} checks"
+    print(f"\n{name}: {verdict} in {seconds:.0f} s. Logs: {stage.folder.relative_to(SOURCE)}/\n")
+    for fault in stage.faults:
+        print(f"  - {fault}")
+    return not stage.faults
+
+
+def stage_names():
+    """All stages, in the order of their names."""
+    return sorted(path.stem for path in (HERE / "stages").glob("[a-z]*.py"))
+
+
+def summary(name):
+    """The first line of a stage's docstring."""
+    return importlib.import_module(f"stages.{name}").__doc__.splitlines()[0]
+
+
+def shell(system, kernel):
+    """Becomes QEMU, with the guest's shell on this terminal."""
+    size = shutil.get_terminal_size()
+    arguments = system.arguments(kernel, f"rig.shell rig.rows={size.lines} rig.columns={size.columns}")
+    arguments += ["-display", "none", "-serial", "mon:stdio", "-device", "virtio-gpu-pci,max_outputs=4"]
+    os.execvp(arguments[0], [str(argument) for argument in arguments])
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="ci/vm", description=__doc__.split("\n")[0])
+    parser.add_argument("stages", nargs="*", metavar="STAGE", help="what to run; all without one")
+    parser.add_argument("--list", action="store_true", help="say which stages there are")
+    parser.add_argument("--shell", action="store_true", help="a shell in the guest, on this terminal")
+    parser.add_argument("--kernel", choices=["6.1", "6.12"], default="6.12", help="for --shell")
+    parser.add_argument("--room", type=pathlib.Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    known = stage_names()
+    if options.list:
+        for name in known:
+            print(f"{name:8} {summary(name)}")
+        return
+    unknown = [name for name in options.stages if name not in known]
+    if unknown:
+        parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(known)}")
+    share = SOURCE / "target" / "vm"
+    share.mkdir(parents=True, exist_ok=True)
+    system = System(options.room, SOURCE, share)
+    if options.shell:
+        shell(system, options.kernel)
+    # Ends what was started, as an interrupt does.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    began = time.monotonic()
+    failed = [name for name in options.stages or known if not run_stage(name, system, began)]
+    if failed:
+        sys.exit(f"FAILED: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()
