@@ -27,7 +27,7 @@ const STOP: Duration = Duration::from_secs(5);
 /// For [`Config::stall_limit`]. Deployed hosts close after 60 s to 10 min of silence (quirk 10), so
 /// that no client in the field counts on more; and the slowest link known (30 MB/s, L22) moves the
 /// largest frame in 3 s, so that none needs more.
-pub const STALL_LIMIT: Duration = Duration::from_secs(60);
+pub const STALL_LIMIT: Duration = Duration::from_mins(1);
 
 /// What the host is to do.
 #[derive(Clone, Debug)]
