@@ -22,6 +22,9 @@ use crate::subscriber::Next;
 const OPEN: usize = 16;
 /// Pushed frames handed to the connection at once; more wait where they can still be dropped.
 const PUSHED: usize = 4;
+/// Without a frame for this long, the memory that the last ones needed goes back to the system. A
+/// desktop at rest still sends some frames a second; more often than this is not worth it.
+const IDLE: Duration = Duration::from_secs(5);
 /// How long a client that is being closed may take to read what is left for it.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 /// How long the peer's last bytes are read and thrown away, so that the system does not reset
@@ -36,6 +39,8 @@ pub struct Host {
     pub scanouts: BTreeMap<u32, Arc<Scanout>>,
     /// Bytes of pixels in one frame.
     pub max_frame_bytes: u32,
+    /// See [`crate::server::Config::stall_limit`].
+    pub stall_limit: Duration,
 }
 
 /// One client, in its thread.
@@ -45,6 +50,11 @@ pub struct Client {
     connection: Connection<AccessUnit>,
     session: Session,
     subscription: Option<Subscription>,
+    connected: Instant,
+    /// Whether it has ever sent a message.
+    spoke: bool,
+    /// When its last frame came, while the memory for more of them is kept.
+    last_frame: Option<Instant>,
     /// Set when nothing more is read: the client is gone when all is sent, or at this moment.
     closing: Option<Instant>,
     /// Why it goes: the ERROR that is the last thing sent, or `None` where the client closed.
@@ -66,6 +76,9 @@ impl Client {
             connection,
             session,
             subscription: None,
+            connected: Instant::now(),
+            spoke: false,
+            last_frame: None,
             closing: None,
             refused: None,
         })
@@ -74,6 +87,10 @@ impl Client {
     /// Serves the client until it goes, errs, or the host ends.
     pub fn run(mut self) {
         let reason = loop {
+            if let Err(reason) = self.check_progress() {
+                break reason;
+            }
+            self.trim();
             self.push_frames();
             self.session.collect(&mut self.connection);
             let open = self.session.open() + self.connection.queued();
@@ -91,9 +108,12 @@ impl Client {
                     && self.session.pixels() < self.host.max_frame_bytes as usize,
             );
             let deadline = self
-                .session
-                .deadline()
-                .map_or(deadline, |moment| deadline.min(Deadline::at(moment)));
+                .moments()
+                .into_iter()
+                .flatten()
+                .fold(deadline, |deadline, moment| {
+                    deadline.min(Deadline::at(moment))
+                });
             match self.connection.next(&mut self.waiter, deadline) {
                 Ok(Event::Message(envelope)) => self.handle(envelope.session_id, envelope.message),
                 Ok(Event::Drained | Event::Woken | Event::TimedOut) => {}
@@ -119,9 +139,72 @@ impl Client {
         );
     }
 
+    /// When there is something to do even if nothing happens.
+    fn moments(&self) -> [Option<Instant>; 5] {
+        let limit = self.host.stall_limit;
+        [
+            self.session.deadline(),
+            self.connection.unsent_since().map(|since| since + limit),
+            self.stalled_since().map(|since| since + limit),
+            self.last_frame.map(|since| since + IDLE),
+            // While frames wait for room in the connection there is nothing to ask for.
+            self.subscription
+                .as_ref()
+                .filter(|_| self.closing.is_none() && self.connection.queued() < PUSHED)
+                .and_then(Subscription::deadline),
+        ]
+    }
+
+    /// Since when the client owes the rest of a message, or its first one. A client that is silent
+    /// between two messages owes nothing: a still desktop has nothing to say, and a subscriber
+    /// never must.
+    fn stalled_since(&self) -> Option<Instant> {
+        if self.closing.is_some() {
+            return None;
+        }
+        let silent = self.connection.silent_since()?;
+        if self.connection.is_inside_message() {
+            Some(silent)
+        } else if self.spoke {
+            None
+        } else {
+            Some(self.connected)
+        }
+    }
+
+    /// Sees to it that a client that makes no progress does not keep its place for ever. The error
+    /// is for one that cannot even be told: it reads nothing.
+    fn check_progress(&mut self) -> Result<(), String> {
+        let limit = self.host.stall_limit;
+        let seconds = limit.as_secs_f32();
+        let too_long = |since: Instant| since.elapsed() >= limit;
+        if self.connection.unsent_since().is_some_and(too_long) {
+            return Err(format!("it read nothing for {seconds} s while data waited"));
+        }
+        if self.stalled_since().is_some_and(too_long) {
+            let text = if self.connection.is_inside_message() {
+                format!("the rest of a message did not come within {seconds} s")
+            } else {
+                format!("no message came within {seconds} s of connecting")
+            };
+            self.refuse_and_close(ErrorCode::INVALID_MESSAGE, text);
+        }
+        Ok(())
+    }
+
+    /// Gives memory back when the client has sent no frame for some time.
+    fn trim(&mut self) {
+        if self.last_frame.is_some_and(|since| since.elapsed() >= IDLE) {
+            self.last_frame = None;
+            self.connection.trim();
+        }
+    }
+
     fn handle(&mut self, session_id: u16, message: Message) {
+        self.spoke = true;
         match message {
             Message::FrameRequest(request, Some(pixels)) => {
+                self.last_frame = Some(Instant::now());
                 self.session.encode(session_id, &request, pixels);
             }
             Message::FrameRequest(request, None) => self.refuse_resource(session_id, &request),

@@ -29,5 +29,5 @@ pub use access_unit::AccessUnit;
 pub use encoder::{Encoder, Output};
 pub use picture::Picture;
 pub use scanout::{SCANOUTS, ScanoutSpec};
-pub use server::{Config, Server, StartError};
+pub use server::{Config, Prepared, STALL_LIMIT, Server, StartError};
 pub use settings::{EncoderError, EncoderSpec, Keyframes, Tuning};

@@ -4,12 +4,14 @@
 
 use std::io::{self, IsTerminal, Write};
 use std::process::ExitCode;
+use std::sync::mpsc;
+use std::thread;
 
 use clap::{ArgAction, Parser, ValueEnum};
-use helix_host::{Config, ScanoutSpec, Server};
+use helix_host::{Config, Prepared, STALL_LIMIT, ScanoutSpec, Server, StartError};
 use helix_protocol::Address;
 use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::iterator::Signals;
+use signal_hook::iterator::{Handle, Signals};
 use tracing_subscriber::EnvFilter;
 
 const EXAMPLES: &str = "\
@@ -100,13 +102,18 @@ fn main() -> ExitCode {
 fn run(options: Options) -> Result<(), Box<dyn std::error::Error>> {
     // From here on the signals wait for us instead of ending the process.
     let mut signals = Signals::new([SIGTERM, SIGINT])?;
-    let server = Server::start(Config {
+    let config = Config {
         listen: options.listen,
         encoder: options.encoder,
         scanouts: options.scanout,
         max_clients: options.max_clients.into(),
         max_frame_bytes: options.max_frame_bytes,
-    })?;
+        stall_limit: STALL_LIMIT,
+    };
+    let Some(prepared) = prepare(config)? else {
+        return Ok(());
+    };
+    let server = Server::listen(prepared)?;
     let mut stdout = io::stdout();
     for address in server.addresses() {
         // Nobody may be reading; that is no reason to stop.
@@ -118,6 +125,39 @@ fn run(options: Options) -> Result<(), Box<dyn std::error::Error>> {
     }
     server.stop();
     Ok(())
+}
+
+/// Looks for the encoder, which may take a driver many seconds, or for ever. `None` if a signal
+/// came first; the thread that looks is then left behind, as it cannot be interrupted.
+fn prepare(config: Config) -> Result<Option<Prepared>, Box<dyn std::error::Error>> {
+    let mut signals = Signals::new([SIGTERM, SIGINT])?;
+    let done = Done(signals.handle());
+    let (result, results) = mpsc::channel::<Result<Prepared, StartError>>();
+    thread::Builder::new()
+        .name("helix-prepare".to_owned())
+        .spawn(move || {
+            // Nobody waits for it any more where a signal has come.
+            let _ = result.send(Prepared::new(config));
+            drop(done);
+        })?;
+    // Without a signal this ends when `done` is dropped.
+    if let Some(signal) = signals.forever().next() {
+        tracing::info!(signal, "ending before the start");
+        return Ok(None);
+    }
+    let result = results
+        .recv()
+        .map_err(|_| "looking for the encoder ended in a panic; this is a bug")?;
+    Ok(Some(result?))
+}
+
+/// Ends a wait for signals when it is dropped, by a panic too.
+struct Done(Handle);
+
+impl Drop for Done {
+    fn drop(&mut self) {
+        self.0.close();
+    }
 }
 
 fn start_log(options: &Options) {

@@ -248,9 +248,15 @@ impl Subscription {
     pub fn next(&self) -> Next {
         let next = self.subscriber.next();
         if let Next::NeedsKeyframe = next {
+            tracing::debug!(scanout = self.scanout.id, "asking for a keyframe");
             self.force_keyframe();
         }
         next
+    }
+
+    /// When to call [`Subscription::next`] even if nobody woke the thread.
+    pub fn deadline(&self) -> Option<Instant> {
+        self.subscriber.deadline()
     }
 
     /// Has the scanout make a keyframe soon.

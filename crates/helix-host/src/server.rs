@@ -24,6 +24,11 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(100);
 /// How long clients, encoders and scanouts may take to end.
 const STOP: Duration = Duration::from_secs(5);
 
+/// For [`Config::stall_limit`]. Deployed hosts close after 60 s to 10 min of silence (quirk 10), so
+/// that no client in the field counts on more; and the slowest link known (30 MB/s, L22) moves the
+/// largest frame in 3 s, so that none needs more.
+pub const STALL_LIMIT: Duration = Duration::from_mins(1);
+
 /// What the host is to do.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -37,6 +42,10 @@ pub struct Config {
     pub max_clients: usize,
     /// Bytes of pixels in one frame.
     pub max_frame_bytes: u32,
+    /// How long a client may keep its place without progress before it is closed: without a first
+    /// message, without another byte of a message that it has begun, or without taking a byte of
+    /// what waits for it. [`STALL_LIMIT`], except in tests.
+    pub stall_limit: Duration,
 }
 
 /// Why the host does not start.
@@ -72,6 +81,14 @@ pub enum StartError {
     Io(#[from] io::Error),
 }
 
+/// A host that has all it needs, and does not listen yet. Making one can take long, since drivers
+/// are asked; nothing outside the process has changed so far.
+pub struct Prepared {
+    host: Arc<Host>,
+    listen: Vec<Address>,
+    max_clients: usize,
+}
+
 /// A running host.
 pub struct Server {
     addresses: Vec<Address>,
@@ -88,9 +105,9 @@ struct Clients {
     gone: Condvar,
 }
 
-impl Server {
-    /// Finds the encoder, checks the scanouts, and listens.
-    pub fn start(config: Config) -> Result<Self, StartError> {
+impl Prepared {
+    /// Finds the encoder and checks the scanouts.
+    pub fn new(config: Config) -> Result<Self, StartError> {
         gst::init()?;
         let mut descriptions = BTreeMap::new();
         for ScanoutSpec { id, description } in config.scanouts {
@@ -110,8 +127,35 @@ impl Server {
             .into_iter()
             .map(|(id, description)| (id, Scanout::new(id, description, encoder.clone())))
             .collect();
+        let host = Arc::new(Host {
+            encoder,
+            scanouts,
+            max_frame_bytes: config.max_frame_bytes,
+            stall_limit: config.stall_limit,
+        });
+        Ok(Self {
+            host,
+            listen: config.listen,
+            max_clients: config.max_clients,
+        })
+    }
+}
+
+impl Server {
+    /// [`Prepared::new`] and [`Server::listen`].
+    pub fn start(config: Config) -> Result<Self, StartError> {
+        Self::listen(Prepared::new(config)?)
+    }
+
+    /// Listens, and serves who comes.
+    pub fn listen(prepared: Prepared) -> Result<Self, StartError> {
+        let Prepared {
+            host,
+            listen,
+            max_clients,
+        } = prepared;
         let mut listeners = Vec::new();
-        for address in &config.listen {
+        for address in &listen {
             let listener = Listener::bind(address)?;
             let address = listener.address();
             if !is_local(address) {
@@ -122,11 +166,6 @@ impl Server {
             }
             listeners.push(listener);
         }
-        let host = Arc::new(Host {
-            encoder,
-            scanouts,
-            max_frame_bytes: config.max_frame_bytes,
-        });
         let clients = Arc::<Clients>::default();
         let addresses = listeners
             .iter()
@@ -142,7 +181,7 @@ impl Server {
             waiter,
             host: host.clone(),
             clients: clients.clone(),
-            max_clients: config.max_clients,
+            max_clients,
             next_id: 0,
             failing: false,
         };

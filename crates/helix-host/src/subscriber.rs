@@ -109,9 +109,14 @@ impl Subscriber {
         self.waker.wake();
     }
 
-    /// Says that a frame was lost on the way here.
+    /// Says that a frame was lost on the way here, and that a keyframe is already asked for.
     pub fn interrupt(&self) {
-        self.queue().lost = true;
+        let mut queue = self.queue();
+        queue.lost = true;
+        queue.asked = Some(Instant::now());
+        drop(queue);
+        // It has a deadline now.
+        self.waker.wake();
     }
 
     /// Ends the subscription after what is queued.
@@ -135,6 +140,17 @@ impl Subscriber {
             return Next::NeedsKeyframe;
         }
         Next::Empty
+    }
+
+    /// When to call [`Subscriber::next`] even if nobody woke the thread: a request for a keyframe
+    /// may have got lost, and what is dropped meanwhile wakes nobody.
+    pub fn deadline(&self) -> Option<Instant> {
+        let queue = self.queue();
+        (queue.lost && queue.frames.is_empty()).then(|| {
+            queue
+                .asked
+                .map_or_else(Instant::now, |asked| asked + ASK_AGAIN)
+        })
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue> {

@@ -13,6 +13,7 @@ use std::process::{Child, ChildStdout, Command, Output, Stdio};
 
 use common::Peer;
 use helix_protocol::Address;
+use helix_protocol::message::{FrameRequest, PixelFormat};
 
 fn helix_host(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_helix-host"));
@@ -316,12 +317,7 @@ fn clients_that_come_and_go_leave_nothing_behind() {
                 peer.subscribe(0);
                 peer.next_frame();
             } else {
-                peer.encode(
-                    &picture,
-                    helix_protocol::message::PixelFormat::Bgra,
-                    0,
-                    false,
-                );
+                peer.encode(&picture, PixelFormat::Bgra, 0, false);
             }
         }
         // The last client may still be going, and the scanout lingers. Then only the thread that
@@ -349,6 +345,110 @@ fn clients_that_come_and_go_leave_nothing_behind() {
         "{kilobytes} {kilobytes_after} KiB"
     );
     assert_eq!(host.end_by(libc::SIGTERM).0, Some(0));
+}
+
+#[test]
+fn an_idle_client_keeps_no_memory_for_large_frames() {
+    const FRAME: usize = 64 * 1024 * 1024;
+    let mut host = Running::start(&["--listen", "tcp:127.0.0.1:0", "--encoder", "x264enc"]);
+    let address = host.address();
+    let pid = host.child.id();
+    let mut peer = Peer::connect(&address);
+    peer.expect_pong();
+    let before = usage(pid).2;
+    // It says nothing that makes sense: no encoder, whose memory is another matter, sees it.
+    let (request, _) = common::Rgb::pattern(2, 2, 0).request(PixelFormat::Bgra, 0, 0, false);
+    let request = FrameRequest {
+        width: 0,
+        ..request
+    };
+    peer.request(&request, vec![1; FRAME]);
+    peer.next_error();
+    let after = usage(pid).2;
+    // Probing the encoder may give some memory back meanwhile.
+    assert!(after >= before + FRAME / 1024 / 2, "{before} {after} KiB");
+    let until = std::time::Instant::now() + common::LONG;
+    while usage(pid).2 > before + FRAME / 1024 / 4 {
+        assert!(std::time::Instant::now() < until, "the memory stays");
+        // /proc tells nobody when it changes.
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    peer.expect_pong();
+}
+
+#[test]
+fn a_keyframe_that_does_not_come_is_asked_for_again() {
+    let mut host = Running::start(&[
+        "-v",
+        "--listen",
+        "tcp:127.0.0.1:0",
+        "--encoder",
+        "x264enc",
+        "--scanout",
+        "0=videotestsrc is-live=true ! video/x-raw,width=64,height=64 ! valve drop=true",
+    ]);
+    let mut peer = Peer::connect(&host.address());
+    peer.subscribe(0);
+    let log = BufReader::new(host.child.stderr.take().unwrap());
+    let (line, lines) = std::sync::mpsc::channel();
+    let reader = std::thread::spawn(move || {
+        for text in log.lines().map_while(Result::ok) {
+            if text.contains("asking for a keyframe") && line.send(()).is_err() {
+                break;
+            }
+        }
+    });
+    for _ in 0..2 {
+        lines.recv_timeout(common::LONG).unwrap();
+    }
+    drop(host);
+    reader.join().unwrap();
+}
+
+#[test]
+fn a_signal_ends_it_while_it_is_still_starting() {
+    let folder = tempfile::tempdir().unwrap();
+    // GStreamer waits for ever for whoever writes its registry into this pipe.
+    let registry = folder.path().join("registry");
+    let made = Command::new("mkfifo").arg(&registry).status().unwrap();
+    assert!(made.success());
+    let mut child = helix_host(&["--listen", "tcp:127.0.0.1:0"])
+        .env("GST_REGISTRY", &registry)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let stdout = BufReader::new(child.stdout.take().unwrap());
+    let mut host = Running { child, stdout };
+    let pid = host.child.id();
+    let until = std::time::Instant::now() + common::LONG;
+    // /proc tells nobody when it changes.
+    let pause = || {
+        assert!(std::time::Instant::now() < until);
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    };
+    while !catches(pid, libc::SIGTERM) {
+        pause();
+    }
+    // SAFETY: a signal to our own child, which has not been waited for; no memory involved.
+    assert_eq!(unsafe { libc::kill(pid as libc::pid_t, libc::SIGTERM) }, 0);
+    let status = loop {
+        if let Some(status) = host.child.try_wait().unwrap() {
+            break status;
+        }
+        pause();
+    };
+    assert_eq!(status.code(), Some(0));
+}
+
+/// Whether a process has a handler for a signal (proc(5), SigCgt of status).
+fn catches(pid: u32, signal: libc::c_int) -> bool {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap();
+    let mask = status
+        .lines()
+        .find_map(|line| line.strip_prefix("SigCgt:"))
+        .unwrap();
+    u64::from_str_radix(mask.trim(), 16).unwrap() & (1 << (signal - 1)) != 0
 }
 
 /// Threads that helix-host started itself, by their names.

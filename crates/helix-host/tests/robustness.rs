@@ -6,10 +6,12 @@ mod common;
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsRawFd;
+use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant};
 
 use common::{LONG, Peer, Rgb, config, start};
-use helix_host::{Config, Server};
+use helix_host::{Config, ScanoutSpec, Server};
 use helix_protocol::message::{Capabilities, ErrorCode, Hello, PixelFormat};
 use helix_protocol::{Address, encode};
 
@@ -121,7 +123,7 @@ fn a_silent_client_and_one_that_stalls_in_a_message_cost_others_nothing() {
         encodes(&mut other);
     }
     assert!(asked.elapsed() < Duration::from_secs(10));
-    // Both are still welcome.
+    // Both are still welcome, within Config::stall_limit.
     stalled.write_all(&pixels[1000..]).unwrap();
     let mut reply = [0; 12];
     stalled.read_exact(&mut reply).unwrap();
@@ -130,6 +132,119 @@ fn a_silent_client_and_one_that_stalls_in_a_message_cost_others_nothing() {
     silent.write_all(&encode::ping(3)).unwrap();
     silent.read_exact(&mut reply).unwrap();
     assert_eq!(reply[4], 0x11);
+}
+
+#[test]
+fn who_owes_a_message_for_too_long_is_told_and_loses_its_place() {
+    let server = start(Config {
+        max_clients: 4,
+        stall_limit: Duration::from_millis(500),
+        scanouts: vec![ScanoutSpec {
+            id: 0,
+            description: "videotestsrc is-live=true ! \
+                          video/x-raw,width=64,height=64,framerate=1/30"
+                .to_owned(),
+        }],
+        ..config()
+    });
+    let mut idle = Peer::of(&server);
+    encodes(&mut idle);
+    let mut subscriber = Peer::of(&server);
+    subscriber.subscribe(0);
+    subscriber.next_frame();
+    let (request, pixels) = Rgb::pattern(64, 64, 0).request(PixelFormat::Bgra, 0, 0, false);
+    let head = encode::frame_request(1, &request, pixels.len() as u32);
+    let cases: [(&str, &[&[u8]]); 4] = [
+        ("no message", &[]),
+        ("rest of a message", &[&head[..5]]),
+        ("rest of a message", &[&head, &pixels[..1000]]),
+        ("rest of a message", &[&encode::ping(1)[..11]]),
+    ];
+    // Two places are left: each pair must have made room for the next.
+    for pair in cases.chunks(2) {
+        let streams: Vec<_> = pair
+            .iter()
+            .map(|(expected, parts)| {
+                let mut stream = place(&server);
+                for part in *parts {
+                    stream.write_all(part).unwrap();
+                }
+                (expected, stream)
+            })
+            .collect();
+        for (expected, stream) in streams {
+            let (code, text) = error_then_end(stream);
+            assert_eq!(code, ErrorCode::INVALID_MESSAGE.0);
+            assert!(text.contains(*expected), "{expected}: {text}");
+        }
+    }
+    // They owe nothing, and have been silent for longer.
+    encodes(&mut idle);
+    subscriber.expect_pong();
+}
+
+/// A bare socket that is not turned away. The host notices on its own time that a client has
+/// gone; who is turned away finds the ERROR at once.
+fn place(server: &Server) -> TcpStream {
+    let until = Instant::now() + LONG;
+    loop {
+        let stream = raw(server);
+        stream
+            .set_read_timeout(Some(Duration::from_millis(100)))
+            .unwrap();
+        match stream.peek(&mut [0]) {
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {
+                stream.set_read_timeout(Some(LONG)).unwrap();
+                return stream;
+            }
+            _ => assert!(Instant::now() < until, "no place became free"),
+        }
+    }
+}
+
+#[test]
+fn who_reads_nothing_while_data_waits_loses_its_place() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let server = start(Config {
+        listen: vec![format!("unix:{}", path.display()).parse().unwrap()],
+        stall_limit: Duration::from_millis(500),
+        scanouts: vec![ScanoutSpec {
+            id: 0,
+            description: "videotestsrc is-live=true pattern=snow ! \
+                          video/x-raw,width=640,height=480,framerate=60/1"
+                .to_owned(),
+        }],
+        ..config()
+    });
+    let mut subscriber = UnixStream::connect(&path).unwrap();
+    subscriber.write_all(&encode::subscribe(0)).unwrap();
+    let mut pinging = UnixStream::connect(&path).unwrap();
+    pinging
+        .set_write_timeout(Some(Duration::from_millis(100)))
+        .unwrap();
+    // Until the host, which can send no more PONGs, reads no more either.
+    while pinging.write_all(&encode::ping(1)).is_ok() {}
+    let mut reading = Peer::connect(&server.addresses()[0]);
+    reading.subscribe(0);
+    wait_for_end(&subscriber);
+    wait_for_end(&pinging);
+    for _ in 0..120 {
+        reading.next_frame();
+    }
+}
+
+/// Waits until the other side has closed, without reading, which would help it.
+fn wait_for_end(stream: &UnixStream) {
+    let mut wanted = libc::pollfd {
+        fd: stream.as_raw_fd(),
+        events: 0,
+        revents: 0,
+    };
+    // SAFETY: one pollfd, which the call may write to, with a descriptor that `stream` owns.
+    let count = unsafe { libc::poll(&raw mut wanted, 1, LONG.as_millis() as libc::c_int) };
+    assert_eq!(count, 1, "it is still open");
+    assert_ne!(wanted.revents & libc::POLLHUP, 0);
 }
 
 #[test]

@@ -9,6 +9,7 @@
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::sync::Arc;
+use std::time::Instant;
 
 use crate::decode::Decoder;
 use crate::encode::Head;
@@ -104,6 +105,10 @@ pub struct Connection<B> {
     outbox: VecDeque<Outgoing<B>>,
     /// Bytes of the first message in the outbox that are sent.
     sent: usize,
+    /// When bytes were last handed to the system, or the outbox began to fill.
+    sent_at: Instant,
+    /// When bytes last came, or reading began.
+    received_at: Instant,
     reading: bool,
     /// Why nothing can be sent any more.
     send_error: Option<io::Error>,
@@ -121,6 +126,8 @@ impl<B: Body> Connection<B> {
             decoder: Decoder::new(limits),
             outbox: VecDeque::new(),
             sent: 0,
+            sent_at: Instant::now(),
+            received_at: Instant::now(),
             reading: true,
             send_error: None,
             bytes_sent: 0,
@@ -130,15 +137,22 @@ impl<B: Body> Connection<B> {
 
     /// Queues a message that is all head; [`Connection::next`] sends it.
     pub fn send(&mut self, head: Head) {
-        self.outbox.push_back(Outgoing { head, body: None });
+        self.queue(Outgoing { head, body: None });
     }
 
     /// Queues a message whose head announced `body`; [`Connection::next`] sends it.
     pub fn send_with(&mut self, head: Head, body: B) {
-        self.outbox.push_back(Outgoing {
+        self.queue(Outgoing {
             head,
             body: Some(body),
         });
+    }
+
+    fn queue(&mut self, message: Outgoing<B>) {
+        if self.outbox.is_empty() {
+            self.sent_at = Instant::now();
+        }
+        self.outbox.push_back(message);
     }
 
     /// Messages that are not wholly sent.
@@ -149,7 +163,33 @@ impl<B: Body> Connection<B> {
     /// Whether to take bytes from the peer. While not, the peer is slowed by the transport's own
     /// flow control; a peer that closes is then noticed only when something is sent.
     pub fn set_reading(&mut self, reading: bool) {
+        if reading && !self.reading {
+            // The pause was not the peer's.
+            self.received_at = Instant::now();
+        }
         self.reading = reading;
+    }
+
+    /// Since when the peer takes nothing of what is queued; `None` where nothing is.
+    pub fn unsent_since(&self) -> Option<Instant> {
+        (!self.outbox.is_empty()).then_some(self.sent_at)
+    }
+
+    /// Since when nothing came from the peer, while it is read from. It begins anew whenever
+    /// reading is switched on again.
+    pub fn silent_since(&self) -> Option<Instant> {
+        self.reading.then_some(self.received_at)
+    }
+
+    /// Whether the peer owes the rest of a message that it has begun. To be asked when
+    /// [`Connection::next`] had no message.
+    pub fn is_inside_message(&self) -> bool {
+        self.decoder.finish().is_err()
+    }
+
+    /// See [`Decoder::trim`].
+    pub fn trim(&self) {
+        self.decoder.trim();
     }
 
     /// Bytes handed to the system since the start.
@@ -223,6 +263,7 @@ impl<B: Body> Connection<B> {
             Ok(count) => {
                 self.decoder.advance(count);
                 self.bytes_received += count as u64;
+                self.received_at = Instant::now();
                 Ok(true)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
@@ -260,6 +301,7 @@ impl<B: Body> Connection<B> {
                 Ok(count) => {
                     self.sent += count;
                     self.bytes_sent += count as u64;
+                    self.sent_at = Instant::now();
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}

@@ -76,6 +76,13 @@ impl Decoder {
         }
     }
 
+    /// Gives the memory of large messages that are over back to the system, now and as their
+    /// payloads are dropped, until the next large message begins. For peers that have gone quiet:
+    /// a stream of messages would allocate for each of them.
+    pub fn trim(&self) {
+        self.pool.trim();
+    }
+
     /// Where the next bytes from the peer belong. Never empty, if [`Decoder::next`] returned
     /// `None` before.
     pub fn space(&mut self) -> &mut [u8] {

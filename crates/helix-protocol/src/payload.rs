@@ -4,11 +4,16 @@
 
 use std::fmt;
 use std::ops::Deref;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 /// Buffers kept for later use by one pool. A client with more frames than this in flight still
 /// works; the surplus is freed and allocated again.
 const KEPT: usize = 4;
+/// Bytes kept by one pool, unless a single buffer has more: four frames of 32 MiB, which is BGRA
+/// of 3840 x 2160 pixels.
+const KEPT_BYTES: usize = 128 * 1024 * 1024;
+/// Buffers up to this size are kept whatever comes next.
+const LARGE: usize = 1024 * 1024;
 
 /// The bulk bytes of one message: pixels or an access unit.
 ///
@@ -78,22 +83,50 @@ impl Drop for Payload {
 
 /// Initialised buffers that wait for their next use.
 #[derive(Debug, Default)]
-pub(crate) struct Pool(Mutex<Vec<Vec<u8>>>);
+pub(crate) struct Pool(Mutex<Kept>);
+
+#[derive(Debug, Default)]
+struct Kept {
+    buffers: Vec<Vec<u8>>,
+    /// No large ones are wanted: nothing was received since [`Pool::trim`].
+    idle: bool,
+}
 
 impl Pool {
     fn put(&self, bytes: Vec<u8>) {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if kept.len() < KEPT {
-            kept.push(bytes);
+        let mut kept = self.kept();
+        let held: usize = kept.buffers.iter().map(Vec::len).sum();
+        let surplus = kept.buffers.len() >= KEPT
+            || (held > 0 && held + bytes.len() > KEPT_BYTES)
+            || (kept.idle && bytes.len() > LARGE);
+        if surplus {
+            // Freeing takes a system call: not under the lock.
+            drop(kept);
+            drop(bytes);
+        } else {
+            kept.buffers.push(bytes);
         }
     }
 
     /// A buffer for `total` bytes, perhaps a smaller one.
     fn take(&self, total: usize) -> Vec<u8> {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = self.kept();
+        kept.idle = false;
         // When frames become much smaller, memory of the large ones goes back to the system.
-        kept.retain(|bytes| bytes.len() <= LARGE || bytes.len() / 4 <= total);
-        kept.pop().unwrap_or_default()
+        kept.buffers
+            .retain(|bytes| bytes.len() <= LARGE || bytes.len() / 4 <= total);
+        kept.buffers.pop().unwrap_or_default()
+    }
+
+    /// Frees the large buffers, and those in use as they come back, until the next is taken.
+    pub fn trim(&self) {
+        let mut kept = self.kept();
+        kept.idle = true;
+        kept.buffers.retain(|bytes| bytes.len() <= LARGE);
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -109,9 +142,6 @@ pub(crate) struct Filling {
 
 /// How far ahead of the received bytes a buffer grows at first; then it doubles.
 const FIRST_GROWTH: usize = 64 * 1024;
-
-/// Buffers up to this size are kept whatever comes next.
-const LARGE: usize = 1024 * 1024;
 
 impl Filling {
     pub fn new(total: usize, pool: &Arc<Pool>) -> Self {
@@ -170,6 +200,8 @@ impl Filling {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+
     use super::*;
 
     #[test]
@@ -201,7 +233,61 @@ mod tests {
         for _ in 0..100 {
             pool.put(vec![0; 10]);
         }
-        assert_eq!(pool.0.lock().unwrap().len(), KEPT);
+        assert_eq!(pool.kept().buffers.len(), KEPT);
+    }
+
+    /// Receives a message of `size` bytes.
+    fn receive(size: usize, pool: &Arc<Pool>) -> Payload {
+        let mut filling = Filling::new(size, pool);
+        while filling.missing() > 0 {
+            let count = filling.space().len();
+            filling.advance(count);
+        }
+        filling.finish()
+    }
+
+    #[test]
+    fn a_stream_of_large_frames_allocates_nothing() {
+        const FRAME: usize = 8 * 1024 * 1024;
+        let pool = Arc::default();
+        let mut in_flight: VecDeque<_> = (0..3).map(|_| receive(FRAME, &pool)).collect();
+        let known: Vec<_> = in_flight.iter().map(|payload| payload.as_ptr()).collect();
+        for _ in 0..10 {
+            // Two are done before the next two come, and one is still in use.
+            in_flight.drain(..2);
+            for _ in 0..2 {
+                let payload = receive(FRAME, &pool);
+                assert!(known.contains(&payload.as_ptr()));
+                in_flight.push_back(payload);
+            }
+        }
+    }
+
+    #[test]
+    fn a_pool_keeps_a_bounded_number_of_bytes() {
+        let pool = Pool::default();
+        pool.put(vec![0; KEPT_BYTES + 1]);
+        pool.put(vec![0; 10]);
+        assert_eq!(pool.kept().buffers.len(), 1, "one is kept however large");
+        let pool = Pool::default();
+        for _ in 0..4 {
+            pool.put(vec![0; KEPT_BYTES / 2]);
+        }
+        assert_eq!(pool.kept().buffers.len(), 2);
+    }
+
+    #[test]
+    fn a_trimmed_pool_frees_what_it_has_and_what_comes_back_late() {
+        let pool = Arc::default();
+        let late = receive(2 * LARGE, &pool);
+        drop((receive(2 * LARGE, &pool), receive(LARGE, &pool)));
+        pool.trim();
+        drop(late);
+        let sizes = || -> Vec<_> { pool.kept().buffers.iter().map(Vec::len).collect() };
+        assert!(sizes().iter().all(|size| *size <= LARGE), "{:?}", sizes());
+        // The next stream keeps its memory again.
+        drop(receive(2 * LARGE, &pool));
+        assert!(sizes().contains(&(2 * LARGE)), "{:?}", sizes());
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use gst::prelude::*;
 use gst_video::VideoFrameExt;
-use helix_host::{Config, Server};
+use helix_host::{Config, STALL_LIMIT, Server};
 use helix_protocol::connection::{ConnectionError, Event};
 use helix_protocol::encode::{self, Head};
 use helix_protocol::message::{ErrorMessage, FrameRequest, FrameResponse, PixelFormat};
@@ -25,6 +25,7 @@ pub fn config() -> Config {
         scanouts: Vec::new(),
         max_clients: 64,
         max_frame_bytes: 64 * 1024 * 1024,
+        stall_limit: STALL_LIMIT,
     }
 }
 

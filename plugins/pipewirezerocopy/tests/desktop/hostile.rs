@@ -41,6 +41,38 @@ fn size(sample: &gst::Sample) -> (i32, i32) {
     )
 }
 
+/// Shows a picture until the element has counted it under `stat`: PipeWire passes one picture at a
+/// time, and one that meets a busy machine is replaced by the next.
+fn show_until_counted(painter: &Painter, run: &Run, picture: &Picture, stat: &str) {
+    let before = run.stat(stat);
+    let end = Instant::now() + LONG;
+    while Instant::now() < end {
+        painter.show(picture.clone());
+        let again = Instant::now() + Duration::from_millis(500);
+        while Instant::now() < again {
+            if run.stat(stat) > before {
+                return;
+            }
+            // Nobody tells when a picture is thrown away.
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+    panic!("a picture was not counted as {stat}");
+}
+
+/// What comes out after a picture was shown; see [`show_until_counted`] for why it may be shown
+/// again.
+fn shown(painter: &Painter, run: &Run, picture: &Picture) -> gst::Sample {
+    let end = Instant::now() + LONG;
+    while Instant::now() < end {
+        painter.show(picture.clone());
+        if let Some(sample) = run.frame_within(Duration::from_secs(1)) {
+            return sample;
+        }
+    }
+    panic!("a picture that was shown did not come");
+}
+
 #[test]
 fn offset_and_stride_are_honoured() {
     let desktop = desktop();
@@ -52,14 +84,14 @@ fn offset_and_stride_are_honoured() {
         bytes.extend(vec![row; STRIDE as usize]);
         bytes.extend([0xee; 12]);
     }
-    painter.show(Picture {
+    let picture = Picture {
         offset: 100,
         size: (STRIDE as u32 + 12) * HEIGHT,
         stride: STRIDE + 12,
         bytes,
         ..Picture::default()
-    });
-    let got = pixels(&run.frame());
+    };
+    let got = pixels(&shown(&painter, &run, &picture));
     for (row, line) in got.chunks(STRIDE as usize).enumerate() {
         assert!(
             line.iter().all(|byte| usize::from(*byte) == row),
@@ -74,19 +106,18 @@ fn a_crop_makes_the_frame_smaller() {
     let painter = painter(&desktop, "cropped");
     let run = playing(&desktop, "cropped");
     let bytes: Vec<u8> = (0..SIZE).map(|n| (n / 4) as u8).collect();
-    painter.show(Picture {
+    let picture = Picture {
         crop: Some((3, 2, 4, 5)),
         ..Picture::plain(bytes, STRIDE)
-    });
-    let sample = run.frame();
+    };
+    let sample = shown(&painter, &run, &picture);
     assert_eq!(size(&sample), (4, 5));
     let expected: Vec<u8> = (2..7u8)
         .flat_map(|y| (3..7u8).map(move |x| y * 16 + x))
         .flat_map(|pixel| [pixel; 4])
         .collect();
     assert_eq!(pixels(&sample), expected);
-    painter.show(plain(7));
-    assert_eq!(size(&run.frame()), (16, 8));
+    assert_eq!(size(&shown(&painter, &run, &plain(7))), (16, 8));
 }
 
 #[test]
@@ -94,8 +125,7 @@ fn pictures_that_are_none_are_skipped_and_counted() {
     let desktop = desktop();
     let painter = painter(&desktop, "broken");
     let run = playing(&desktop, "broken");
-    painter.show(plain(1));
-    assert_eq!(pixels(&run.frame())[0], 1);
+    assert_eq!(pixels(&shown(&painter, &run, &plain(1)))[0], 1);
 
     let corrupted = [
         Picture {
@@ -135,19 +165,20 @@ fn pictures_that_are_none_are_skipped_and_counted() {
         },
     ];
     let count = corrupted.len() as u64;
-    for picture in corrupted {
-        painter.show(picture);
+    for picture in &corrupted {
+        show_until_counted(&painter, &run, picture, "corrupted");
     }
     // Metadata only.
-    painter.show(Picture {
+    let empty = Picture {
         size: 0,
         ..plain(66)
-    });
+    };
+    show_until_counted(&painter, &run, &empty, "empty");
     // More than there are buffers: each has gone back.
-    painter.show(plain(2));
-    assert_eq!(pixels(&run.frame())[0], 2, "nothing in between was pushed");
-    assert_eq!(run.stat("corrupted"), count);
-    assert_eq!(run.stat("empty"), 1);
+    let sample = shown(&painter, &run, &plain(2));
+    assert_eq!(pixels(&sample)[0], 2, "nothing in between was pushed");
+    // More where one was shown again too early.
+    assert!(run.stat("corrupted") >= count);
     assert_eq!(run.stat("held-buffers"), 0);
 }
 
@@ -163,16 +194,11 @@ fn memory_that_is_shorter_than_announced_is_not_read() {
         16 * MEMORY,
     );
     let run = playing(&desktop, "short");
-    painter.show(Picture {
+    let picture = Picture {
         offset: 8 * MEMORY,
         ..plain(66)
-    });
-    let start = Instant::now();
-    while run.stat("corrupted") == 0 {
-        assert!(start.elapsed() < LONG, "the frame did not come");
-        // Nothing tells of a frame that was skipped.
-        std::thread::yield_now();
-    }
+    };
+    show_until_counted(&painter, &run, &picture, "corrupted");
     assert_eq!(run.stat("frames"), 0);
 }
 
@@ -181,8 +207,7 @@ fn a_producer_that_changes_size_goes_on_in_new_caps() {
     let desktop = desktop();
     let painter = painter(&desktop, "resized");
     let run = playing(&desktop, "resized");
-    painter.show(plain(1));
-    assert_eq!(size(&run.frame()), (16, 8));
+    assert_eq!(size(&shown(&painter, &run, &plain(1))), (16, 8));
     for (width, height) in [(32, 4), (5, 3), (16, 8)] {
         painter.change(width, height);
         // A picture that is shown before the new size is agreed on is lost with its buffer, or
@@ -207,10 +232,9 @@ fn many_pictures_go_through_few_buffers() {
     let painter = painter(&desktop, "many");
     let run = playing(&desktop, "many");
     for n in 0..=100 {
-        painter.show(plain(n));
-        let got = pixels(&run.frame());
+        let got = pixels(&shown(&painter, &run, &plain(n)));
         assert_eq!(got, vec![n; SIZE as usize]);
     }
-    assert_eq!(run.stat("frames"), 101);
+    assert!(run.stat("frames") >= 101);
     assert_eq!(run.stat("held-buffers"), 0);
 }
