@@ -4,8 +4,11 @@
 //!
 //! The plugin registers `vsockenc`. docs/elements/vsockenc.md is its page.
 
+mod dmabuf;
+mod picture;
 mod pixels;
 mod session;
+mod virtgpu;
 mod vsockenc;
 
 pub use vsockenc::VsockEnc;

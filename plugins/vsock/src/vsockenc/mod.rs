@@ -3,7 +3,9 @@
 use gst::glib;
 use gst::prelude::*;
 
+mod formats;
 mod imp;
+mod input;
 mod output;
 mod settings;
 mod stream_lock;
@@ -24,10 +26,7 @@ pub enum Transfer {
     #[enum_value(name = "The cheapest way that both ends can do", nick = "auto")]
     Auto,
     /// The number of a virtio-gpu resource that the host owns.
-    #[enum_value(
-        name = "virtio-gpu resource ids (not in this version)",
-        nick = "resource-id"
-    )]
+    #[enum_value(name = "virtio-gpu resource ids", nick = "resource-id")]
     ResourceId,
     /// A file descriptor over a unix socket.
     #[enum_value(name = "File descriptors (not in this version)", nick = "fd")]
