@@ -14,6 +14,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use helix_protocol::connection::ConnectionError;
+#[cfg(test)]
+use helix_protocol::message::Capabilities;
 use helix_protocol::message::{Config, FrameResponse};
 use helix_protocol::wait::{Deadline, Waiter, Wake, Waker};
 use helix_protocol::{Address, Connection, Limits, Payload, Stream};
@@ -153,6 +155,9 @@ pub struct SessionSettings {
     pub keyframe_interval: u32,
     /// How pictures may travel.
     pub transfer: Transfer,
+    /// What the host is taken to have said of itself.
+    #[cfg(test)]
+    pub host: Option<Capabilities>,
 }
 
 /// A running session; dropping it ends the thread and closes the connection.
@@ -340,8 +345,12 @@ impl Worker {
                 state.status = Status::Connected;
                 state.counts.reconnects += u64::from(again);
             });
-            // No host says in this version what it can do.
-            let choice = match Choice::new(self.settings.transfer, None) {
+            // No host is asked in this version what it can do.
+            #[cfg(not(test))]
+            let host = None;
+            #[cfg(test)]
+            let host = self.settings.host;
+            let choice = match Choice::new(self.settings.transfer, host) {
                 Ok(choice) => choice,
                 Err(reason) => return self.fail(&format!("{}: {reason}", self.address)),
             };

@@ -85,6 +85,9 @@ pub struct VsockEnc {
     /// Instead of a device, in tests.
     #[cfg(test)]
     pub(super) fake_resources: Mutex<Option<Arc<dyn Resources>>>,
+    /// Instead of a HELLO, in tests.
+    #[cfg(test)]
+    pub(super) fake_host: Mutex<Option<helix_protocol::message::Capabilities>>,
 }
 
 /// None of these locks is held where something could panic and leave a half-made change.
@@ -204,6 +207,8 @@ impl VideoEncoderImpl for VsockEnc {
                 connection: settings.connection,
                 keyframe_interval: settings.keyframe_interval,
                 transfer: settings.transfer,
+                #[cfg(test)]
+                host: *lock(&self.fake_host),
             },
             waiter.waker(),
             Handle::new(&self.obj(), address),

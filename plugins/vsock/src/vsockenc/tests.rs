@@ -10,7 +10,7 @@ use gst::glib;
 use gst::prelude::*;
 use gst::subclass::prelude::*;
 use gst_check::Harness;
-use helix_protocol::message::{ErrorCode, ErrorMessage, FrameRequest};
+use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, FrameRequest};
 use helix_protocol::{Message, Payload, encode};
 use zerocopy_test_support::peer::{KEYFRAME, Link, Peer, Seen, Then};
 
@@ -37,6 +37,15 @@ impl Drop for Encoder {
 
 impl Encoder {
     fn new(peer: &Peer, transfer: Transfer) -> Self {
+        Self::with(peer, transfer, None)
+    }
+
+    /// With a host that says that it resolves ids.
+    fn resolving(peer: &Peer) -> Self {
+        Self::with(peer, Transfer::Auto, Some(Capabilities::RESOURCE_IDS))
+    }
+
+    fn with(peer: &Peer, transfer: Transfer, host: Option<Capabilities>) -> Self {
         gst::init().unwrap();
         let element: VsockEnc = glib::Object::builder()
             .property("tcp-host", "127.0.0.1")
@@ -45,6 +54,7 @@ impl Encoder {
             .build();
         let device = Arc::new(Device::new(1));
         *super::imp::lock(&element.imp().fake_resources) = Some(device.clone());
+        *super::imp::lock(&element.imp().fake_host) = host;
         let bus = gst::Bus::new();
         element.set_bus(Some(&bus));
         let mut harness = Harness::with_element(&element, Some("sink"), Some("src"));
@@ -280,4 +290,131 @@ fn dmabufs_are_preferred_where_they_may_have_ids() {
             "{transfer:?}: {caps}"
         );
     }
+}
+
+#[test]
+fn a_host_that_refuses_ids_gets_each_picture_as_pixels() {
+    for code in [
+        ErrorCode::RESOURCE_NOT_FOUND,
+        ErrorCode::NO_NATIVE_TEXTURE,
+        ErrorCode::NO_NATIVE_SURFACE,
+    ] {
+        let peer = Peer::new(move |link, envelope| {
+            match &envelope.message {
+                Message::FrameRequest(_, None) => refuse(link, code),
+                Message::FrameRequest(request, Some(_)) => link.answer(request),
+                _ => {}
+            }
+            link.pong(envelope);
+            Then::GoOn
+        });
+        let mut encoder = Encoder::resolving(&peer);
+        let buffers = [encoder.known(1), encoder.known(2), encoder.known(3)];
+        for number in 0..8 {
+            encoder.push(&buffers[number % 3]).unwrap();
+        }
+        let numbers: Vec<_> = (0..8).map(|_| encoder.pull()).collect();
+        assert_eq!(numbers, [0, 1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(encoder.stat::<u64>("dropped"), 0);
+        assert_eq!(encoder.stat::<String>("transfer"), "pixels");
+        assert_eq!(encoder.ways(), ["pixels", "resource-id", "pixels"]);
+        assert!(
+            encoder
+                .bus
+                .pop_filtered(&[gst::MessageType::Warning])
+                .is_none()
+        );
+    }
+}
+
+#[test]
+fn what_was_sent_behind_a_refused_picture_comes_after_it() {
+    const GOOD: u32 = 1;
+    const BAD: u32 = 2;
+    let mut refusing = false;
+    let peer = Peer::new(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            // Refuses the bad one when the next has come too.
+            if std::mem::take(&mut refusing) {
+                refuse(link, ErrorCode::NO_NATIVE_SURFACE);
+            }
+            if request.resource_id == BAD {
+                refusing = true;
+            } else {
+                link.answer(request);
+            }
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::resolving(&peer);
+    let (good, bad) = (encoder.known(GOOD), encoder.known(BAD));
+    encoder.push(&good).unwrap();
+    assert_eq!(encoder.pull(), 0);
+    for buffer in [&bad, &good, &bad, &good] {
+        encoder.push(buffer).unwrap();
+    }
+    let numbers: Vec<_> = (0..4).map(|_| encoder.pull()).collect();
+    assert_eq!(numbers, [1, 2, 3, 4]);
+    assert_eq!(encoder.stat::<u64>("dropped"), 0);
+    let sent: Vec<_> = (0..7)
+        .map(|_| {
+            let (request, _) = peer.wait_for(request);
+            let number = request.pts as u64 / FRAME.nseconds();
+            (number, request.resource_id, request.force_keyframe)
+        })
+        .collect();
+    let again = [(1, 0, true), (2, GOOD, false)];
+    assert_eq!(
+        sent[..5],
+        [
+            &[(0, GOOD, true), (1, BAD, false), (2, GOOD, false)][..],
+            &again
+        ]
+        .concat()
+    );
+    // The bad one is known for it now; the good one is not.
+    let after: Vec<_> = sent[5..]
+        .iter()
+        .map(|(number, id, _)| (*number, *id))
+        .collect();
+    assert_eq!(after, [(3, 0), (4, GOOD)]);
+}
+
+#[test]
+fn a_refused_picture_arrives_with_its_pixels() {
+    let peer = Peer::new(|link, envelope| {
+        match &envelope.message {
+            Message::FrameRequest(_, None) => refuse(link, ErrorCode::RESOURCE_NOT_FOUND),
+            Message::FrameRequest(request, Some(_)) => link.answer(request),
+            _ => {}
+        }
+        Then::GoOn
+    });
+    let mut encoder = Encoder::resolving(&peer);
+    let fd = fake::memfd(SIZE);
+    let picture: Vec<u8> = (0..SIZE).map(|i| (i % 251) as u8).collect();
+    assert_eq!(nix::unistd::write(&fd, &picture), Ok(SIZE));
+    encoder.device.add(&fd, 4, SIZE);
+    let buffer = Encoder::dmabuf(fd);
+    encoder.push(&buffer).unwrap();
+    encoder.pull();
+    assert_eq!(peer.wait_for(request).0.resource_id, 4);
+    let (request, pixels) = peer.wait_for(request);
+    assert_eq!(request.resource_id, 0);
+    assert!(request.force_keyframe, "it still is the first one");
+    assert_eq!(*pixels.unwrap(), *picture);
+}
+
+#[test]
+fn memory_that_can_neither_be_named_nor_read_is_an_error() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(&peer, Transfer::Auto);
+    let (pipe, _other_end) = nix::unistd::pipe().unwrap();
+    encoder.push(&Encoder::dmabuf(pipe)).unwrap();
+    let error = encoder.error();
+    assert!(
+        error.contains("its memory cannot be mapped for reading"),
+        "{error}"
+    );
 }
