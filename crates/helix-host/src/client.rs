@@ -8,18 +8,20 @@ use std::time::{Duration, Instant};
 
 use helix_protocol::connection::{ConnectionError, Event};
 use helix_protocol::encode;
-use helix_protocol::message::{ErrorCode, FrameRequest, FrameResponse, ScanoutResp};
+use helix_protocol::message::{
+    Capabilities, Config, ErrorCode, ErrorMessage, FrameRequest, FrameResponse, Hello, RequestTag,
+    ScanoutResp,
+};
 use helix_protocol::wait::{Deadline, Waiter, Wake};
 use helix_protocol::{Connection, Limits, Message, Stream};
 
-use crate::access_unit::AccessUnit;
+use crate::access_unit::Tail;
+use crate::greeting::{self, OPEN, Terms};
 use crate::scanout::{Scanout, Subscription};
-use crate::session::{Session, error};
+use crate::session::Session;
 use crate::settings::EncoderSpec;
 use crate::subscriber::Next;
 
-/// Requests and replies of one client at once. Beyond this nothing more is read from it.
-const OPEN: usize = 16;
 /// Pushed frames handed to the connection at once; more wait where they can still be dropped.
 const PUSHED: usize = 4;
 /// Without a frame for this long, the memory that the last ones needed goes back to the system. A
@@ -47,10 +49,12 @@ pub struct Host {
 pub struct Client {
     host: Arc<Host>,
     waiter: Waiter,
-    connection: Connection<AccessUnit>,
+    connection: Connection<Tail>,
     session: Session,
     subscription: Option<Subscription>,
     connected: Instant,
+    /// What the client's HELLO and ours agreed on.
+    terms: Terms,
     /// Whether it has ever sent a message.
     spoke: bool,
     /// When its last frame came, while the memory for more of them is kept.
@@ -77,6 +81,7 @@ impl Client {
             session,
             subscription: None,
             connected: Instant::now(),
+            terms: Terms::default(),
             spoke: false,
             last_frame: None,
             closing: None,
@@ -201,8 +206,14 @@ impl Client {
     }
 
     fn handle(&mut self, session_id: u16, message: Message) {
-        self.spoke = true;
+        let first = !std::mem::replace(&mut self.spoke, true);
         match message {
+            Message::Hello(hello) if first => self.greet(session_id, &hello),
+            // Requests may be open already, and nobody could say which terms they are under.
+            Message::Hello(_) => self.refuse_and_close(
+                ErrorCode::INVALID_MESSAGE,
+                "HELLO: must be the first message of a connection, and comes once".to_owned(),
+            ),
             Message::FrameRequest(request, Some(pixels)) => {
                 self.last_frame = Some(Instant::now());
                 self.session.encode(session_id, &request, pixels);
@@ -214,13 +225,7 @@ impl Client {
             },
             Message::ConfigReq(config) => {
                 tracing::debug!(?config, "CONFIG_REQ");
-                match &self.subscription {
-                    Some(subscription) if config.bitrate > 0 => {
-                        subscription.set_bitrate(config.bitrate);
-                    }
-                    Some(_) => {}
-                    None => self.session.configure(&config),
-                }
+                self.configure(session_id, &config);
             }
             Message::Ping => self.connection.send(encode::pong(session_id)),
             Message::EnableScanout(enable) => {
@@ -243,9 +248,7 @@ impl Client {
                 tracing::debug!(scanout = scanout_id, "DISABLE_SCANOUT");
             }
             Message::Subscribe { scanout_id } => self.subscribe(scanout_id),
-            // Not spoken yet, and skipped as a deployed host would: the PING that follows a HELLO
-            // tells the client so.
-            Message::Hello(_) | Message::Unknown { .. } => {
+            Message::Unknown { .. } => {
                 tracing::debug!(?message, "skipped");
             }
             Message::FrameResponse(..)
@@ -257,6 +260,40 @@ impl Client {
             | Message::Error(_) => {
                 tracing::debug!(?message, "a host's message from a client, skipped");
             }
+        }
+    }
+
+    /// Answers the client's HELLO.
+    fn greet(&mut self, session_id: u16, hello: &Hello) {
+        match greeting::answer(&self.host, hello) {
+            Ok((response, terms)) => {
+                tracing::info!(client = hello.name, ?terms, "HELLO");
+                self.terms = terms;
+                self.session.agree(terms);
+                let (head, tlvs) = encode::hello_resp(session_id, &response);
+                self.connection.send_with(head, Tail::Tlvs(tlvs));
+            }
+            Err((code, text)) => self.refuse_and_close(code, text),
+        }
+    }
+
+    /// CONFIG_REQ: for the scanout, where the client watches one, else for its own encoder.
+    fn configure(&mut self, session_id: u16, config: &Config) {
+        let in_force = match &self.subscription {
+            Some(subscription) => {
+                if config.bitrate > 0 {
+                    subscription.set_bitrate(config.bitrate);
+                }
+                subscription.in_force()
+            }
+            None => {
+                self.session.configure(config);
+                self.session.in_force(config)
+            }
+        };
+        if self.terms.capabilities.contains(Capabilities::CONFIG_RESP) {
+            self.connection
+                .send(encode::config_resp(session_id, &in_force));
         }
     }
 
@@ -277,7 +314,7 @@ impl Client {
                 ),
             )
         };
-        self.session.refuse(session_id, code, text);
+        self.session.refuse(session_id, request.tag, code, text);
     }
 
     fn subscribe(&mut self, scanout_id: u32) {
@@ -317,9 +354,14 @@ impl Client {
                         is_keyframe: frame.unit.is_keyframe(),
                         ..FrameResponse::default()
                     };
-                    let size = helix_protocol::connection::Body::size(&frame.unit) as u32;
-                    let head = encode::frame_response(id as u16, &response, size);
-                    self.connection.send_with(head, frame.unit);
+                    let head =
+                        encode::frame_response(id as u16, &response, frame.unit.size() as u32);
+                    if let Err(text) = self.terms.check_size(&head, &frame.unit) {
+                        self.subscription = None;
+                        self.refuse_and_close(ErrorCode::INTERNAL, text);
+                        return;
+                    }
+                    self.connection.send_with(head, Tail::Unit(frame.unit));
                 }
                 Next::Ended(reason) => {
                     self.subscription = None;
@@ -340,7 +382,8 @@ impl Client {
 
     /// Answers with an ERROR behind all other replies, and closes.
     fn refuse_and_close(&mut self, code: ErrorCode, text: String) {
-        self.session.refuse(0, code, text.clone());
+        self.session
+            .refuse(0, RequestTag::default(), code, text.clone());
         self.refused = Some(text);
         self.close();
     }
@@ -374,7 +417,14 @@ impl Client {
 
 /// For a client that cannot be served: says why, as far as the socket takes it at once.
 pub fn turn_away(stream: &Stream, text: &str) {
-    let head = error(0, ErrorCode::INTERNAL, text.to_owned());
+    let head = encode::error(
+        0,
+        &ErrorMessage {
+            code: ErrorCode::INTERNAL,
+            text: text.to_owned(),
+            tag: None,
+        },
+    );
     // It is gone in the next moment; there is nothing to do about a failure.
     let _ = stream.send(&[std::io::IoSlice::new(&head)]);
     let _ = socket2::SockRef::from(stream).shutdown(std::net::Shutdown::Write);

@@ -16,6 +16,7 @@
 mod access_unit;
 mod client;
 mod encoder;
+mod greeting;
 mod picture;
 mod probe;
 mod scanout;
