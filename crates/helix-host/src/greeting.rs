@@ -73,7 +73,16 @@ pub fn answer(host: &Host, hello: &Hello) -> Result<(Hello, Terms), Refusal> {
             hello.codecs
         )));
     }
-    let own = capabilities();
+    if let Some(token) = &host.token
+        && !token.admits(hello.auth_token.as_ref())
+    {
+        let text = match hello.auth_token {
+            Some(_) => "HELLO: the auth token is wrong",
+            None => "HELLO: the auth token is missing, and this host wants one",
+        };
+        return Err(invalid(text.to_owned()));
+    }
+    let own = capabilities(host);
     let terms = Terms {
         capabilities: own.and(hello.capabilities),
         max_message: match hello.max_message {
@@ -99,9 +108,13 @@ pub fn answer(host: &Host, hello: &Hello) -> Result<(Hello, Terms), Refusal> {
 }
 
 /// What this host can do.
-fn capabilities() -> Capabilities {
-    Capabilities::REQUEST_IDS
+fn capabilities(host: &Host) -> Capabilities {
+    let always = Capabilities::REQUEST_IDS
         .or(Capabilities::CONFIG_RESP)
         .or(Capabilities::KEYFRAME_REQ)
-        .or(Capabilities::CAPTURE_PTS)
+        .or(Capabilities::CAPTURE_PTS);
+    match host.resolver {
+        Some(_) => always.or(Capabilities::RESOURCE_IDS),
+        None => always,
+    }
 }

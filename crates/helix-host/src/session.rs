@@ -14,11 +14,12 @@ use helix_protocol::message::{
     Config, ErrorCode, ErrorMessage, FrameRequest, FrameResponse, RequestTag,
 };
 use helix_protocol::wait::Waker;
-use helix_protocol::{Connection, Payload, h264};
+use helix_protocol::{Connection, h264};
 
 use crate::access_unit::{AccessUnit, Tail};
 use crate::encoder::{Encoder, Output};
-use crate::greeting::Terms;
+use crate::greeting::{Refusal, Terms};
+use crate::layout::Layout;
 use crate::picture::{MAX_SIDE, Picture};
 use crate::settings::{EncoderSpec, Keyframes, Tuning};
 
@@ -186,16 +187,23 @@ impl Session {
         self.keyframe_wanted = true;
     }
 
-    /// FRAME_REQUEST with pixels.
-    pub fn encode(&mut self, session_id: u16, request: &FrameRequest, pixels: Payload) {
-        let bytes = pixels.len();
-        match Picture::from_request(request, pixels, self.framerate) {
-            Err(text) => self.refuse(session_id, request.tag, ErrorCode::INVALID_MESSAGE, text),
-            Ok(picture) => {
-                if let Err(text) = self.push(session_id, request, picture, bytes) {
-                    self.refuse(session_id, request.tag, ErrorCode::ENCODE_FAILED, text);
-                }
-            }
+    /// FRAME_REQUEST. `pixels` gives the memory, once the request's fields are found to be right.
+    pub fn encode(
+        &mut self,
+        session_id: u16,
+        request: &FrameRequest,
+        pixels: impl FnOnce(&Layout) -> Result<gst::Buffer, Refusal>,
+    ) {
+        let invalid = |text| (ErrorCode::INVALID_MESSAGE, text);
+        let result = Layout::of(request).map_err(invalid).and_then(|layout| {
+            let buffer = pixels(&layout)?;
+            let bytes = buffer.size();
+            let picture = Picture::new(&layout, buffer, self.framerate).map_err(invalid)?;
+            self.push(session_id, request, picture, bytes)
+                .map_err(|text| (ErrorCode::ENCODE_FAILED, text))
+        });
+        if let Err((code, text)) = result {
+            self.refuse(session_id, request.tag, code, text);
         }
     }
 
