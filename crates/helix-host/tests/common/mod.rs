@@ -3,6 +3,8 @@
 //! A client of our own, pictures that are known, and a decoder that shows what came of them.
 #![allow(dead_code, reason = "each test file uses its part of this")]
 
+pub mod resources;
+
 use std::time::Duration;
 
 use gst::prelude::*;
@@ -89,6 +91,16 @@ impl Peer {
 
     pub fn send(&mut self, head: Head) {
         self.connection.send(head);
+    }
+
+    /// Hands everything to the system.
+    pub fn flush(&mut self) {
+        while self.connection.queued() > 0 {
+            let event = self
+                .connection
+                .next(&mut self.waiter, Deadline::after(LONG));
+            assert!(matches!(event, Ok(Event::Drained)), "{event:?}");
+        }
     }
 
     /// The next message, the system's permitting, or why there is none.
