@@ -15,6 +15,7 @@
 
 mod access_unit;
 mod client;
+mod edges;
 mod encoder;
 mod picture;
 mod probe;

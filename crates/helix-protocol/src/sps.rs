@@ -138,6 +138,9 @@ impl Sps {
         // A map unit of a stream with fields is a pair of macroblocks (7.4.2.1.1).
         let fields = if frames_only { 1 } else { 2 };
         let coded = (width, 16 * fields * height);
+        if coded.1 > 16 * MOST_MACROBLOCKS {
+            return Err(SpsError::Value("height in pixels", coded.1));
+        }
         bits.skip(1, "direct_8x8_inference_flag")?;
         let crop_unit = (chroma.step.0, chroma.step.1 * fields);
         let crop_start = bits.at;

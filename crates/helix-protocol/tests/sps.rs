@@ -214,6 +214,12 @@ fn damaged_parameter_sets_harm_nothing() {
     }
     let endless = [&[0x67][..], &[0xff; 10_000]].concat();
     assert_eq!(Sps::parse(&endless).unwrap_err(), SpsError::NotSps);
+    // Found by the fuzz target h264: 976 rows of pairs of macroblocks.
+    let high = [0x67, 0, 0, 0xff, 0xf9, 0, 0x3d, 0, 0xfd, 0xd5, 1];
+    assert_eq!(
+        Sps::parse(&high).unwrap_err(),
+        SpsError::Value("height in pixels", 31232)
+    );
     let start_code = [0x67, 0x42, 0, 0, 1, 0x80];
     assert_eq!(Sps::parse(&start_code).unwrap_err(), SpsError::Emulation);
 }
