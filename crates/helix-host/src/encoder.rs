@@ -57,6 +57,8 @@ pub struct Encoder<T: Send + 'static> {
     odd: bool,
     /// What the pictures have been like so far.
     info: Option<VideoInfo>,
+    /// Width and height of the last one before anything was padded.
+    visible: Option<(u32, u32)>,
     /// Our own time of the last picture, and the sender's.
     last: Option<(ClockTime, i64)>,
 }
@@ -181,6 +183,7 @@ impl<T: Send + 'static> Encoder<T> {
             minimum: spec.minimum_size(),
             odd: spec.takes_odd_sizes(),
             info: None,
+            visible: None,
             last: None,
         };
         this.pipeline.set_state(gst::State::Playing).map_err(|_| {
@@ -209,7 +212,9 @@ impl<T: Send + 'static> Encoder<T> {
         // An encoder's first picture is a keyframe without asking. Asking all the same makes
         // x264enc in GStreamer 1.22 deaf to all later requests: it takes note of this one's time
         // after having moved it by 1000 h, and waits for that to pass.
-        let force = keyframe && self.info.is_some();
+        // Two small sizes may be padded to the same one: only a parameter set tells them apart.
+        let cropped_anew = self.visible.replace(visible) != Some(visible);
+        let force = (keyframe || cropped_anew) && self.info.is_some();
         if self.info.as_ref() != Some(&info) {
             let caps = info
                 .to_caps()

@@ -101,6 +101,26 @@ fn an_odd_stream_goes_on_without_keyframes() {
 }
 
 #[test]
+fn sizes_that_are_padded_to_the_same_one_are_told_apart() {
+    for encoder in ENCODERS {
+        let server = with_encoder(encoder);
+        let mut peer = Peer::of(&server);
+        let sizes = [(6, 4), (6, 4), (8, 8), (15, 16), (16, 16), (6, 4), (6, 4)];
+        let pictures: Vec<_> = sizes.iter().map(|size| slope(size.0, size.1)).collect();
+        let mut units = Vec::new();
+        for (index, picture) in (0..).zip(&pictures) {
+            let frame = peer.encode(picture, PixelFormat::Bgra, index * 16_666_667, false);
+            units.push(frame.bytes);
+        }
+        let decoded = decode(units.iter().map(Vec::as_slice));
+        for (decoded, picture) in decoded.iter().zip(&pictures) {
+            let psnr = decoded.psnr(&even(picture));
+            assert!(psnr > 28.0, "{encoder} {picture:?}: {psnr} dB");
+        }
+    }
+}
+
+#[test]
 fn parameter_sets_say_that_nothing_is_reordered() {
     let low_delay = Changes {
         low_delay: true,
