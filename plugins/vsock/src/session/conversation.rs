@@ -4,6 +4,7 @@
 //! still there.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use helix_protocol::connection::{Body, Event};
@@ -11,7 +12,10 @@ use helix_protocol::message::{ErrorMessage, FrameRequest, FrameResponse};
 use helix_protocol::wait::Deadline;
 use helix_protocol::{Connection, Message, Payload, encode};
 
-use super::{End, Item, Request, Worker};
+use super::transfer::{Choice, Refusal, Way};
+use super::{End, Item, Worker};
+use crate::dmabuf::KnownResource;
+use crate::picture::Picture;
 use crate::pixels::Pixels;
 
 /// Encode sessions use this session id by habit.
@@ -35,15 +39,26 @@ const PTS_TOLERANCE_NS: u64 = 1000;
 struct Open {
     frame: u32,
     pts: i64,
+    duration: i64,
+    /// Kept until the reply: the host may look at its memory, or refuse it.
+    picture: Picture,
+    /// What it was sent as; `None` = as pixels.
+    resource: Option<Arc<KnownResource>>,
     forced: bool,
     submitted: Instant,
-    /// The frame was reported as dropped; its reply, should it come, belongs to nobody else.
+    /// The frame was reported as dropped, or sent again; its reply, should it come, belongs to
+    /// nobody else.
     abandoned: bool,
 }
 
 /// The time on one connection.
 pub(super) struct Conversation {
     open: VecDeque<Open>,
+    choice: Choice,
+    /// How the last picture was sent.
+    way: Way,
+    /// What the client was told of it.
+    announced: Way,
     after_loss: bool,
     /// The host has answered something: it speaks the protocol.
     proven: bool,
@@ -68,13 +83,18 @@ pub(super) struct Conversation {
     bytes: (u64, u64),
     /// Not yet in the session's counts.
     pixel_bytes: u64,
+    /// Not yet in the session's counts.
+    resource_frames: u64,
 }
 
 impl Conversation {
-    pub fn new(after_loss: bool) -> Self {
+    pub fn new(choice: Choice, after_loss: bool) -> Self {
         let now = Instant::now();
         Self {
             open: VecDeque::new(),
+            choice,
+            way: Way::default(),
+            announced: Way::default(),
             after_loss,
             proven: false,
             answered: false,
@@ -87,6 +107,7 @@ impl Conversation {
             spoke: now,
             bytes: (0, 0),
             pixel_bytes: 0,
+            resource_frames: 0,
         }
     }
 
@@ -100,7 +121,9 @@ impl Conversation {
         // A host that accepts a connection and is dead shows before there is a frame to lose.
         self.send_ping(connection);
         let end = loop {
-            self.send_queued(worker, connection);
+            if let Err(end) = self.send_queued(worker, connection) {
+                break end;
+            }
             let deadline = self.deadline(worker.timeout());
             let event = match connection.next(&mut worker.waiter, deadline) {
                 Ok(event) => event,
@@ -108,7 +131,7 @@ impl Conversation {
             };
             self.count(worker, connection);
             if let Event::Message(envelope) = event
-                && let Err(end) = self.receive(worker, envelope.message)
+                && let Err(end) = self.receive(worker, connection, envelope.message)
             {
                 break end;
             }
@@ -136,10 +159,14 @@ impl Conversation {
             .map(|open| open.frame)
     }
 
-    fn send_queued(&mut self, worker: &mut Worker, connection: &mut Connection<Pixels>) {
+    fn send_queued(
+        &mut self,
+        worker: &mut Worker,
+        connection: &mut Connection<Pixels>,
+    ) -> Result<(), End> {
         loop {
             let Some(item) = worker.shared.state().queue.pop_front() else {
-                return;
+                return Ok(());
             };
             self.spoke = Instant::now();
             match item {
@@ -153,7 +180,18 @@ impl Conversation {
                     let forced = request.force_keyframe || worker.force_keyframe || due;
                     worker.force_keyframe = false;
                     worker.since_keyframe = if forced { 1 } else { worker.since_keyframe + 1 };
-                    self.send_frame(connection, request, submitted, forced);
+                    let resource = self.choice.choose(request.resource.as_ref());
+                    let open = Open {
+                        frame: request.frame,
+                        pts: request.pts,
+                        duration: request.duration,
+                        picture: request.picture,
+                        resource,
+                        forced,
+                        submitted,
+                        abandoned: false,
+                    };
+                    self.send_frame(worker, connection, open)?;
                 }
             }
         }
@@ -161,43 +199,89 @@ impl Conversation {
 
     fn send_frame(
         &mut self,
+        worker: &mut Worker,
         connection: &mut Connection<Pixels>,
-        request: Request,
-        submitted: Instant,
-        force_keyframe: bool,
-    ) {
-        let pixels = request.pixels;
-        let wire = FrameRequest {
+        open: Open,
+    ) -> Result<(), End> {
+        let picture = &open.picture;
+        let mut wire = FrameRequest {
             resource_id: 0,
-            width: pixels.width,
-            height: pixels.height,
-            format: pixels.format.fourcc(),
-            stride: pixels.stride,
-            pts: request.pts,
-            duration: request.duration,
-            force_keyframe,
+            width: picture.width,
+            height: picture.height,
+            format: picture.format.fourcc(),
+            stride: picture.planes()[0].stride as u32,
+            pts: open.pts,
+            duration: open.duration,
+            force_keyframe: open.forced,
             ..FrameRequest::default()
         };
-        // set_format() has compared the size with the protocol's limit, which is below 4 GiB.
-        let size = pixels.size() as u32;
-        connection.send_with(encode::frame_request(SESSION_ID, &wire, size), pixels);
-        self.pixel_bytes += u64::from(size);
+        let way = if let Some(known) = &open.resource {
+            wire.resource_id = known.resource.id.get();
+            connection.send(encode::frame_request(SESSION_ID, &wire, 0));
+            self.resource_frames += 1;
+            Way::ResourceId
+        } else {
+            let pixels = Pixels::new(picture).map_err(|reason| {
+                End::Hopeless(format!("a picture cannot be sent as pixels: {reason}"))
+            })?;
+            (wire.width, wire.height, wire.stride) = (pixels.width, pixels.height, pixels.stride);
+            // set_format() has compared the size with the protocol's limit, below 4 GiB.
+            let size = pixels.size() as u32;
+            connection.send_with(encode::frame_request(SESSION_ID, &wire, size), pixels);
+            self.pixel_bytes += u64::from(size);
+            Way::Pixels
+        };
+        self.way = way;
+        if way == Way::ResourceId && self.announced != way {
+            self.announced = way;
+            worker.client.transfer(way, "");
+        }
         if !self.is_waiting_for_reply() {
             self.start_waiting();
         }
-        self.open.push_back(Open {
-            frame: request.frame,
-            pts: request.pts,
-            forced: force_keyframe,
-            submitted,
-            abandoned: false,
-        });
+        self.open.push_back(open);
+        Ok(())
     }
 
-    fn receive(&mut self, worker: &mut Worker, message: Message) -> Result<(), End> {
+    /// Sends the oldest open frame again, which the host has just refused as a resource, and then
+    /// those that were sent behind it. They will be answered before it, and a stream in that order
+    /// would show the frames in that order; so those answers are not used, and it goes on from a
+    /// keyframe. For this moment there may be more requests open than `max-in-flight`.
+    fn send_again(
+        &mut self,
+        worker: &mut Worker,
+        connection: &mut Connection<Pixels>,
+    ) -> Result<(), End> {
+        let mut again = Vec::new();
+        // The ERROR was the answer to it.
+        again.extend(self.open.pop_front());
+        for open in self.open.iter_mut().filter(|open| !open.abandoned) {
+            open.abandoned = true;
+            again.push(Open {
+                picture: open.picture.clone(),
+                resource: open.resource.clone(),
+                abandoned: false,
+                ..*open
+            });
+        }
+        again[0].forced |= again.len() > 1;
+        self.start_waiting();
+        for mut open in again {
+            open.resource = self.choice.choose(open.resource.as_ref());
+            self.send_frame(worker, connection, open)?;
+        }
+        Ok(())
+    }
+
+    fn receive(
+        &mut self,
+        worker: &mut Worker,
+        connection: &mut Connection<Pixels>,
+        message: Message,
+    ) -> Result<(), End> {
         match message {
             Message::FrameResponse(response, data) => self.reply(worker, response, data),
-            Message::Error(error) => return self.error(worker, &error),
+            Message::Error(error) => return self.error(worker, connection, &error),
             Message::Pong => {
                 self.proven = true;
                 self.ping = self.ping.map(|_| true);
@@ -224,6 +308,9 @@ impl Conversation {
         let Some(open) = self.open.pop_front() else {
             return;
         };
+        if open.resource.is_some() {
+            self.choice.worked();
+        }
         self.proven = true;
         self.answered = true;
         self.last_answered = Some(open.pts);
@@ -253,7 +340,12 @@ impl Conversation {
     }
 
     /// An ERROR belongs to the oldest open request.
-    fn error(&mut self, worker: &mut Worker, error: &ErrorMessage) -> Result<(), End> {
+    fn error(
+        &mut self,
+        worker: &mut Worker,
+        connection: &mut Connection<Pixels>,
+        error: &ErrorMessage,
+    ) -> Result<(), End> {
         worker.shared.state().counts.errors += 1;
         let reason = format!("the host says: {}: {}", error.code, error.text);
         if self.open.is_empty() {
@@ -261,6 +353,13 @@ impl Conversation {
             return Err(End::Lost(reason));
         }
         self.answered = true;
+        if self.open.front().is_some_and(|open| open.abandoned) {
+            self.open.pop_front();
+            return Ok(());
+        }
+        if self.is_refusal_of_resource(worker, error)? {
+            return self.send_again(worker, connection);
+        }
         self.refusals += 1;
         if self.last_error.is_none() {
             worker.client.refused(&reason);
@@ -275,6 +374,37 @@ impl Conversation {
         }
         self.last_error = Some(reason);
         Ok(())
+    }
+
+    /// Whether the oldest open frame can be had as pixels after an ERROR.
+    fn is_refusal_of_resource(
+        &mut self,
+        worker: &Worker,
+        error: &ErrorMessage,
+    ) -> Result<bool, End> {
+        let oldest = self.open.front();
+        let Some(known) = oldest.and_then(|open| open.resource.as_ref()) else {
+            return Ok(false);
+        };
+        let id = known.resource.id;
+        let text = format!(
+            "the host refuses resource {id}: {}: {}",
+            error.code, error.text
+        );
+        match self.choice.refused(known, error.code) {
+            Refusal::Frame => Ok(false),
+            Refusal::Resource { all } => {
+                if all {
+                    self.announced = Way::Pixels;
+                    worker.client.transfer(self.announced, &text);
+                }
+                Ok(true)
+            }
+            Refusal::OnlyWay => Err(End::Hopeless(format!(
+                "transfer=resource-id: {text}. Is it the host that has this machine's virtio-gpu \
+                 device? transfer=auto would send pixels"
+            ))),
+        }
     }
 
     fn drop_oldest(&mut self, worker: &mut Worker, reason: &str) {
@@ -323,6 +453,8 @@ impl Conversation {
             state.counts.bytes_sent += bytes.0 - self.bytes.0;
             state.counts.bytes_received += bytes.1 - self.bytes.1;
             state.counts.pixel_bytes += std::mem::take(&mut self.pixel_bytes);
+            state.counts.resource_frames += std::mem::take(&mut self.resource_frames);
+            state.counts.way = self.way;
             self.bytes = bytes;
         }
     }

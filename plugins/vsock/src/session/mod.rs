@@ -14,15 +14,23 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use helix_protocol::connection::ConnectionError;
+#[cfg(test)]
+use helix_protocol::message::Capabilities;
 use helix_protocol::message::{Config, FrameResponse};
 use helix_protocol::wait::{Deadline, Waiter, Wake, Waker};
 use helix_protocol::{Address, Connection, Limits, Payload, Stream};
 use zerocopy_plugin_common::{Backoff, ConnectionSettings, Quantiles};
 
 use self::conversation::Conversation;
+use self::transfer::Choice;
+pub use self::transfer::Way;
+use crate::dmabuf::KnownResource;
+use crate::picture::Picture;
 use crate::pixels::Pixels;
+use crate::vsockenc::Transfer;
 
 mod conversation;
+mod transfer;
 
 /// Whom the session tells. Called on the session's thread, with no lock of the session held.
 pub trait Client: Send + 'static {
@@ -33,6 +41,8 @@ pub trait Client: Send + 'static {
     fn encoded(&self, frame: u32, response: FrameResponse, data: Payload, after_loss: bool);
     /// The frame will have no access unit.
     fn dropped(&self, frame: u32, reason: &str);
+    /// Pictures travel another way from now on; `reason` is empty where nothing went wrong.
+    fn transfer(&self, way: Way, reason: &str);
     /// The host refused a frame for the first time on this connection.
     fn refused(&self, reason: &str);
     /// The host was lost and is being called again.
@@ -52,7 +62,9 @@ pub struct Request {
     /// Ask for a keyframe.
     pub force_keyframe: bool,
     /// The picture.
-    pub pixels: Pixels,
+    pub picture: Picture,
+    /// As what it may be sent, if not only as pixels.
+    pub resource: Option<Arc<KnownResource>>,
 }
 
 /// What became of a submitted frame.
@@ -77,6 +89,10 @@ pub struct Counts {
     pub bytes_received: u64,
     /// Bytes of pixels in requests.
     pub pixel_bytes: u64,
+    /// Requests with a resource id.
+    pub resource_frames: u64,
+    /// How the last picture was sent.
+    pub way: Way,
     /// ERROR messages.
     pub errors: u64,
     /// Connections after the first.
@@ -95,7 +111,6 @@ enum Status {
     Failed,
 }
 
-#[expect(clippy::large_enum_variant, reason = "nearly all items are frames")]
 enum Item {
     Config(Config),
     Frame(Request, Instant),
@@ -138,6 +153,11 @@ pub struct SessionSettings {
     pub connection: ConnectionSettings,
     /// Frames after which a keyframe is asked for; 0 = only when a request says so.
     pub keyframe_interval: u32,
+    /// How pictures may travel.
+    pub transfer: Transfer,
+    /// What the host is taken to have said of itself.
+    #[cfg(test)]
+    pub host: Option<Capabilities>,
 }
 
 /// A running session; dropping it ends the thread and closes the connection.
@@ -325,7 +345,16 @@ impl Worker {
                 state.status = Status::Connected;
                 state.counts.reconnects += u64::from(again);
             });
-            let mut conversation = Conversation::new(again);
+            // No host is asked in this version what it can do.
+            #[cfg(not(test))]
+            let host = None;
+            #[cfg(test)]
+            let host = self.settings.host;
+            let choice = match Choice::new(self.settings.transfer, host) {
+                Ok(choice) => choice,
+                Err(reason) => return self.fail(&format!("{}: {reason}", self.address)),
+            };
+            let mut conversation = Conversation::new(choice, again);
             let end = conversation.run(self, &mut connection);
             drop(connection);
             for frame in conversation.into_lost_frames() {

@@ -11,7 +11,7 @@ use helix_protocol::{Address, Payload};
 use zerocopy_plugin_common::{ConnectionState, H264Caps, accepted_downstream, connection_message};
 
 use super::imp::{CAT, VsockEnc, lock};
-use crate::session::Client;
+use crate::session::{Client, Way};
 
 /// What the session's thread leaves for the others.
 #[derive(Default)]
@@ -47,10 +47,10 @@ impl Handle {
         }
     }
 
-    fn post(&self, state: ConnectionState, peer: &str, reason: &str) {
+    fn post(&self, state: ConnectionState, peer: &str, way: Way, reason: &str) {
         if let Some(element) = self.element.upgrade() {
             let message =
-                connection_message(&element, state, &self.address, peer, "pixels", reason);
+                connection_message(&element, state, &self.address, peer, way.name(), reason);
             // Fails where there is no bus: then nobody wants to know.
             let _ = element.post_message(message);
         }
@@ -60,7 +60,20 @@ impl Handle {
 impl Client for Handle {
     fn connected(&self, peer: &str) {
         gst::info!(CAT, "connected to {} ({peer})", self.address);
-        self.post(ConnectionState::Connected, peer, "");
+        self.post(ConnectionState::Connected, peer, Way::default(), "");
+    }
+
+    fn transfer(&self, way: Way, reason: &str) {
+        if let Some(element) = self.element.upgrade() {
+            let why = if reason.is_empty() { "" } else { ": " };
+            gst::info!(
+                CAT,
+                obj = element,
+                "transfer is {} now{why}{reason}",
+                way.name()
+            );
+        }
+        self.post(ConnectionState::Connected, "", way, reason);
     }
 
     fn encoded(&self, frame: u32, response: FrameResponse, data: Payload, after_loss: bool) {
@@ -88,11 +101,11 @@ impl Client for Handle {
         if let Some(element) = self.element.upgrade() {
             gst::warning!(CAT, obj = element, "{reason}; calling again");
         }
-        self.post(ConnectionState::Reconnecting, "", reason);
+        self.post(ConnectionState::Reconnecting, "", Way::default(), reason);
     }
 
     fn failed(&self, reason: &str) {
-        self.post(ConnectionState::Lost, "", reason);
+        self.post(ConnectionState::Lost, "", Way::default(), reason);
         if let Some(element) = self.element.upgrade() {
             gst::element_error!(element, gst::ResourceError::OpenReadWrite, ("{reason}"));
         }

@@ -2,6 +2,8 @@
 
 //! The properties of vsockenc.
 
+use std::path::PathBuf;
+
 use gst::glib;
 use gst::prelude::*;
 use zerocopy_plugin_common::ConnectionSettings;
@@ -19,6 +21,8 @@ pub(super) struct Settings {
     /// Frames.
     pub max_in_flight: u32,
     pub transfer: Transfer,
+    /// DRM node to ask for resource ids; `None` = the one found by its driver.
+    pub render_node: Option<PathBuf>,
 }
 
 impl Default for Settings {
@@ -29,6 +33,7 @@ impl Default for Settings {
             keyframe_interval: 60,
             max_in_flight: 2,
             transfer: Transfer::Auto,
+            render_node: None,
         }
     }
 }
@@ -66,6 +71,13 @@ impl Settings {
                 .blurb("How pixels travel to the host; any but auto is strict")
                 .mutable_ready()
                 .build(),
+            glib::ParamSpecString::builder("render-node")
+                .nick("Render node")
+                .blurb(
+                    "DRM node that knows resource ids; null = the one whose driver is virtio_gpu",
+                )
+                .mutable_ready()
+                .build(),
             glib::ParamSpecBoxed::builder::<gst::Structure>("stats")
                 .nick("Statistics")
                 .blurb("What happened since the element was started; see the element's page")
@@ -88,6 +100,10 @@ impl Settings {
             }
             "max-in-flight" => self.max_in_flight = value.get().expect(checked),
             "transfer" => self.transfer = value.get().expect(checked),
+            "render-node" => {
+                let path: Option<PathBuf> = value.get().expect(checked);
+                self.render_node = path.filter(|path| !path.as_os_str().is_empty());
+            }
             name => unreachable!("no writable property {name} was installed"),
         }
     }
@@ -102,6 +118,7 @@ impl Settings {
             "keyframe-interval" => (self.keyframe_interval as i32).to_value(),
             "max-in-flight" => self.max_in_flight.to_value(),
             "transfer" => self.transfer.to_value(),
+            "render-node" => self.render_node.to_value(),
             name => unreachable!("no setting {name} was installed"),
         }
     }
