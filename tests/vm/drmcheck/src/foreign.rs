@@ -9,11 +9,12 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use drm::buffer::{Buffer, DrmFourcc};
 use drm::control::Device;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
+use crate::Outcome;
 use crate::node::{Kind, Node, VGEM, VIRTIO_GPU};
-use crate::{Outcome, virtgpu};
 
 /// Bytes: a 640x480 picture, whole pages as udmabuf wants them.
 const SIZE: usize = 640 * 480 * 4;
@@ -65,9 +66,10 @@ pub fn show() -> Outcome<()> {
             _ => from_memfd(),
         };
         match made {
-            Ok(buffer) => match virtgpu::resource_of(&render, &buffer) {
-                Err(error) => println!("refused {name}: {error}"),
-                Ok(id) => return Err(format!("virtio-gpu took {name} for resource {id}").into()),
+            // The import itself must be refused: an error of a later call would mean that it was not.
+            Ok(buffer) => match render.prime_fd_to_buffer(buffer.as_fd()) {
+                Err(error) => println!("refused {name}: {:?}", errno(&error)),
+                Ok(_) => return Err(format!("virtio-gpu imported {name} as its own").into()),
             },
             Err(Missing::Absent(why)) => println!("absent {name}: {why}"),
             Err(Missing::Broken(why)) => return Err(format!("make a buffer, {name}: {why}").into()),
@@ -138,6 +140,10 @@ fn open_if_there(path: &str) -> Result<File, Missing> {
         }
         Err(error) => Err(Missing::Broken(format!("open {path}: {error}"))),
     }
+}
+
+fn errno(error: &io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or_default())
 }
 
 fn broken(error: impl Into<io::Error>) -> Missing {

@@ -31,7 +31,7 @@ enum Command {
     /// Makes buffers in each way there is, exports them as DMA-BUFs and says which resource of the
     /// host each one is: "resource ID WIDTHxHEIGHT HOW".
     Buffers,
-    /// Offers virtio-gpu what is not its own, which it must refuse: "refused WHAT: ERROR", or
+    /// Offers virtio-gpu what is not its own, which it must not import: "refused WHAT: ERRNO", or
     /// "absent WHAT: REASON" where this kernel cannot make such a thing.
     Refusals,
     /// Waits until an output is connected with a size, and says which outputs there are.
