@@ -20,7 +20,7 @@ from programs import Fault, Program, contains, wait_until
 
 QEMU = "qemu-system-x86_64"
 MEMORY = "1024M"
-BOOT_LIMIT = 60
+BOOT_LIMIT = 180
 # What the word of a job's end may take beyond the job's own limit, which the guest watches.
 GRACE = 15
 

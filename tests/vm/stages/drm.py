@@ -13,7 +13,7 @@ OUTPUTS = 4
 # Of output 1 and 2, in pixels: sizes that nobody has by default. Widths in steps of 8, as EDID has them.
 SIZES = {1: (1304, 744), 2: (1048, 664)}
 TRACED = re.compile(r"virtio_gpu_cmd_res_create_2d res 0x([0-9a-f]+), fmt 0x\w+, w (\d+), h (\d+)")
-LIMIT = 30
+LIMIT = 60
 # What virtio-gpu's import says: not its own DMA-BUF (virtgpu_gem_prime_import_sg_table()), no DMA-BUF at all.
 REFUSALS = {"vgem": "ENODEV", "udmabuf": "ENODEV", "heap": "ENODEV", "memfd": "EINVAL"}
 

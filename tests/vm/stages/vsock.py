@@ -35,14 +35,14 @@ MIN_PSNR = 30
 CID_LOCAL, CID_HOST, CID_GUEST = 1, 2, 42
 PORT, CLOSED_PORT = 5000, 5999
 
-START_LIMIT = 30
-RECORD_LIMIT = 90
+START_LIMIT = 90
+RECORD_LIMIT = 180
 # The elements' own limit, in seconds: more and less than the 2 s after which the guest's kernel gives up
 # a connection that the host does not answer (VSOCK_DEFAULT_CONNECT_TIMEOUT in linux/net/vmw_vsock).
 LONG_LIMIT, SHORT_LIMIT = 4, 1
 # What an emulated processor may need on top of it, and all in all with the program's start.
 SLACK = 3
-REFUSED_LIMIT = 30
+REFUSED_LIMIT = 60
 
 SCREEN = f"1={pattern.description(WIDTH, HEIGHT, FPS)}"
 
