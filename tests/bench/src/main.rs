@@ -43,7 +43,7 @@ fn main() -> ExitCode {
     let result = match Command::parse() {
         Command::Vsockenc(options) => vsockenc::bench(&options),
         Command::Peer => peer::serve(),
-        Command::Run { case } => run(case),
+        Command::Run { case } => run(&case),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -54,9 +54,9 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(case: Case) -> Result<(), Box<dyn Error>> {
+fn run(case: &Case) -> Result<(), Box<dyn Error>> {
     let outcome = match case.contender {
-        Contender::Plain => plain::run(case)?,
+        Contender::Plain | Contender::Rows => plain::run(case)?,
         Contender::Fakesink | Contender::Vsockenc | Contender::X264enc => pipeline::run(case)?,
     };
     println!("{}", serde_json::to_string(&outcome)?);

@@ -64,7 +64,8 @@ struct State {
 
 struct Reading {
     at: Instant,
-    cpu: Duration,
+    /// Seconds.
+    cpu: f64,
     voluntary: i64,
     involuntary: i64,
     counts: [u64; COUNTS.len()],
@@ -149,7 +150,7 @@ impl Meter {
             .collect();
         Ok(Outcome {
             fps: frames / (end.at - start.at).as_secs_f64(),
-            cpu_us: (end.cpu - start.cpu).as_secs_f64() * 1e6 / frames,
+            cpu_us: (end.cpu - start.cpu) * 1e6 / frames,
             voluntary_switches: (end.voluntary - start.voluntary) as f64 / frames,
             involuntary_switches: (end.involuntary - start.involuntary) as f64 / frames,
             latency_us: std::mem::take(&mut state.latency_us),
@@ -162,7 +163,7 @@ impl Meter {
         let cpu = usage.user_time() + usage.system_time();
         Reading {
             at: Instant::now(),
-            cpu: Duration::from_micros(cpu.num_microseconds() as u64),
+            cpu: cpu.num_microseconds() as f64 / 1e6,
             voluntary: usage.voluntary_context_switches(),
             involuntary: usage.involuntary_context_switches(),
             counts: COUNTS.map(|name| self.counter.as_ref().map_or(0, |counter| counter.get(name))),
@@ -177,8 +178,11 @@ impl Counter {
     fn find() -> Option<Self> {
         // SAFETY: the name is a C string.
         let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"zerocopy_count".as_ptr()) };
-        // SAFETY: the only function of that name is the library's, of that signature.
-        (!found.is_null()).then(|| Self(unsafe {
+        if found.is_null() {
+            return None;
+        }
+        // SAFETY: the only function of that name is the library's, and has this signature.
+        Some(Self(unsafe {
             transmute::<*mut libc::c_void, unsafe extern "C" fn(*const c_char) -> u64>(found)
         }))
     }

@@ -12,15 +12,15 @@ use crate::case::{Case, Contender, Format};
 use crate::meter::{Meter, Outcome};
 use crate::source::{BenchSrc, STUCK};
 
-pub fn run(case: Case) -> Result<Outcome, Box<dyn Error>> {
+pub fn run(case: &Case) -> Result<Outcome, Box<dyn Error>> {
     gst::init()?;
     gstvsock::plugin_register_static()?;
-    let meter = Arc::new(Meter::new(&case));
+    let meter = Arc::new(Meter::new(case));
     let pipeline = gst::Pipeline::new();
-    let source: gst::Element = BenchSrc::new(&case, meter.clone()).upcast();
+    let source: gst::Element = BenchSrc::new(case, meter.clone()).upcast();
     let sink = gst::ElementFactory::make("fakesink").build()?;
     pipeline.add_many([&source, &sink])?;
-    match element(&case)? {
+    match element(case)? {
         Some(description) => {
             let element = gst::parse::bin_from_description(&description, true)?;
             pipeline.add(&element)?;
@@ -49,7 +49,7 @@ pub fn run(case: Case) -> Result<Outcome, Box<dyn Error>> {
 /// What is between the source and the sink, in gst-launch's words.
 fn element(case: &Case) -> Result<Option<String>, Box<dyn Error>> {
     Ok(match case.contender {
-        Contender::Fakesink | Contender::Plain => None,
+        Contender::Fakesink | Contender::Plain | Contender::Rows => None,
         Contender::Vsockenc => Some(match case.address.parse()? {
             Address::Tcp { host, port } => format!("vsockenc tcp-host={host} tcp-port={port}"),
             Address::Unix(path) => format!("vsockenc socket-path={}", path.display()),

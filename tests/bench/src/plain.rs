@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The least that carrying a frame costs: one thread, a blocking socket, one contiguous buffer.
+//! The least that carrying a frame costs: one thread, a blocking socket, pixels that lie ready.
 
 use std::error::Error;
 use std::io::{self, IoSlice, Read, Write};
@@ -11,7 +11,7 @@ use std::time::Instant;
 use helix_protocol::message::FrameRequest;
 use helix_protocol::{Address, encode};
 
-use crate::case::{Case, Pace};
+use crate::case::{Case, Contender, Pace};
 use crate::meter::{Meter, Outcome};
 use crate::peer::{Head, UNIT};
 use crate::source::{PICTURES, STUCK, due};
@@ -19,7 +19,7 @@ use crate::source::{PICTURES, STUCK, due};
 trait Socket: Read + Write {}
 impl<T: Read + Write> Socket for T {}
 
-pub fn run(case: Case) -> Result<Outcome, Box<dyn Error>> {
+pub fn run(case: &Case) -> Result<Outcome, Box<dyn Error>> {
     let mut socket: Box<dyn Socket> = match case.address.parse()? {
         Address::Tcp { host, port } => {
             let socket = TcpStream::connect((host.as_str(), port))?;
@@ -38,23 +38,17 @@ pub fn run(case: Case) -> Result<Outcome, Box<dyn Error>> {
     };
     let picture = case.picture;
     let size = picture.wire_size();
-    let pictures: Vec<Vec<u8>> = (0..PICTURES)
-        .map(|number| {
-            let mut bytes = picture.paint(number);
-            bytes.truncate(size);
-            bytes
-        })
-        .collect();
-    let meter = Meter::new(&case);
+    let pictures: Vec<Vec<u8>> = (0..PICTURES).map(|number| picture.paint(number)).collect();
+    let meter = Meter::new(case);
     let mut reply = vec![0; 2 * UNIT];
     let start = Instant::now();
     let mut open = 0;
     for number in 0..case.total() {
         match case.pace {
             Pace::Flow | Pace::Single => {}
-            Pace::Paced => std::thread::sleep(
-                (start + due(number)).saturating_duration_since(Instant::now()),
-            ),
+            Pace::Paced => {
+                std::thread::sleep((start + due(number)).saturating_duration_since(Instant::now()));
+            }
         }
         meter.enter();
         let request = FrameRequest {
@@ -69,7 +63,16 @@ pub fn run(case: Case) -> Result<Outcome, Box<dyn Error>> {
         };
         let head = encode::frame_request(1, &request, size as u32);
         let pixels = &pictures[number as usize % PICTURES];
-        write_both(&mut socket, &head, pixels)?;
+        let mut slices = vec![IoSlice::new(&head)];
+        match case.contender {
+            Contender::Rows => slices.extend(
+                pixels
+                    .chunks_exact(picture.stride())
+                    .map(|row| IoSlice::new(&row[..picture.row()])),
+            ),
+            _ => slices.push(IoSlice::new(&pixels[..size])),
+        }
+        write_all(&mut socket, &mut slices)?;
         open += 1;
         // As many open ones as the element has: one goes out while the other is answered.
         if open == 2 || case.pace != Pace::Flow {
@@ -85,9 +88,7 @@ pub fn run(case: Case) -> Result<Outcome, Box<dyn Error>> {
     Ok(meter.finish()?)
 }
 
-fn write_both(socket: &mut impl Write, head: &[u8], pixels: &[u8]) -> io::Result<()> {
-    let mut slices = [IoSlice::new(head), IoSlice::new(pixels)];
-    let mut left = &mut slices[..];
+fn write_all(socket: &mut impl Write, mut left: &mut [IoSlice<'_>]) -> io::Result<()> {
     while !left.is_empty() {
         let sent = socket.write_vectored(left)?;
         IoSlice::advance_slices(&mut left, sent);

@@ -44,17 +44,20 @@ pub struct Latency {
 }
 
 impl Latency {
-    /// Of the frames of all rounds.
+    /// The quantiles of each round, and of those the medians: one round that something else on the
+    /// machine has disturbed does not decide.
     pub fn of(outcomes: &[Outcome]) -> Self {
-        let mut all: Vec<f64> = outcomes
-            .iter()
-            .flat_map(|outcome| &outcome.latency_us)
-            .copied()
-            .collect();
-        all.sort_by(f64::total_cmp);
+        let median_of = |share| {
+            let rounds = outcomes.iter().map(|outcome| {
+                let mut frames = outcome.latency_us.clone();
+                frames.sort_by(f64::total_cmp);
+                quantile(&frames, share)
+            });
+            Spread::of(rounds).median
+        };
         Self {
-            p50: quantile(&all, 0.5),
-            p99: quantile(&all, 0.99),
+            p50: median_of(0.5),
+            p99: median_of(0.99),
         }
     }
 }
@@ -99,7 +102,15 @@ impl Machine {
         let read = |path| fs::read_to_string(path).unwrap_or_default();
         let cpu = read("/proc/cpuinfo")
             .lines()
-            .find_map(|line| Some(line.strip_prefix("model name")?.split_once(':')?.1.trim().to_owned()))
+            .find_map(|line| {
+                Some(
+                    line.strip_prefix("model name")?
+                        .split_once(':')?
+                        .1
+                        .trim()
+                        .to_owned(),
+                )
+            })
             .unwrap_or_else(|| "unknown CPU".to_owned());
         let date = Command::new("date").args(["-u", "+%F %R UTC"]).output();
         Self {
@@ -131,7 +142,10 @@ impl std::fmt::Display for Machine {
 }
 
 /// The counts of one outcome less those of another.
-pub fn less(counts: &BTreeMap<String, f64>, other: &BTreeMap<String, f64>) -> BTreeMap<String, f64> {
+pub fn less(
+    counts: &BTreeMap<String, f64>,
+    other: &BTreeMap<String, f64>,
+) -> BTreeMap<String, f64> {
     counts
         .iter()
         .map(|(name, count)| (name.clone(), count - other.get(name).unwrap_or(&0.0)))

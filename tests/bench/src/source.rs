@@ -19,7 +19,7 @@ pub const PICTURES: usize = 4;
 pub const RATE: u32 = 60;
 
 /// Longer than any frame takes: what is stuck is noticed.
-pub const STUCK: Duration = Duration::from_secs(60);
+pub const STUCK: Duration = Duration::from_mins(1);
 
 glib::wrapper! {
     pub struct BenchSrc(ObjectSubclass<imp::BenchSrc>)
@@ -115,12 +115,16 @@ mod imp {
         fn caps(&self, _filter: Option<&gst::Caps>) -> Option<gst::Caps> {
             let work = self.work.lock().unwrap_or_else(PoisonError::into_inner);
             let picture = work.as_ref()?.case.picture;
-            gst_video::VideoInfo::builder(video_format(picture.format), picture.width, picture.height)
-                .fps(gst::Fraction::new(super::RATE as i32, 1))
-                .build()
-                .ok()?
-                .to_caps()
-                .ok()
+            gst_video::VideoInfo::builder(
+                video_format(picture.format),
+                picture.width,
+                picture.height,
+            )
+            .fps(gst::Fraction::new(super::RATE as i32, 1))
+            .build()
+            .ok()?
+            .to_caps()
+            .ok()
         }
     }
 
