@@ -219,7 +219,7 @@ fn wrong_arguments_are_explained() {
     }
     let folder = tempfile::tempdir().unwrap();
     let token = folder.path().join("token");
-    let mut with_token = |bytes: &str, mode| {
+    let with_token = |bytes: &str, mode| {
         std::fs::write(&token, bytes).unwrap();
         std::fs::set_permissions(&token, PermissionsExt::from_mode(mode)).unwrap();
         outcome(&["--token-file", token.to_str().unwrap()])
@@ -332,7 +332,7 @@ fn too_few_descriptors_turn_clients_away_and_nothing_spins() {
     let until = std::time::Instant::now() + common::LONG;
     loop {
         let mut peer = Peer::connect(&address);
-        peer.send(helix_protocol::encode::ping(1));
+        peer.send(encode::ping(1));
         if peer.try_next().is_ok() {
             break;
         }
