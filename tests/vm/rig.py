@@ -81,7 +81,7 @@ class Stage:
 
     def built(self, program):
         """The path of a program that cargo built."""
-        return SOURCE / "target" / "release" / program
+        return SOURCE / "target" / "debug" / program
 
     def finish(self):
         """Ends what was started and shows the logs of a stage that failed."""
