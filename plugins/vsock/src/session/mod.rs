@@ -37,6 +37,8 @@ use crate::vsockenc::Transfer;
 mod conversation;
 mod liveness;
 mod replies;
+#[cfg(test)]
+mod tests;
 mod transfer;
 mod worker;
 
