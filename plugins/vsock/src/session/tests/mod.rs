@@ -2,13 +2,12 @@
 
 //! A session without an element: what it tells its client when hosts behave in this way and that.
 
-use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, Sender, channel};
 
 use gst::glib;
-use helix_protocol::message::{Config, FrameResponse, Hello};
+use helix_protocol::Agreement;
+use helix_protocol::message::Config;
 use helix_protocol::wait::Waiter;
-use helix_protocol::{Agreement, Payload};
 use zerocopy_plugin_common::ConnectionSettings;
 use zerocopy_test_support::peer::LONG;
 
@@ -32,8 +31,8 @@ enum Told {
         after_loss: bool,
     },
     Dropped(u32),
-    Refused(String),
-    Reconnecting(String),
+    Refused,
+    Reconnecting,
     Failed(String),
 }
 
@@ -56,12 +55,11 @@ impl Client for Recorder {
         self.tell(Told::Configured { given, in_force });
     }
 
-    fn encoded(&self, frame: u32, _: FrameResponse, data: Payload, after_loss: bool) {
-        let data = data.to_vec();
+    fn encoded(&self, frame: u32, access_unit: AccessUnit) {
         self.tell(Told::Encoded {
             frame,
-            data,
-            after_loss,
+            data: access_unit.data.to_vec(),
+            after_loss: access_unit.after_loss,
         });
     }
 
@@ -71,12 +69,12 @@ impl Client for Recorder {
 
     fn transfer(&self, _: Way, _: &str) {}
 
-    fn refused(&self, reason: &str) {
-        self.tell(Told::Refused(reason.to_owned()));
+    fn refused(&self, _: &str) {
+        self.tell(Told::Refused);
     }
 
-    fn reconnecting(&self, reason: &str) {
-        self.tell(Told::Reconnecting(reason.to_owned()));
+    fn reconnecting(&self, _: &str) {
+        self.tell(Told::Reconnecting);
     }
 
     fn failed(&self, reason: &str) {

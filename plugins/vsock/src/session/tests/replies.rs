@@ -4,16 +4,12 @@
 
 use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, FrameRequest, RequestTag};
 use helix_protocol::{Message, encode};
-use zerocopy_test_support::peer::{Greets, Peer, Seen, Then, hello};
+use zerocopy_test_support::peer::{Greets, Hello, Link, Peer, Seen, Then, hello};
 
 use super::*;
 
-const IDS: Greets = Greets::Legacy;
-
 /// A host with request ids that is told what to do with the requests so far, after each.
-fn host_with_ids(
-    mut answer: impl FnMut(&mut zerocopy_test_support::peer::Link, &[FrameRequest]) + Send + 'static,
-) -> Peer {
+fn host_with_ids(mut answer: impl FnMut(&mut Link, &[FrameRequest]) + Send + 'static) -> Peer {
     let mut requests = Vec::new();
     let greets = Greets::With(hello(Capabilities::REQUEST_IDS));
     Peer::greeting(greets, move |link, envelope| {
@@ -175,7 +171,10 @@ fn a_late_reply_by_id_is_thrown_away_and_asks_for_a_keyframe() {
 
 #[test]
 fn what_was_flushed_is_nobodys() {
-    for greets in [Greets::With(hello(Capabilities::REQUEST_IDS)), IDS] {
+    for greets in [
+        Greets::With(hello(Capabilities::REQUEST_IDS)),
+        Greets::Legacy,
+    ] {
         // Answers the first two with the third.
         let mut requests = Vec::new();
         let peer = Peer::greeting(greets, move |link, envelope| {
@@ -211,7 +210,7 @@ fn what_was_flushed_is_nobodys() {
 
 #[test]
 fn no_more_requests_are_open_than_the_host_takes() {
-    let greets = Greets::With(zerocopy_test_support::peer::Hello {
+    let greets = Greets::With(Hello {
         max_in_flight: 1,
         ..hello(Capabilities::REQUEST_IDS)
     });
