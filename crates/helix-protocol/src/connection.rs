@@ -214,6 +214,11 @@ impl<B: Body> Connection<B> {
         self.decoder.finish().is_err()
     }
 
+    /// See [`Decoder::set_limits`].
+    pub fn set_limits(&mut self, limits: Limits) {
+        self.decoder.set_limits(limits);
+    }
+
     /// See [`Decoder::trim`].
     pub fn trim(&self) {
         self.decoder.trim();

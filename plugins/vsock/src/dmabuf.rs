@@ -136,3 +136,90 @@ fn remember(memory: &gst::MemoryRef, memo: Memo) {
         );
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fake::{self, Device};
+
+    const SIZE: usize = 4096;
+
+    fn known(device: &Device, id: u32) -> gst::Memory {
+        let fd = fake::memfd(SIZE);
+        device.add(&fd, id, SIZE);
+        fake::dmabuf(fd, SIZE)
+    }
+
+    fn id(memory: &gst::MemoryRef, device: &Device) -> Option<u32> {
+        let known = resource(dmabuf(memory).unwrap(), device)?;
+        Some(known.resource.id.get())
+    }
+
+    fn asked(device: &Device) -> u32 {
+        device.asked.load(Ordering::Relaxed)
+    }
+
+    #[test]
+    fn a_memory_is_asked_about_once_with_its_parts_and_copies() {
+        let device = Device::new(1);
+        let memory = known(&device, 7);
+        let mut buffer = gst::Buffer::new();
+        buffer.get_mut().unwrap().append_memory(memory.clone());
+        let part = memory.share(1024..2048);
+        let part_of_part = part.share(0..16);
+        for memory in [
+            &memory,
+            &part,
+            &part_of_part,
+            &buffer.copy().memory(0).unwrap(),
+        ] {
+            assert_eq!(id(memory, &device), Some(7));
+        }
+        assert_eq!(asked(&device), 1);
+    }
+
+    #[test]
+    fn a_refusal_is_remembered_too() {
+        let device = Device::new(1);
+        let memory = fake::dmabuf(fake::memfd(SIZE), SIZE);
+        assert_eq!(id(&memory, &device), None);
+        assert_eq!(id(&memory, &device), None);
+        assert_eq!(asked(&device), 1);
+    }
+
+    #[test]
+    fn what_is_remembered_ends_with_the_memory_and_not_with_a_number() {
+        let device = Device::new(1);
+        for number in 1..20 {
+            // Most likely the descriptor number that the one before had.
+            assert_eq!(id(&known(&device, number), &device), Some(number));
+        }
+    }
+
+    #[test]
+    fn each_device_has_ids_of_its_own() {
+        let (one, other) = (Device::new(1), Device::new(2));
+        let fd = fake::memfd(SIZE);
+        one.add(&fd, 5, SIZE);
+        other.add(&fd, 6, SIZE);
+        let memory = fake::dmabuf(fd, SIZE);
+        assert_eq!(id(&memory, &one), Some(5));
+        assert_eq!(id(&memory, &other), Some(6));
+    }
+
+    #[test]
+    fn a_memo_is_freed_with_its_memory() {
+        let device = Device::new(1);
+        let memory = known(&device, 7);
+        let known = resource(dmabuf(&memory).unwrap(), &device).unwrap();
+        assert_eq!(Arc::strong_count(&known), 2);
+        drop(memory);
+        assert_eq!(Arc::strong_count(&known), 1);
+    }
+
+    #[test]
+    fn other_memory_is_no_dmabuf() {
+        gst::init().unwrap();
+        assert!(dmabuf(&gst::Memory::with_size(16)).is_none());
+    }
+}

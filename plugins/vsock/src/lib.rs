@@ -5,6 +5,8 @@
 //! The plugin registers `vsockenc`. docs/elements/vsockenc.md is its page.
 
 mod dmabuf;
+#[cfg(test)]
+mod fake;
 mod picture;
 mod pixels;
 mod session;

@@ -258,3 +258,285 @@ fn plane_count(format: PixelFormat) -> usize {
         PixelFormat::Nv12 => 2,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use gst_video::VideoFormat as V;
+
+    use super::*;
+    use crate::fake::{self, Device};
+
+    fn info(format: V, width: u32, height: u32) -> gst_video::VideoInfo {
+        gst::init().unwrap();
+        gst_video::VideoInfo::builder(format, width, height)
+            .build()
+            .unwrap()
+    }
+
+    fn plane(offset: usize, stride: usize, row: usize, rows: usize) -> Plane {
+        Plane {
+            offset,
+            stride,
+            row,
+            rows,
+        }
+    }
+
+    /// A buffer of `size` bytes with a video meta.
+    fn described(
+        size: usize,
+        format: V,
+        (width, height): (u32, u32),
+        offsets: &[usize],
+        strides: &[i32],
+    ) -> gst::Buffer {
+        gst::init().unwrap();
+        let mut buffer = gst::Buffer::from_mut_slice(vec![0; size]);
+        gst_video::VideoMeta::add_full(
+            buffer.get_mut().unwrap(),
+            gst_video::VideoFrameFlags::empty(),
+            format,
+            width,
+            height,
+            offsets,
+            strides,
+        )
+        .unwrap();
+        buffer
+    }
+
+    fn cropped(mut buffer: gst::Buffer, rect: (u32, u32, u32, u32)) -> gst::Buffer {
+        gst_video::VideoCropMeta::add(buffer.get_mut().unwrap(), rect);
+        buffer
+    }
+
+    #[test]
+    fn without_metadata_a_frame_lies_as_its_caps_say() {
+        let info = info(V::Nv12, 6, 4);
+        let buffer = gst::Buffer::from_mut_slice(vec![0; info.size()]);
+        let picture = Picture::new(buffer, &info).unwrap();
+        // GStreamer rounds strides up to four bytes.
+        assert_eq!(picture.planes(), [plane(0, 8, 6, 4), plane(32, 8, 6, 2)]);
+    }
+
+    #[test]
+    fn metadata_says_where_the_planes_are() {
+        let buffer = described(1000, V::Nv12, (6, 4), &[100, 500], &[32, 64]);
+        let picture = Picture::new(buffer, &info(V::Nv12, 6, 4)).unwrap();
+        let planes = [plane(100, 32, 6, 4), plane(500, 64, 6, 2)];
+        assert_eq!(picture.planes(), planes);
+    }
+
+    #[test]
+    fn a_frame_may_lie_in_a_larger_one() {
+        let buffer = described(64 * 32 * 4, V::Bgrx, (64, 32), &[0], &[256]);
+        let picture = Picture::new(buffer, &info(V::Bgrx, 60, 20)).unwrap();
+        assert_eq!((picture.width, picture.height), (60, 20));
+        assert_eq!(picture.planes(), [plane(0, 256, 240, 20)]);
+    }
+
+    #[test]
+    fn a_crop_moves_where_rows_begin() {
+        let buffer = described(64 * 32 * 4, V::Bgrx, (64, 32), &[0], &[256]);
+        let buffer = cropped(buffer, (10, 5, 20, 7));
+        let picture = Picture::new(buffer, &info(V::Bgrx, 64, 32)).unwrap();
+        assert_eq!((picture.width, picture.height), (20, 7));
+        assert_eq!(picture.planes(), [plane(5 * 256 + 40, 256, 80, 7)]);
+        assert!(picture.is_cropped);
+    }
+
+    #[test]
+    fn a_crop_of_nv12_takes_the_chroma_of_each_pixel() {
+        let size = 16 * 16 * 3 / 2;
+        let crop = |rect| {
+            let buffer = described(size, V::Nv12, (16, 16), &[0, 256], &[16, 16]);
+            Picture::new(cropped(buffer, rect), &info(V::Nv12, 16, 16)).unwrap()
+        };
+        let even = [plane(2 * 16 + 4, 16, 8, 6), plane(256 + 16 + 4, 16, 8, 3)];
+        assert_eq!(crop((4, 2, 8, 6)).planes(), even);
+        let odd = [plane(3 * 16 + 5, 16, 7, 5), plane(256 + 16 + 4, 16, 8, 3)];
+        assert_eq!(crop((5, 3, 7, 5)).planes(), odd);
+        let corner = [
+            plane(15 * 16 + 15, 16, 1, 1),
+            plane(256 + 7 * 16 + 14, 16, 2, 1),
+        ];
+        assert_eq!(crop((15, 15, 1, 1)).planes(), corner);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let bgrx = |size, offset, stride| {
+            let buffer = described(size, V::Bgrx, (16, 4), &[offset], &[stride]);
+            Picture::new(buffer, &info(V::Bgrx, 16, 4)).is_ok()
+        };
+        assert!(bgrx(256, 0, 64));
+        // The last row needs no padding behind it.
+        assert!(bgrx(3 * 80 + 64, 0, 80));
+        assert!(!bgrx(3 * 80 + 63, 0, 80));
+        assert!(!bgrx(256, 1, 64));
+        assert!(!bgrx(256, usize::MAX, 64));
+        assert!(!bgrx(256, 0, 60), "rows overlap");
+        assert!(!bgrx(256, 0, -64), "rows upwards");
+        assert!(!bgrx(256, 0, i32::MAX));
+
+        let crop = |rect| {
+            let buffer = described(256, V::Bgrx, (16, 4), &[0], &[64]);
+            Picture::new(cropped(buffer, rect), &info(V::Bgrx, 16, 4)).is_ok()
+        };
+        assert!(crop((15, 3, 1, 1)));
+        for rect in [
+            (0, 0, 17, 4),
+            (1, 0, 16, 4),
+            (0, 4, 1, 1),
+            (0, 0, 0, 1),
+            (u32::MAX, 0, 2, 1),
+        ] {
+            assert!(!crop(rect), "{rect:?}");
+        }
+        // A buffer of other pixels than the caps say.
+        let buffer = described(256, V::Rgba, (16, 4), &[0], &[64]);
+        assert!(Picture::new(buffer, &info(V::Bgrx, 16, 4)).is_err());
+        let small = described(256, V::Bgrx, (16, 4), &[0], &[64]);
+        assert!(Picture::new(small, &info(V::Bgrx, 16, 5)).is_err());
+        let short = gst::Buffer::from_slice([0; 16 * 16 * 4 - 1]);
+        let error = Picture::new(short, &info(V::Bgrx, 16, 16)).unwrap_err();
+        assert!(
+            error.contains("its 1023 bytes do not hold 16x16 BGRx"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn planes_are_found_in_their_memories() {
+        let info = info(V::Nv12, 8, 4);
+        let mut buffer = gst::Buffer::new();
+        let writable = buffer.get_mut().unwrap();
+        writable.append_memory(gst::Memory::from_mut_slice(vec![0; 32]));
+        writable.append_memory(gst::Memory::from_mut_slice(vec![0; 16]));
+        let picture = Picture::new(buffer, &info).unwrap();
+        let [luma, chroma] = picture.planes() else {
+            panic!("two planes")
+        };
+        assert_eq!(picture.memory_of(luma), Some((0, 0)));
+        assert_eq!(picture.memory_of(chroma), Some((1, 0)));
+    }
+
+    /// A buffer around a DMA-BUF that the device knows as resource 9.
+    fn resource_of(size: usize) -> (Device, gst::Buffer) {
+        let device = Device::new(1);
+        let fd = fake::memfd(size);
+        device.add(&fd, 9, size);
+        let mut buffer = gst::Buffer::new();
+        let memory = fake::dmabuf(fd, size);
+        buffer.get_mut().unwrap().append_memory(memory);
+        (device, buffer)
+    }
+
+    fn meta(
+        mut buffer: gst::Buffer,
+        format: V,
+        (width, height): (u32, u32),
+        offsets: &[usize],
+        strides: &[i32],
+    ) -> gst::Buffer {
+        let flags = gst_video::VideoFrameFlags::empty();
+        let writable = buffer.get_mut().unwrap();
+        gst_video::VideoMeta::add_full(writable, flags, format, width, height, offsets, strides)
+            .unwrap();
+        buffer
+    }
+
+    fn named(
+        buffer: gst::Buffer,
+        info: &gst_video::VideoInfo,
+        device: &Device,
+    ) -> Result<u32, Unnamed> {
+        let picture = Picture::new(buffer, info).unwrap();
+        let known = picture.resource(device)?;
+        Ok(known.resource.id.get())
+    }
+
+    #[test]
+    fn a_picture_at_the_begin_of_a_resource_has_its_id() {
+        let packed = info(V::Bgrx, 16, 8);
+        let (device, buffer) = resource_of(16 * 8 * 4);
+        assert_eq!(named(buffer, &packed, &device), Ok(9));
+        // Taller, with longer rows, and cropped at the far sides.
+        let (device, buffer) = resource_of(80 * 64);
+        let buffer = meta(buffer, V::Bgrx, (20, 64), &[0], &[80]);
+        assert_eq!(
+            named(cropped(buffer, (0, 0, 16, 8)), &packed, &device),
+            Ok(9)
+        );
+        // The first part of a memory.
+        let (device, buffer) = resource_of(4096);
+        let mut part = gst::Buffer::new();
+        let memory = buffer.peek_memory(0).share(0..16 * 8 * 4);
+        part.get_mut().unwrap().append_memory(memory);
+        assert_eq!(named(part, &packed, &device), Ok(9));
+    }
+
+    #[test]
+    fn a_picture_further_on_in_a_resource_has_none() {
+        let packed = info(V::Bgrx, 16, 8);
+        let (device, buffer) = resource_of(4096);
+        let later = meta(buffer.copy(), V::Bgrx, (16, 8), &[64], &[64]);
+        assert_eq!(named(later, &packed, &device), Err(Unnamed::Unsayable));
+        let below = cropped(
+            meta(buffer.copy(), V::Bgrx, (16, 9), &[0], &[64]),
+            (0, 1, 16, 8),
+        );
+        assert_eq!(named(below, &packed, &device), Err(Unnamed::Unsayable));
+        let mut part = gst::Buffer::new();
+        let memory = buffer.peek_memory(0).share(64..4096);
+        part.get_mut().unwrap().append_memory(memory);
+        assert_eq!(named(part, &packed, &device), Err(Unnamed::Unsayable));
+    }
+
+    #[test]
+    fn nv12_has_an_id_where_its_planes_follow_each_other() {
+        let even = info(V::Nv12, 16, 8);
+        let nv12 = |size, offsets: &[usize], strides: &[i32], info: &gst_video::VideoInfo| {
+            let (device, buffer) = resource_of(size);
+            let sides = (info.width(), info.height());
+            named(
+                meta(buffer, V::Nv12, sides, offsets, strides),
+                info,
+                &device,
+            )
+        };
+        assert_eq!(nv12(4096, &[0, 32 * 8], &[32, 32], &even), Ok(9));
+        let unsayable = Err(Unnamed::Unsayable);
+        assert_eq!(nv12(4096, &[0, 32 * 16], &[32, 32], &even), unsayable);
+        assert_eq!(nv12(4096, &[0, 32 * 8], &[32, 16], &even), unsayable);
+        let odd = info(V::Nv12, 15, 8);
+        assert_eq!(nv12(4096, &[0, 32 * 8], &[32, 32], &odd), unsayable);
+    }
+
+    #[test]
+    fn a_resource_is_not_said_to_hold_more_than_it_does() {
+        let packed = info(V::Bgrx, 16, 8);
+        let fd = fake::memfd(4096);
+        let device = Device::new(1);
+        device.add(&fd, 9, 16 * 8 * 4 - 1);
+        let mut buffer = gst::Buffer::new();
+        let memory = fake::dmabuf(fd, 4096);
+        buffer.get_mut().unwrap().append_memory(memory);
+        assert_eq!(named(buffer, &packed, &device), Err(Unnamed::TooSmall));
+    }
+
+    #[test]
+    fn other_memory_and_refused_resources_have_no_id() {
+        let packed = info(V::Bgrx, 16, 8);
+        let (device, buffer) = resource_of(4096);
+        let system = gst::Buffer::from_mut_slice(vec![0; packed.size()]);
+        assert_eq!(named(system, &packed, &device), Err(Unnamed::NoDmaBuf));
+        let mut foreign = gst::Buffer::new();
+        let memory = fake::dmabuf(fake::memfd(4096), 4096);
+        foreign.get_mut().unwrap().append_memory(memory);
+        assert_eq!(named(foreign, &packed, &device), Err(Unnamed::Foreign));
+        let picture = Picture::new(buffer, &packed).unwrap();
+        picture.resource(&device).unwrap().refuse();
+        assert_eq!(picture.resource(&device).unwrap_err(), Unnamed::Refused);
+    }
+}

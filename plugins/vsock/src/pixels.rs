@@ -347,4 +347,83 @@ mod tests {
         assert_eq!(pixels.size(), Limits::default().pixels as usize);
         assert_eq!(pixels.stride, 4 * 4096);
     }
+
+    /// Memory of bytes that are all different from their neighbours, and where it lies.
+    fn memory(size: usize, first: usize) -> (gst::Memory, *const u8) {
+        let bytes: Vec<u8> = (first..first + size).map(|i| (i % 251) as u8).collect();
+        let place = bytes.as_ptr();
+        (gst::Memory::from_slice(bytes), place)
+    }
+
+    #[test]
+    fn several_memories_are_sent_from_where_they_lie() {
+        gst::init().unwrap();
+        let format = gst_video::VideoFormat::Nv12;
+        let info = gst_video::VideoInfo::builder(format, 64, 48)
+            .build()
+            .unwrap();
+        let (luma, luma_place) = memory(64 * 48, 0);
+        let (chroma, chroma_place) = memory(64 * 24, 64 * 48);
+        let mut buffer = gst::Buffer::new();
+        buffer.get_mut().unwrap().append_memory(luma);
+        buffer.get_mut().unwrap().append_memory(chroma);
+        let pixels = pixels_of(buffer, &info).unwrap();
+        let mut slices = [IoSlice::new(&[]); 4];
+        assert_eq!(pixels.slices(0, &mut slices), 2);
+        assert_eq!(slices[0].as_ptr(), luma_place);
+        assert_eq!(slices[1].as_ptr(), chroma_place);
+        let wanted: Vec<u8> = (0..64 * 72).map(|i| (i % 251) as u8).collect();
+        assert_eq!(gather(&pixels, 0, 3), wanted);
+    }
+
+    #[test]
+    fn rows_across_two_memories_are_right_too() {
+        gst::init().unwrap();
+        let format = gst_video::VideoFormat::Bgrx;
+        let info = gst_video::VideoInfo::builder(format, 16, 4)
+            .build()
+            .unwrap();
+        let mut buffer = gst::Buffer::new();
+        buffer.get_mut().unwrap().append_memory(memory(100, 0).0);
+        buffer.get_mut().unwrap().append_memory(memory(156, 100).0);
+        let pixels = pixels_of(buffer, &info).unwrap();
+        let wanted: Vec<u8> = (0..256).map(|i| (i % 251) as u8).collect();
+        assert_eq!(gather(&pixels, 0, 3), wanted);
+    }
+
+    #[test]
+    fn what_was_cropped_away_is_not_sent() {
+        gst::init().unwrap();
+        let format = gst_video::VideoFormat::Bgrx;
+        let info = gst_video::VideoInfo::builder(format, 8, 8).build().unwrap();
+        let (memory, place) = memory(8 * 8 * 4, 0);
+        let mut buffer = gst::Buffer::new();
+        buffer.get_mut().unwrap().append_memory(memory);
+        gst_video::VideoCropMeta::add(buffer.get_mut().unwrap(), (1, 2, 6, 5));
+        let pixels = pixels_of(buffer, &info).unwrap();
+        assert_eq!((pixels.width, pixels.height, pixels.stride), (6, 5, 24));
+        assert_eq!(pixels.size(), 6 * 5 * 4);
+        let mut slices = [IoSlice::new(&[]); 8];
+        assert_eq!(pixels.slices(0, &mut slices), 5);
+        // Not copied: it begins in the memory that came in.
+        assert_eq!(slices[0].as_ptr(), place.wrapping_add(2 * 32 + 4));
+        let wanted: Vec<u8> = (2..7)
+            .flat_map(|y| (32 * y + 4..32 * y + 28).map(|i: usize| (i % 251) as u8))
+            .collect();
+        assert_eq!(gather(&pixels, 0, 8), wanted);
+    }
+
+    #[test]
+    fn a_buffer_stays_as_long_as_its_pixels() {
+        gst::init().unwrap();
+        let format = gst_video::VideoFormat::Bgrx;
+        let info = gst_video::VideoInfo::builder(format, 16, 4)
+            .build()
+            .unwrap();
+        let mut buffer = gst::Buffer::from_mut_slice(vec![0; 256]);
+        let pixels = pixels_of(buffer.clone(), &info).unwrap();
+        assert!(buffer.get_mut().is_none(), "others have it");
+        drop(pixels);
+        assert!(buffer.get_mut().is_some());
+    }
 }

@@ -10,6 +10,8 @@ mod latency;
 mod output;
 mod settings;
 mod stream_lock;
+#[cfg(test)]
+mod tests;
 
 glib::wrapper! {
     /// The element `vsockenc`: an H.264 encoder whose work is done by a host.
