@@ -36,13 +36,15 @@ impl Conversation {
         message: Message,
     ) -> Result<(), End> {
         match message {
-            Message::FrameResponse(response, data) if self.tagged => {
+            Message::FrameResponse(response, data) if self.is_tagged() => {
                 self.reply_by_id(worker, response, data);
             }
             Message::FrameResponse(response, data) => self.reply_in_order(worker, response, data),
             Message::Error(error) => return self.error(worker, connection, &error),
             Message::Pong => self.liveness.pong(),
-            Message::ConfigResp(in_force) if self.confirms => self.configured(worker, &in_force),
+            Message::ConfigResp(in_force) if self.is_confirmed() => {
+                self.configured(worker, &in_force);
+            }
             // A client need not answer PING, deployed hosts send none; and what was agreed on in
             // the greeting stays.
             _ => {}
@@ -50,8 +52,12 @@ impl Conversation {
         Ok(())
     }
 
-    fn configured(&self, worker: &Worker, in_force: &Config) {
-        if let Some(format) = &worker.format {
+    /// What is in force after the last CONFIG_REQ; answers to those before it are old news.
+    fn configured(&mut self, worker: &Worker, in_force: &Config) {
+        self.unconfirmed = self.unconfirmed.saturating_sub(1);
+        if self.unconfirmed == 0
+            && let Some(format) = &worker.format
+        {
             worker.client.configured(&format.config, in_force);
         }
     }
@@ -159,7 +165,7 @@ impl Conversation {
         worker.shared.state().counts.errors += 1;
         let reason = format!("the host says: {}: {}", error.code, error.text);
         let unanswered = |open: &Open| open.reply.is_none();
-        let index = match error.tag.filter(|_| self.tagged) {
+        let index = match error.tag.filter(|_| self.is_tagged()) {
             Some(tag) => self
                 .open
                 .iter()

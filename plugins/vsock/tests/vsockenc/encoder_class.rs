@@ -140,7 +140,9 @@ fn a_flush_in_the_middle_leaves_nothing_behind() {
             if let Message::FrameRequest(request, _) = &envelope.message {
                 requests.push(*request);
                 if requests.len() >= 3 {
-                    requests.drain(..).for_each(|request| link.answer(&request));
+                    for request in requests.drain(..) {
+                        link.answer(&request);
+                    }
                     requests.extend([FrameRequest::default(); 2]);
                 }
             }
