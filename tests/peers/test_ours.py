@@ -404,6 +404,34 @@ class SourceAgainstForeignHost(unittest.TestCase):
         self.assertIn("does not answer", result.error)
 
 
+class ElementsAgainstHelixHost(unittest.TestCase):
+    """What only both of ours do with each other: greetings that find more than a legacy peer."""
+
+    def test_a_token_lets_both_elements_in_and_nobody_else(self):
+        with tempfile.NamedTemporaryFile("w", suffix=".token") as file:
+            file.write("open sesame\n")
+            file.flush()
+            os.chmod(file.name, 0o600)
+            screen = "1=videotestsrc is-live=true ! video/x-raw,width=64,height=48"
+            with helix_host("--token-file", file.name, "--scanout", screen) as host:
+                watch = f"scanoutsrc name=e scanout-id=1 {properties(host.address)}"
+                sink = "! appsink name=sink sync=false"
+                for token in ("", 'auth-token="close sesame"'):
+                    error = encode(host.address, token, decode=False).error
+                    self.assertIn("auth-token", error)
+                    self.assertNotIn("sesame", error)
+                    self.assertIn("auth-token", run(f"{watch} {token} {sink}").error)
+                token = 'auth-token="open sesame"'
+                result = encode(host.address, f"{token} max-in-flight=4", decode=False)
+                self.assertEqual((result.error, len(result.buffers)), (None, FRAMES))
+                self.assertEqual(result.stats["unmatched"], 0)
+                self.assertIsNone(run(f"{watch} {token} {sink}", frames=3).error)
+
+    def test_the_limit_of_this_host_is_named(self):
+        with helix_host("--max-frame-bytes", "4000") as host:
+            self.assertIn("limit of 4000 bytes", encode(host.address, decode=False).error)
+
+
 class ForeignClientAgainstHelixHost(unittest.TestCase):
     """client.py and helix-host."""
 
