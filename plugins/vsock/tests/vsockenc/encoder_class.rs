@@ -239,55 +239,74 @@ fn frames_too_late_for_the_sink_are_not_sent() {
 }
 
 #[test]
-fn latency_is_a_frame_at_first() {
+fn latency_is_a_frame_at_first_and_then_what_the_host_takes() {
     let peer = Peer::answering();
     let mut encoder = Encoder::new(peer.port(), "max-in-flight=3");
+    let latency = |encoder: &Encoder| {
+        let mut query = gst::query::Latency::new();
+        assert!(encoder.element().query(&mut query));
+        query.result().1
+    };
     encoder.push().unwrap();
     encoder.pull();
-    let mut query = gst::query::Latency::new();
-    assert!(encoder.element().query(&mut query));
-    assert_eq!(query.result().1, FRAME);
+    assert_eq!(latency(&encoder), FRAME);
+    // No host answers within 10 us.
+    encoder
+        .harness
+        .set_src_caps_str("video/x-raw,format=BGRx,width=64,height=48,framerate=100000/1");
+    for _ in 0..10 {
+        encoder.push().unwrap();
+        encoder.pull();
+    }
+    assert_eq!(latency(&encoder), gst::ClockTime::from_useconds(30));
 }
 
-/// Stops a pipeline whose host does what it does to it, and expects that it is over soon.
-fn stops_at_once(peer: &Peer, properties: &str, when: impl FnOnce(&Peer)) {
+/// Flushes a pipeline whose host does what it does to it, and stops it, and expects that both are
+/// over soon.
+fn flushes_and_stops_at_once(peer: &Peer, properties: &str, when: impl FnOnce(&Peer)) {
     init();
     let pipeline = gst::parse::launch(&format!(
         "videotestsrc ! video/x-raw,format=NV12,width=64,height=48 ! \
-         vsockenc tcp-host=127.0.0.1 tcp-port={} {properties} ! fakesink sync=false",
+         vsockenc name=e tcp-host=127.0.0.1 tcp-port={} {properties} ! fakesink sync=false",
         peer.port()
     ))
+    .unwrap()
+    .downcast::<gst::Pipeline>()
     .unwrap();
     pipeline.set_state(gst::State::Playing).unwrap();
     let bus = pipeline.bus().unwrap();
     when(peer);
+    let pad = pipeline.by_name("e").unwrap().static_pad("sink").unwrap();
     let start = Instant::now();
+    assert!(pad.send_event(gst::event::FlushStart::new()));
+    // Comes through once the streaming thread has left.
+    assert!(pad.send_event(gst::event::FlushStop::new(true)));
     pipeline.set_state(gst::State::Null).unwrap();
     assert!(start.elapsed() < Duration::from_secs(5));
     bus.set_flushing(true);
 }
 
 #[test]
-fn states_change_at_once_while_the_host_is_greeted() {
+fn flushes_and_states_are_immediate_while_the_host_is_greeted() {
     let peer = Peer::greeting(Greets::Script, |_, _| Then::GoOn);
-    stops_at_once(&peer, "timeout=0", |peer| {
+    flushes_and_stops_at_once(&peer, "timeout=0", |peer| {
         peer.wait_for(|seen| matches!(seen, Seen::Message(_)).then_some(()));
     });
 }
 
 #[test]
-fn states_change_at_once_while_the_host_is_dead() {
+fn flushes_and_states_are_immediate_while_the_host_is_dead() {
     let peer = Peer::new(|_, envelope| match envelope.message {
         Message::FrameRequest(..) => Then::PlayDead,
         _ => Then::GoOn,
     });
-    stops_at_once(&peer, "timeout=0", |peer| {
+    flushes_and_stops_at_once(&peer, "timeout=0", |peer| {
         peer.wait_for(request);
     });
 }
 
 #[test]
-fn states_change_at_once_while_the_host_is_called_again() {
+fn flushes_and_states_are_immediate_while_the_host_is_called_again() {
     // Nobody greets the second client.
     let mut clients = 0;
     let peer = Peer::greeting(Greets::Script, move |link, envelope| {
@@ -301,7 +320,7 @@ fn states_change_at_once_while_the_host_is_called_again() {
         }
         Then::GoOn
     });
-    stops_at_once(&peer, "timeout=0 reconnect-timeout=3600000", |peer| {
+    flushes_and_stops_at_once(&peer, "timeout=0 reconnect-timeout=3600000", |peer| {
         for _ in 0..2 {
             peer.wait_for(|seen| matches!(seen, Seen::Connected).then_some(()));
         }
