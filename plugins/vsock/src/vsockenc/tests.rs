@@ -140,12 +140,18 @@ fn refuse(link: &mut Link, code: ErrorCode) {
     link.send(encode::error(1, &ErrorMessage { code, text, tag }));
 }
 
+/// A descriptor that cannot be mapped, and whose writers are done; it stays so with the other one.
+fn unmappable() -> (OwnedFd, OwnedFd) {
+    let (reader, writer) = nix::unistd::pipe().unwrap();
+    assert_eq!(nix::unistd::write(&writer, b"!"), Ok(1));
+    (reader, writer)
+}
+
 #[test]
 fn a_resource_goes_as_its_id_and_is_never_mapped() {
     let peer = Peer::answering();
     let mut encoder = Encoder::new(&peer, Transfer::ResourceId);
-    // A descriptor that cannot be mapped at all.
-    let (pipe, _other_end) = nix::unistd::pipe().unwrap();
+    let (pipe, _other_end) = unmappable();
     encoder.device.add(&pipe, 77, SIZE);
     let buffer = Encoder::dmabuf(pipe);
     for number in 0..3 {
@@ -410,11 +416,27 @@ fn a_refused_picture_arrives_with_its_pixels() {
 fn memory_that_can_neither_be_named_nor_read_is_an_error() {
     let peer = Peer::answering();
     let mut encoder = Encoder::new(&peer, Transfer::Auto);
-    let (pipe, _other_end) = nix::unistd::pipe().unwrap();
+    let (pipe, _other_end) = unmappable();
     encoder.push(&Encoder::dmabuf(pipe)).unwrap();
     let error = encoder.error();
     assert!(
         error.contains("its memory cannot be mapped for reading"),
         "{error}"
     );
+}
+
+#[test]
+fn a_picture_is_sent_when_what_draws_it_is_done() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(&peer, Transfer::ResourceId);
+    let (reader, writer) = nix::unistd::pipe().unwrap();
+    encoder.device.add(&reader, 3, SIZE);
+    let buffer = Encoder::dmabuf(reader);
+    let done = std::thread::spawn(move || {
+        assert_eq!(nix::unistd::write(&writer, b"!"), Ok(1));
+        writer
+    });
+    encoder.push(&buffer).unwrap();
+    assert_eq!(encoder.pull(), 0);
+    done.join().unwrap();
 }
