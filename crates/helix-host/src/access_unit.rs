@@ -44,13 +44,43 @@ impl fmt::Debug for AccessUnit {
     }
 }
 
-impl Body for AccessUnit {
-    fn size(&self) -> usize {
+impl AccessUnit {
+    /// Its bytes.
+    pub fn bytes(&self) -> &[u8] {
+        &self.bytes
+    }
+
+    /// How many those are.
+    pub fn size(&self) -> usize {
         self.bytes.size()
+    }
+}
+
+/// What follows the head of a message to a client.
+#[derive(Debug)]
+pub enum Tail {
+    /// Of FRAME_RESPONSE.
+    Unit(AccessUnit),
+    /// Of HELLO_RESP.
+    Tlvs(Vec<u8>),
+}
+
+impl Tail {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Unit(unit) => unit.bytes(),
+            Self::Tlvs(bytes) => bytes,
+        }
+    }
+}
+
+impl Body for Tail {
+    fn size(&self) -> usize {
+        self.bytes().len()
     }
 
     fn slices<'a>(&'a self, offset: usize, slices: &mut [IoSlice<'a>]) -> usize {
-        slices[0] = IoSlice::new(&self.bytes[offset..]);
+        slices[0] = IoSlice::new(&self.bytes()[offset..]);
         1
     }
 }

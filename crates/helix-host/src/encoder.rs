@@ -231,6 +231,11 @@ impl<T: Send + 'static> Encoder<T> {
         self.spec.set_bitrate(&self.element, bits);
     }
 
+    /// The bitrate that it is set to, in bit/s; 0 where it has none.
+    pub fn bitrate(&self) -> u32 {
+        self.spec.bitrate_of(&self.element)
+    }
+
     /// Pictures whose output has not come.
     pub fn in_flight(&self) -> usize {
         self.shared.pending().len()

@@ -301,6 +301,7 @@ impl BaseSrcImpl for ScanoutSrc {
                 refresh_rate: settings.refresh_rate,
             }),
             timeout: settings.connection.timeout(),
+            auth_token: settings.connection.auth_token(),
         };
         let waiter = Waiter::new().map_err(|error| {
             gst::error_msg!(
@@ -405,6 +406,10 @@ impl ScanoutSrc {
             match Subscription::start(streaming.target.clone(), &mut streaming.waiter) {
                 Ok(subscription) => self.subscribed(streaming, subscription),
                 Err(SubscriptionError::Cancelled) => return Err(gst::FlowError::Flushing),
+                Err(SubscriptionError::Unwanted(error)) => {
+                    let reason = streaming.settings.connection.refusal(&error);
+                    return Err(self.fail(streaming, &reason));
+                }
                 Err(error) => return Err(self.fail(streaming, &error.to_string())),
             }
         }
@@ -441,8 +446,9 @@ impl ScanoutSrc {
         gst::info!(
             CAT,
             imp = self,
-            "subscribed at {} ({peer})",
-            streaming.target.address
+            "subscribed at {} ({peer}), {:?}",
+            streaming.target.address,
+            subscription.host()
         );
         streaming.subscription = Some(subscription);
         streaming.bytes = (0, 0);
@@ -483,6 +489,11 @@ impl ScanoutSrc {
                     return Ok(());
                 }
                 Err(SubscriptionError::Cancelled) => return Err(gst::FlowError::Flushing),
+                // Another token does not come by trying again.
+                Err(SubscriptionError::Unwanted(error)) => {
+                    let reason = streaming.settings.connection.refusal(&error);
+                    return Err(self.fail(streaming, &reason));
+                }
                 Err(error) => outcome = format!("; {error}"),
             }
         }

@@ -40,7 +40,7 @@ use super::output::{Handle, Output};
 use super::settings::Settings;
 use super::stream_lock::StreamUnlocked;
 use crate::picture::Picture;
-use crate::session::{Counts, Request, Session, SessionSettings, Submission};
+use crate::session::{Counts, Format, Request, SIGN_OF_LIFE, Session, SessionSettings, Submission};
 use crate::virtgpu::Resources;
 
 pub(super) static CAT: LazyLock<gst::DebugCategory> = LazyLock::new(|| {
@@ -53,6 +53,9 @@ pub(super) static CAT: LazyLock<gst::DebugCategory> = LazyLock::new(|| {
 
 /// Frames per second where the caps give none.
 const DEFAULT_FRAMERATE: gst::Fraction = gst::Fraction::new_raw(60, 1);
+
+/// `max-in-flight` at most.
+pub(super) const MOST_IN_FLIGHT: u16 = 16;
 
 /// Below this, a bitrate was probably meant in kbit/s (L28).
 const LOW_BITRATE: u32 = 100_000;
@@ -71,7 +74,7 @@ pub(super) struct Streaming {
 pub(super) struct Input {
     pub state: gst_video::VideoCodecState<'static, gst_video::video_codec_state::Readable>,
     pub info: gst_video::VideoInfo,
-    config: Config,
+    format: Format,
 }
 
 /// The implementation of [`super::VsockEnc`].
@@ -85,9 +88,6 @@ pub struct VsockEnc {
     /// Instead of a device, in tests.
     #[cfg(test)]
     pub(super) fake_resources: Mutex<Option<Arc<dyn Resources>>>,
-    /// Instead of a HELLO, in tests.
-    #[cfg(test)]
-    pub(super) fake_host: Mutex<Option<helix_protocol::message::Capabilities>>,
 }
 
 /// None of these locks is held where something could panic and leave a half-made change.
@@ -207,8 +207,9 @@ impl VideoEncoderImpl for VsockEnc {
                 connection: settings.connection,
                 keyframe_interval: settings.keyframe_interval,
                 transfer: settings.transfer,
-                #[cfg(test)]
-                host: *lock(&self.fake_host),
+                // The property may change while playing.
+                max_in_flight: MOST_IN_FLIGHT,
+                sign_of_life: SIGN_OF_LIFE,
             },
             waiter.waker(),
             Handle::new(&self.obj(), address),
@@ -253,10 +254,6 @@ impl VideoEncoderImpl for VsockEnc {
                 state.caps()
             ));
         };
-        if let Err(text) = self.check_size(&info) {
-            gst::element_imp_error!(self, gst::StreamError::Format, ("{text}"));
-            return Err(gst::loggable_error!(CAT, "{text}"));
-        }
         // What is under way belongs to the format before.
         if self.drain() == Submission::Cancelled {
             return Err(gst::loggable_error!(CAT, "flushing"));
@@ -272,6 +269,16 @@ impl VideoEncoderImpl for VsockEnc {
             level: level(info.width(), info.height(), num, den),
             realtime: true,
         };
+        let pixels = self.pixels_of(&info);
+        let format = Format { config, pixels };
+        match self.check_limits(&info, &format) {
+            None => return Err(gst::loggable_error!(CAT, "flushing")),
+            Some(Ok(())) => {}
+            Some(Err(text)) => {
+                gst::element_imp_error!(self, gst::StreamError::Format, ("{text}"));
+                return Err(gst::loggable_error!(CAT, "{text}"));
+            }
+        }
         let duration = gst::ClockTime::SECOND
             .mul_div_ceil(den.into(), num.into())
             .unwrap_or(gst::ClockTime::ZERO);
@@ -281,11 +288,11 @@ impl VideoEncoderImpl for VsockEnc {
             .set_latency(duration, duration * u64::from(in_flight));
         gst::debug!(CAT, imp = self, "{config:?}");
         if let Some(streaming) = &mut *lock(&self.streaming) {
-            streaming.session.configure(config);
+            streaming.session.configure(format);
             streaming.input = Some(Input {
                 info,
                 state: state.clone(),
-                config,
+                format,
             });
         }
         Ok(())
@@ -357,7 +364,10 @@ impl VideoEncoderImpl for VsockEnc {
     }
 
     fn flush(&self) -> bool {
-        // The base class forgets the open frames; their replies then find no frame.
+        // The base class forgets the open frames.
+        if let Some(streaming) = &*lock(&self.streaming) {
+            streaming.session.flush();
+        }
         lock(&self.output).flush();
         true
     }
@@ -431,8 +441,8 @@ impl VsockEnc {
         if let Some(streaming) = &mut *lock(&self.streaming)
             && let Some(input) = &mut streaming.input
         {
-            input.config.bitrate = bitrate;
-            streaming.session.configure(input.config);
+            input.format.config.bitrate = bitrate;
+            streaming.session.configure(input.format);
             gst::info!(CAT, imp = self, "bitrate is now {bitrate} bit/s");
         }
     }
@@ -483,6 +493,7 @@ impl VsockEnc {
             .field("fd-frames", 0u64)
             .field("reply-p50-us", p50)
             .field("reply-p99-us", p99)
+            .field("unmatched", counts.unmatched)
             .build()
     }
 }

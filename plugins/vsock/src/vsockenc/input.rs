@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use gst::subclass::prelude::*;
-use helix_protocol::Limits;
 use helix_protocol::message::PixelFormat;
 use helix_protocol::wait::{Deadline, Wake};
 
@@ -15,6 +14,7 @@ use super::imp::{CAT, VsockEnc, lock};
 use super::settings::Settings;
 use crate::dmabuf::{self, KnownResource};
 use crate::picture::{Picture, pixel_format};
+use crate::session::{Format, Session, Submission};
 use crate::virtgpu::{Node, Resources};
 
 /// What draws into a DMA-BUF is done by then, or never will be: a display's worst frame takes some
@@ -114,31 +114,41 @@ impl VsockEnc {
         Ok(())
     }
 
-    /// Compares what a frame's pixels take with the host's limit.
-    pub(super) fn check_size(&self, info: &gst_video::VideoInfo) -> Result<(), String> {
+    /// Bytes of pixels that a frame takes on its way; 0 where only resource ids may go.
+    pub(super) fn pixels_of(&self, info: &gst_video::VideoInfo) -> usize {
         if lock(&self.settings).transfer == Transfer::ResourceId {
-            // No pixels will be sent.
-            return Ok(());
+            return 0;
         }
-        let limit = Limits::default().pixels as usize;
-        // Odd sizes of NV12 are sent as the next even ones.
-        let even = |side: u32| side.next_multiple_of(2) as usize;
-        let nv12 = even(info.width()) * even(info.height()) * 3 / 2;
-        let size = match pixel_format(info.format()) {
-            Some(PixelFormat::Nv12) => nv12,
-            Some(_) => info.width() as usize * info.height() as usize * 4,
-            None => return Err(format!("format {} cannot be sent", info.format())),
-        };
-        if size <= limit {
-            return Ok(());
+        match pixel_format(info.format()) {
+            Some(PixelFormat::Nv12) => nv12_size(info),
+            _ => info.width() as usize * info.height() as usize * 4,
         }
-        Err(format!(
-            "a {}x{} {} frame has {size} bytes, over the host's limit of {limit} bytes; scale it \
-             down{}",
-            info.width(),
-            info.height(),
-            info.format(),
-            if nv12 <= limit { ", or send NV12" } else { "" },
-        ))
     }
+
+    /// Waits for the host and compares a frame with its limits. `None` = cancelled.
+    pub(super) fn check_limits(
+        &self,
+        info: &gst_video::VideoInfo,
+        format: &Format,
+    ) -> Option<Result<(), String>> {
+        let host = match self.wait(Session::host)? {
+            Ok(host) => host,
+            Err(Submission::Cancelled) => return None,
+            // The session has said why; the next frame returns the error.
+            Err(_) => return Some(Ok(())),
+        };
+        let Some(mut reason) = format.refused_by(&host) else {
+            return Some(Ok(()));
+        };
+        if format.pixels > nv12_size(info) && nv12_size(info) <= host.max_pixels() as usize {
+            reason.push_str(", or send NV12");
+        }
+        Some(Err(reason))
+    }
+}
+
+/// Odd sizes of NV12 are sent as the next even ones.
+fn nv12_size(info: &gst_video::VideoInfo) -> usize {
+    let even = |side: u32| side.next_multiple_of(2) as usize;
+    even(info.width()) * even(info.height()) * 3 / 2
 }

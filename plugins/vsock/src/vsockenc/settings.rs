@@ -9,6 +9,7 @@ use gst::prelude::*;
 use zerocopy_plugin_common::ConnectionSettings;
 
 use super::Transfer;
+use super::imp::MOST_IN_FLIGHT;
 
 /// What the properties say.
 #[derive(Clone, Debug)]
@@ -62,7 +63,7 @@ impl Settings {
                 .nick("Frames in flight")
                 .blurb("Frames that are sent to the host before one of them must be answered")
                 .minimum(1)
-                .maximum(16)
+                .maximum(MOST_IN_FLIGHT.into())
                 .default_value(default.max_in_flight)
                 .mutable_playing()
                 .build(),

@@ -11,8 +11,8 @@ use gst::prelude::*;
 use gst::subclass::prelude::*;
 use gst_check::Harness;
 use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, FrameRequest};
-use helix_protocol::{Message, Payload, encode};
-use zerocopy_test_support::peer::{KEYFRAME, Link, Peer, Seen, Then};
+use helix_protocol::{Envelope, Message, Payload, encode};
+use zerocopy_test_support::peer::{Greets, KEYFRAME, Link, Peer, Seen, Then, hello};
 
 use super::{Transfer, VsockEnc};
 use crate::fake::{self, Device};
@@ -37,15 +37,6 @@ impl Drop for Encoder {
 
 impl Encoder {
     fn new(peer: &Peer, transfer: Transfer) -> Self {
-        Self::with(peer, transfer, None)
-    }
-
-    /// With a host that says that it resolves ids.
-    fn resolving(peer: &Peer) -> Self {
-        Self::with(peer, Transfer::Auto, Some(Capabilities::RESOURCE_IDS))
-    }
-
-    fn with(peer: &Peer, transfer: Transfer, host: Option<Capabilities>) -> Self {
         gst::init().unwrap();
         let element: VsockEnc = glib::Object::builder()
             .property("tcp-host", "127.0.0.1")
@@ -54,7 +45,6 @@ impl Encoder {
             .build();
         let device = Arc::new(Device::new(1));
         *super::imp::lock(&element.imp().fake_resources) = Some(device.clone());
-        *super::imp::lock(&element.imp().fake_host) = host;
         let bus = gst::Bus::new();
         element.set_bus(Some(&bus));
         let mut harness = Harness::with_element(&element, Some("sink"), Some("src"));
@@ -122,6 +112,11 @@ impl Encoder {
             .filter_map(|message| message.structure()?.get::<String>("transfer").ok())
             .collect()
     }
+}
+
+/// A host that says that it resolves ids.
+fn resolving_host(script: impl FnMut(&mut Link, &Envelope) -> Then + Send + 'static) -> Peer {
+    Peer::greeting(Greets::With(hello(Capabilities::RESOURCE_IDS)), script)
 }
 
 fn request(seen: Seen) -> Option<(FrameRequest, Option<Payload>)> {
@@ -305,7 +300,7 @@ fn a_host_that_refuses_ids_gets_each_picture_as_pixels() {
         ErrorCode::NO_NATIVE_TEXTURE,
         ErrorCode::NO_NATIVE_SURFACE,
     ] {
-        let peer = Peer::new(move |link, envelope| {
+        let peer = resolving_host(move |link, envelope| {
             match &envelope.message {
                 Message::FrameRequest(_, None) => refuse(link, code),
                 Message::FrameRequest(request, Some(_)) => link.answer(request),
@@ -314,7 +309,7 @@ fn a_host_that_refuses_ids_gets_each_picture_as_pixels() {
             link.pong(envelope);
             Then::GoOn
         });
-        let mut encoder = Encoder::resolving(&peer);
+        let mut encoder = Encoder::new(&peer, Transfer::Auto);
         let buffers = [encoder.known(1), encoder.known(2), encoder.known(3)];
         for number in 0..8 {
             encoder.push(&buffers[number % 3]).unwrap();
@@ -338,7 +333,7 @@ fn what_was_sent_behind_a_refused_picture_comes_after_it() {
     const GOOD: u32 = 1;
     const BAD: u32 = 2;
     let mut refusing = false;
-    let peer = Peer::new(move |link, envelope| {
+    let peer = resolving_host(move |link, envelope| {
         if let Message::FrameRequest(request, _) = &envelope.message {
             // Refuses the bad one when the next has come too.
             if std::mem::take(&mut refusing) {
@@ -353,7 +348,7 @@ fn what_was_sent_behind_a_refused_picture_comes_after_it() {
         link.pong(envelope);
         Then::GoOn
     });
-    let mut encoder = Encoder::resolving(&peer);
+    let mut encoder = Encoder::new(&peer, Transfer::Auto);
     let (good, bad) = (encoder.known(GOOD), encoder.known(BAD));
     encoder.push(&good).unwrap();
     assert_eq!(encoder.pull(), 0);
@@ -389,7 +384,7 @@ fn what_was_sent_behind_a_refused_picture_comes_after_it() {
 
 #[test]
 fn a_refused_picture_arrives_with_its_pixels() {
-    let peer = Peer::new(|link, envelope| {
+    let peer = resolving_host(|link, envelope| {
         match &envelope.message {
             Message::FrameRequest(_, None) => refuse(link, ErrorCode::RESOURCE_NOT_FOUND),
             Message::FrameRequest(request, Some(_)) => link.answer(request),
@@ -397,7 +392,7 @@ fn a_refused_picture_arrives_with_its_pixels() {
         }
         Then::GoOn
     });
-    let mut encoder = Encoder::resolving(&peer);
+    let mut encoder = Encoder::new(&peer, Transfer::Auto);
     let fd = fake::memfd(SIZE);
     let picture: Vec<u8> = (0..SIZE).map(|i| (i % 251) as u8).collect();
     assert_eq!(nix::unistd::write(&fd, &picture), Ok(SIZE));
