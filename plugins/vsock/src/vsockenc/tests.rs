@@ -10,7 +10,7 @@ use gst::glib;
 use gst::prelude::*;
 use gst::subclass::prelude::*;
 use gst_check::Harness;
-use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, FrameRequest};
+use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, FrameRequest, RequestTag};
 use helix_protocol::{Envelope, Message, Payload, encode};
 use zerocopy_test_support::peer::{Greets, KEYFRAME, Link, Peer, Seen, Then, hello};
 
@@ -114,9 +114,15 @@ impl Encoder {
     }
 }
 
-/// A host that says that it resolves ids.
+/// A host that says that it resolves resource ids.
 fn resolving_host(script: impl FnMut(&mut Link, &Envelope) -> Then + Send + 'static) -> Peer {
     Peer::greeting(Greets::With(hello(Capabilities::RESOURCE_IDS)), script)
+}
+
+/// The same, and that it takes request ids.
+fn naming_host(script: impl FnMut(&mut Link, &Envelope) -> Then + Send + 'static) -> Peer {
+    let capabilities = Capabilities::RESOURCE_IDS.or(Capabilities::REQUEST_IDS);
+    Peer::greeting(Greets::With(hello(capabilities)), script)
 }
 
 fn request(seen: Seen) -> Option<(FrameRequest, Option<Payload>)> {
@@ -130,8 +136,11 @@ fn request(seen: Seen) -> Option<(FrameRequest, Option<Payload>)> {
 }
 
 fn refuse(link: &mut Link, code: ErrorCode) {
+    refuse_named(link, code, None);
+}
+
+fn refuse_named(link: &mut Link, code: ErrorCode, tag: Option<RequestTag>) {
     let text = "never heard of it".to_owned();
-    let tag = None;
     link.send(encode::error(1, &ErrorMessage { code, text, tag }));
 }
 
@@ -328,27 +337,51 @@ fn a_host_that_refuses_ids_gets_each_picture_as_pixels() {
     }
 }
 
+/// Two resources, of which the host can use one.
+const GOOD: u32 = 1;
+const BAD: u32 = 2;
+
 #[test]
 fn what_was_sent_behind_a_refused_picture_comes_after_it() {
-    const GOOD: u32 = 1;
-    const BAD: u32 = 2;
-    let mut refusing = false;
-    let peer = resolving_host(move |link, envelope| {
+    let mut refused = false;
+    behind_a_refused_picture(&resolving_host(move |link, envelope| {
         if let Message::FrameRequest(request, _) = &envelope.message {
             // Refuses the bad one when the next has come too.
-            if std::mem::take(&mut refusing) {
+            if std::mem::take(&mut refused) {
                 refuse(link, ErrorCode::NO_NATIVE_SURFACE);
             }
             if request.resource_id == BAD {
-                refusing = true;
+                refused = true;
             } else {
                 link.answer(request);
             }
         }
         link.pong(envelope);
         Then::GoOn
-    });
-    let mut encoder = Encoder::new(&peer, Transfer::Auto);
+    }));
+}
+
+#[test]
+fn what_was_answered_before_the_refusal_comes_after_it_too() {
+    let mut refused = None;
+    behind_a_refused_picture(&naming_host(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            if request.resource_id == BAD {
+                refused = Some(request.tag);
+            } else {
+                link.answer(request);
+                if let Some(tag) = refused.take() {
+                    refuse_named(link, ErrorCode::NO_NATIVE_SURFACE, Some(tag));
+                }
+            }
+        }
+        link.pong(envelope);
+        Then::GoOn
+    }));
+}
+
+fn behind_a_refused_picture(peer: &Peer) {
+    let mut encoder = Encoder::new(peer, Transfer::Auto);
     let (good, bad) = (encoder.known(GOOD), encoder.known(BAD));
     encoder.push(&good).unwrap();
     assert_eq!(encoder.pull(), 0);
@@ -361,25 +394,46 @@ fn what_was_sent_behind_a_refused_picture_comes_after_it() {
     let sent: Vec<_> = (0..7)
         .map(|_| {
             let (request, _) = peer.wait_for(request);
-            let number = request.pts as u64 / FRAME.nseconds();
-            (number, request.resource_id, request.force_keyframe)
+            (request.pts as u64 / FRAME.nseconds(), request.resource_id)
         })
         .collect();
-    let again = [(1, 0, true), (2, GOOD, false)];
+    let again = [(1, 0), (2, GOOD)];
     assert_eq!(
         sent[..5],
-        [
-            &[(0, GOOD, true), (1, BAD, false), (2, GOOD, false)][..],
-            &again
-        ]
-        .concat()
+        [&[(0, GOOD), (1, BAD), (2, GOOD)][..], &again].concat()
     );
     // The bad one is known for it now; the good one is not.
-    let after: Vec<_> = sent[5..]
-        .iter()
-        .map(|(number, id, _)| (*number, *id))
+    assert_eq!(sent[5..], [(3, 0), (4, GOOD)]);
+}
+
+#[test]
+fn a_stream_goes_on_from_a_keyframe_where_answers_are_not_used() {
+    let mut refused = false;
+    let peer = resolving_host(move |link, envelope| {
+        match &envelope.message {
+            Message::FrameRequest(request, _) if request.resource_id == BAD => refused = true,
+            Message::FrameRequest(request, _) => {
+                if std::mem::take(&mut refused) {
+                    refuse(link, ErrorCode::NO_NATIVE_SURFACE);
+                }
+                link.answer(request);
+            }
+            _ => {}
+        }
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(&peer, Transfer::Auto);
+    let (good, bad) = (encoder.known(GOOD), encoder.known(BAD));
+    for buffer in [&good, &bad, &good] {
+        encoder.push(buffer).unwrap();
+    }
+    for number in 0..3 {
+        assert_eq!(encoder.pull(), number);
+    }
+    let forced: Vec<_> = (0..5)
+        .map(|_| peer.wait_for(request).0.force_keyframe)
         .collect();
-    assert_eq!(after, [(3, 0), (4, GOOD)]);
+    assert_eq!(forced, [true, false, false, true, false]);
 }
 
 #[test]
