@@ -489,3 +489,22 @@ fn a_picture_is_sent_when_what_draws_it_is_done() {
     assert_eq!(encoder.pull(), 0);
     done.join().unwrap();
 }
+
+#[cfg(feature = "v1_24")]
+#[test]
+fn dma_drm_caps_say_what_the_pixels_are() {
+    for (drm_format, fourcc) in [("XR24", 0x3432_5241), ("AB24", 0x3432_4241)] {
+        let peer = Peer::answering();
+        let mut encoder = Encoder::new(&peer, Transfer::Auto);
+        encoder.harness.set_src_caps_str(&format!(
+            "video/x-raw(memory:DMABuf),format=DMA_DRM,drm-format={drm_format},width=64,height=48,\
+             framerate=60/1"
+        ));
+        let buffer = Encoder::dmabuf(fake::memfd(SIZE));
+        encoder.push(&buffer).unwrap();
+        encoder.pull();
+        let (request, pixels) = peer.wait_for(request);
+        assert_eq!((request.format, request.stride), (fourcc, 256));
+        assert_eq!(pixels.expect("pixels").len(), SIZE);
+    }
+}
