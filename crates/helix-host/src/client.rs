@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use helix_protocol::connection::{ConnectionError, Event};
+use helix_protocol::connection::{Body, ConnectionError, Event};
 use helix_protocol::encode;
 use helix_protocol::message::{
     Capabilities, Config, ErrorCode, ErrorMessage, FrameResponse, Hello, RequestTag, ScanoutResp,

@@ -2,6 +2,7 @@
 
 //! HELLO: what this host says of itself, and what it then uses towards a client (docs/protocol.md).
 
+use helix_protocol::connection::Body;
 use helix_protocol::encode::Head;
 use helix_protocol::message::{
     CODEC_H264, Capabilities, ErrorCode, HELLO_VERSION, Hello, RequestTag,

@@ -16,6 +16,7 @@
 mod access;
 mod access_unit;
 mod client;
+mod edges;
 mod encoder;
 mod greeting;
 mod layout;

@@ -59,13 +59,11 @@ impl Picture {
         Ok(Self { buffer, info })
     }
 
-    /// The same picture with even sides of at least `minimum` pixels: what an encoder of 4:2:0
-    /// takes. The edges are repeated to the right and downwards. A picture that fits already is
-    /// not copied.
+    /// The same picture with sides of at least so many pixels. The edges are repeated to the
+    /// right and downwards. A picture that fits already is not copied.
     pub fn at_least(self, minimum: (u32, u32)) -> Result<Self, String> {
         let (width, height) = (self.info.width(), self.info.height());
-        let even = |side: u32, minimum: u32| side.max(minimum).next_multiple_of(2);
-        let (wide, high) = (even(width, minimum.0), even(height, minimum.1));
+        let (wide, high) = (width.max(minimum.0), height.max(minimum.1));
         if (wide, high) == (width, height) {
             return Ok(self);
         }
@@ -115,9 +113,9 @@ impl Picture {
             }
         }
         drop(from);
-        Ok(Self {
-            buffer: to.into_buffer(),
-            info,
-        })
+        let mut buffer = to.into_buffer();
+        let times = gst::BufferCopyFlags::TIMESTAMPS | gst::BufferCopyFlags::FLAGS;
+        self.buffer.copy_into(buffer.make_mut(), times, ..)?;
+        Ok(Self { buffer, info })
     }
 }

@@ -9,12 +9,13 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use helix_protocol::Connection;
+use helix_protocol::connection::Body;
 use helix_protocol::encode;
 use helix_protocol::message::{
     Config, ErrorCode, ErrorMessage, FrameRequest, FrameResponse, RequestTag,
 };
 use helix_protocol::wait::Waker;
-use helix_protocol::{Connection, h264};
 
 use crate::access_unit::{AccessUnit, Tail};
 use crate::encoder::{Encoder, Output};
@@ -395,9 +396,9 @@ impl Session {
     fn encoded(&mut self, number: u64, unit: AccessUnit) {
         self.failures = 0;
         if unit.is_keyframe()
-            && let Some([_, _, _, level, ..]) = h264::find_sps(unit.bytes())
+            && let Some(level) = unit.level()
         {
-            self.level = *level;
+            self.level = level;
         }
         if let Some(reply) = self.find(number)
             && let Reply::Encoding {

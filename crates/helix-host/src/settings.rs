@@ -235,6 +235,15 @@ impl EncoderSpec {
         }
     }
 
+    /// Whether the element's pad takes any size: some name a step.
+    pub fn takes_odd_sizes(&self) -> bool {
+        let odd = gst::Caps::builder("video/x-raw")
+            .field("width", 1023)
+            .field("height", 1023)
+            .build();
+        self.factory.can_sink_any_caps(&odd)
+    }
+
     /// The caps that make the element keep to a profile, as near to `profile_idc` as it can.
     pub fn profile_caps(&self, profile_idc: u8) -> gst::Caps {
         let wanted: &[&str] = match profile_idc {

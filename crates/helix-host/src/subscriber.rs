@@ -7,6 +7,7 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use helix_protocol::connection::Body;
 use helix_protocol::wait::Waker;
 
 use crate::access_unit::AccessUnit;

@@ -13,6 +13,7 @@ mod hello;
 mod limits;
 pub mod message;
 mod payload;
+pub mod sps;
 pub mod transport;
 pub mod wait;
 mod wire;

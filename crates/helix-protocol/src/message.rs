@@ -274,11 +274,13 @@ impl Capabilities {
     pub const CAPTURE_PTS: Self = Self(1 << 8);
 
     /// The bits that both have: what two peers may use.
+    #[must_use]
     pub const fn and(self, other: Self) -> Self {
         Self(self.0 & other.0)
     }
 
     /// The bits that either has.
+    #[must_use]
     pub const fn or(self, other: Self) -> Self {
         Self(self.0 | other.0)
     }

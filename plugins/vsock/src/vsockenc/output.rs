@@ -6,7 +6,7 @@ use gst::glib;
 use gst::prelude::*;
 use gst::subclass::prelude::*;
 use gst_video::prelude::*;
-use helix_protocol::message::{Config, FrameResponse};
+use helix_protocol::message::{Capabilities, Config, FrameResponse};
 use helix_protocol::{Address, Agreement, Payload};
 use zerocopy_plugin_common::{ConnectionState, H264Caps, accepted_downstream, connection_message};
 
@@ -24,6 +24,8 @@ pub(super) struct Output {
     pub flow: Option<gst::FlowError>,
     /// Frames that were dropped before there were caps; the base class still holds them.
     unfinished: Vec<u32>,
+    /// The host said that it resolves resource ids.
+    pub resolves: bool,
     pub frames: u64,
     pub dropped: u64,
 }
@@ -69,6 +71,9 @@ impl Client for Handle {
                 "connected to {} ({peer}), {host:?}",
                 self.address
             );
+            element
+                .imp()
+                .set_resolves(host.can(Capabilities::RESOURCE_IDS));
         }
         self.post(ConnectionState::Connected, peer, Way::default(), "");
     }

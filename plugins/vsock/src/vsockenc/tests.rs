@@ -288,18 +288,27 @@ fn pixels_are_all_that_transfer_pixels_sends() {
     );
 }
 
+/// Whether the element would rather have DMA-BUFs than other memory.
+fn prefers_dmabufs(encoder: &Encoder) -> bool {
+    let caps = encoder.element.static_pad("sink").unwrap().query_caps(None);
+    super::formats::is_dmabuf(&caps)
+}
+
 #[test]
-fn dmabufs_are_preferred_where_they_may_have_ids() {
-    let peer = Peer::answering();
-    for (transfer, first) in [(Transfer::Auto, true), (Transfer::Pixels, false)] {
-        let encoder = Encoder::new(&peer, transfer);
-        let caps = encoder.element.static_pad("sink").unwrap().query_caps(None);
-        assert_eq!(
-            super::formats::is_dmabuf(&caps),
-            first,
-            "{transfer:?}: {caps}"
-        );
-    }
+fn dmabufs_are_preferred_where_their_ids_are_of_use() {
+    let legacy = Peer::answering();
+    assert!(prefers_dmabufs(&Encoder::new(
+        &legacy,
+        Transfer::ResourceId
+    )));
+    assert!(!prefers_dmabufs(&Encoder::new(&legacy, Transfer::Auto)));
+    assert!(!prefers_dmabufs(&Encoder::new(&legacy, Transfer::Pixels)));
+
+    let resolving = resolving_host(|_, _| Then::GoOn);
+    let mut encoder = Encoder::new(&resolving, Transfer::Auto);
+    // It is known when upstream is told to ask.
+    while encoder.harness.pull_upstream_event().unwrap().type_() != gst::EventType::Reconfigure {}
+    assert!(prefers_dmabufs(&encoder));
 }
 
 #[test]
