@@ -12,6 +12,7 @@
 use helix_protocol::message::{Config, ErrorMessage, FrameResponse};
 use helix_protocol::{Connection, Message, Payload};
 
+use super::AccessUnit;
 use super::conversation::{Conversation, Open};
 use super::transfer::{Refusal, Way};
 use super::worker::{End, Worker};
@@ -133,13 +134,17 @@ impl Conversation {
             worker.force_keyframe |= open.forced;
             worker.report_dropped(open.frame, "the host sent an empty access unit");
         } else {
-            let after_loss = std::mem::take(&mut self.after_loss);
-            worker
-                .client
-                .encoded(open.frame, response, data, after_loss);
+            let took = open.submitted.at.elapsed();
+            let access_unit = AccessUnit {
+                response,
+                data,
+                after_loss: std::mem::take(&mut self.after_loss),
+                took,
+            };
+            worker.client.encoded(open.frame, access_unit);
             worker.shared.update(|state| {
                 state.open -= 1;
-                state.counts.reply.add(open.submitted.at.elapsed());
+                state.counts.reply.add(took);
             });
         }
     }

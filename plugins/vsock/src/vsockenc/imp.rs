@@ -36,6 +36,7 @@ use helix_protocol::wait::{Waiter, Waker};
 
 use super::Transfer;
 use super::formats;
+use super::latency::Latency;
 use super::output::{Handle, Output};
 use super::settings::Settings;
 use super::stream_lock::StreamUnlocked;
@@ -279,9 +280,9 @@ impl VideoEncoderImpl for VsockEnc {
             .mul_div_ceil(den.into(), num.into())
             .unwrap_or(gst::ClockTime::ZERO);
         let in_flight = lock(&self.settings).max_in_flight;
-        // A reply comes within a frame's time, or frames pile up until `max-in-flight`.
         self.obj()
             .set_latency(duration, duration * u64::from(in_flight));
+        lock(&self.output).latency = Latency::new(duration.into(), in_flight);
         gst::debug!(CAT, imp = self, "{config:?}");
         if let Some(streaming) = &mut *lock(&self.streaming) {
             streaming.session.configure(format);
@@ -308,8 +309,14 @@ impl VideoEncoderImpl for VsockEnc {
         let force_keyframe = frame
             .flags()
             .contains(gst_video::VideoCodecFrameFlags::FORCE_KEYFRAME);
+        let is_late = self.obj().is_qos_enabled() && self.obj().max_encode_time(&frame) < 0;
         // It holds the stream lock (L24); its number finds it again.
         drop(frame);
+        if is_late && !force_keyframe {
+            // Raw frames may go, encoded ones may not (L26).
+            self.finish_without_output(number, "it is too late for the sink (qos)");
+            return Ok(gst::FlowSuccess::Ok);
+        }
 
         let (info, resources) = lock(&self.streaming)
             .as_ref()
