@@ -42,6 +42,10 @@ pub(super) struct Open {
 }
 
 /// The time on one connection.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "two are what was agreed on, two what has happened"
+)]
 pub(super) struct Conversation {
     /// Oldest first.
     pub open: VecDeque<Open>,
@@ -151,7 +155,7 @@ impl Conversation {
             };
             self.liveness.spoke();
             match item {
-                Item::Format(format) => self.send_format(worker, connection, format),
+                Item::Format(format) => send_format(worker, connection, format),
                 Item::Frame(request, submitted) => {
                     let interval = worker.settings.keyframe_interval;
                     let due = interval > 0 && worker.since_keyframe >= interval;
@@ -178,16 +182,6 @@ impl Conversation {
                 }
             }
         }
-    }
-
-    fn send_format(
-        &mut self,
-        worker: &mut Worker,
-        connection: &mut Connection<Pixels>,
-        format: Format,
-    ) {
-        connection.send(encode::config_req(SESSION_ID, &format.config));
-        worker.format = Some(format);
     }
 
     /// A name for the next request. No request is 0: that is what an ERROR about none has.
@@ -336,4 +330,9 @@ impl Conversation {
             }
         }
     }
+}
+
+fn send_format(worker: &mut Worker, connection: &mut Connection<Pixels>, format: Format) {
+    connection.send(encode::config_req(SESSION_ID, &format.config));
+    worker.format = Some(format);
 }

@@ -42,18 +42,12 @@ impl Conversation {
             Message::FrameResponse(response, data) => self.reply_in_order(worker, response, data),
             Message::Error(error) => return self.error(worker, connection, &error),
             Message::Pong => self.liveness.pong(),
-            Message::ConfigResp(in_force) if self.confirms => self.configured(worker, &in_force),
+            Message::ConfigResp(in_force) if self.confirms => configured(worker, &in_force),
             // A client need not answer PING, deployed hosts send none; and what was agreed on in
             // the greeting stays.
             _ => {}
         }
         Ok(())
-    }
-
-    fn configured(&self, worker: &Worker, in_force: &Config) {
-        if let Some(format) = &worker.format {
-            worker.client.configured(&format.config, in_force);
-        }
     }
 
     fn reply_by_id(&mut self, worker: &mut Worker, response: FrameResponse, data: Payload) {
@@ -254,5 +248,11 @@ impl Conversation {
             self.open.remove(oldest);
         }
         self.finish_ready(worker);
+    }
+}
+
+fn configured(worker: &Worker, in_force: &Config) {
+    if let Some(format) = &worker.format {
+        worker.client.configured(&format.config, in_force);
     }
 }

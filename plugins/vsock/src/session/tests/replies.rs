@@ -181,7 +181,9 @@ fn what_was_flushed_is_nobodys() {
             if let Message::FrameRequest(request, _) = &envelope.message {
                 requests.push(*request);
                 if requests.len() == 3 {
-                    requests.iter().for_each(|request| link.answer(request));
+                    for request in &requests {
+                        link.answer(request);
+                    }
                 }
             }
             link.pong(envelope);
