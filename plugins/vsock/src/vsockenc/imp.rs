@@ -68,7 +68,7 @@ pub(super) struct Streaming {
     waiter: Option<Waiter>,
     pub input: Option<Input>,
     /// Who tells the resources behind DMA-BUFs; `None` = all pictures go as pixels.
-    resources: Option<Arc<dyn Resources>>,
+    pub resources: Option<Arc<dyn Resources>>,
 }
 
 #[derive(Clone)]
@@ -235,12 +235,8 @@ impl VideoEncoderImpl for VsockEnc {
     }
 
     fn caps(&self, filter: Option<&gst::Caps>) -> gst::Caps {
-        // Who can have either memory should give the one that may spare the pixels their way.
-        let named = lock(&self.streaming)
-            .as_ref()
-            .is_some_and(|streaming| streaming.resources.is_some());
-        self.obj()
-            .proxy_getcaps(Some(&formats::sink_caps(named)), filter)
+        let caps = formats::sink_caps(self.prefers_dmabufs());
+        self.obj().proxy_getcaps(Some(&caps), filter)
     }
 
     fn set_format(

@@ -8,7 +8,7 @@ use gst::glib;
 use gst::prelude::*;
 use gst::subclass::prelude::*;
 use gst_video::prelude::*;
-use helix_protocol::message::Config;
+use helix_protocol::message::{Capabilities, Config};
 use helix_protocol::{Address, Agreement};
 use zerocopy_plugin_common::{ConnectionState, H264Caps, accepted_downstream, connection_message};
 
@@ -27,6 +27,8 @@ pub(super) struct Output {
     pub flow: Option<gst::FlowError>,
     /// Frames that were dropped before there were caps; the base class still holds them.
     unfinished: Vec<u32>,
+    /// The host said that it resolves resource ids.
+    pub resolves: bool,
     pub frames: u64,
     pub dropped: u64,
     pub latency: Latency,
@@ -73,6 +75,9 @@ impl Client for Handle {
                 "connected to {} ({peer}), {host:?}",
                 self.address
             );
+            element
+                .imp()
+                .set_resolves(host.can(Capabilities::RESOURCE_IDS));
         }
         self.post(ConnectionState::Connected, peer, Way::default(), "");
     }
