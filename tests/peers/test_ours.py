@@ -481,7 +481,77 @@ class ForeignClientAgainstHelixHost(unittest.TestCase):
 
     def test_every_byte_vector(self):
         with helix_host() as host:
-            self.client(host, "vectors", str(VECTORS))
+            self.client(host, "vectors", "--hello", str(VECTORS))
+
+    def test_hello_says_what_the_host_is_and_can(self):
+        with helix_host() as host:
+            peer = self.client(host, "ping", "--hello", "--probe")["peer"]
+        self.assertEqual((peer["version"], peer["codecs"], peer["max_in_flight"]), (1, 1, 16))
+        self.assertEqual((peer["max_width"], peer["max_height"]), (8192, 8192))
+        self.assertEqual(peer["max_message"], 12 + 44 + 64 * 2**20)
+        # Request ids, CONFIG_RESP, KEYFRAME_REQ, capture time.
+        self.assertEqual(peer["capabilities"], 0b1_0000_0111)
+        tlvs = {kind: bytes.fromhex(value) for kind, value in peer["tlvs"]}
+        self.assertTrue(tlvs[1].startswith(b"helix-host "), tlvs)
+        self.assertEqual((tlvs[2], tlvs[4]), (b"x264enc", b"CLOCK_MONOTONIC"))
+        self.assertNotIn("remarks", peer)
+
+    def test_request_ids_epochs_and_config_resp(self):
+        with helix_host() as host:
+            result = self.client(
+                host, "encode", "--hello", "--picture", "320x240:BGRA", "--frames", "40", "--in-flight", "8",
+                "--flush-every", "12", "--bitrate", "2345678", "--verify-psnr", "30",
+            )  # fmt: skip
+        self.assertEqual(result["replies"] + result["stale"], 40)
+        # x264enc counts in kbit/s.
+        expected = {
+            "width": 320, "height": 240, "bitrate": 2345000, "framerate_num": 60, "framerate_den": 1,
+            "profile": 66, "level": 0, "realtime": 1,
+        }  # fmt: skip
+        self.assertEqual(result["config"], expected)
+
+    def test_errors_carry_the_tag_of_their_request(self):
+        with helix_host() as host:
+            for greeting in (["--hello"], ["--hello", "--capabilities", "2"], []):
+                with self.subTest(greeting):
+                    result = self.client(
+                        host, "encode", *greeting, "--resource", "7", "--allow-errors", "--frames", "20",
+                        "--in-flight", "4",
+                    )  # fmt: skip
+                    self.assertEqual(result["errors"], 20)
+                    self.assertIn("send pixels", str(result["error_texts"]))
+
+    def test_a_screen_is_pushed_after_hello_too(self):
+        screen = "1=videotestsrc is-live=true ! video/x-raw,width=320,height=240,framerate=30/1"
+        with helix_host("--scanout", screen) as host:
+            self.client(host, "subscribe", "1", "--frames", "20", "--hello", "--bitrate", "500000")
+
+    def test_broken_hellos_are_refused(self):
+        with helix_host() as host:
+            self.client(host, "hello-faults")
+            before = host.rss()
+            for _ in range(10):
+                self.client(host, "hello-faults")
+            self.assertLess(host.rss() - before, 16 * 1024, "KiB more than before")
+
+    def test_only_who_knows_the_token_gets_in(self):
+        with tempfile.TemporaryDirectory() as folder:
+            file = pathlib.Path(folder) / "token"
+            file.touch(0o600)
+            file.write_text("open sesame\n", encoding="ascii")
+            with helix_host("--token-file", str(file)) as host:
+                knows = ("--hello", "--token", "open sesame")
+                self.client(host, "stranger")
+                self.client(host, "encode", *knows, "--picture", "320x240:NV12", "--frames", "10")
+                before = host.rss()
+                for _ in range(20):
+                    self.client(host, "stranger")
+                self.assertLess(host.rss() - before, 16 * 1024, "KiB more than before")
+                self.client(host, "ping", *knows)
+
+    def test_a_client_that_offers_a_token_nobody_asked_for_gets_in(self):
+        with helix_host() as host:
+            self.client(host, "ping", "--hello", "--token", "whatever")
 
     def test_misbehaviour_hurts_nobody_else_and_memory_stays_flat(self):
         screen = "1=videotestsrc is-live=true ! video/x-raw,width=320,height=240,framerate=30/1"

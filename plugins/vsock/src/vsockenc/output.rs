@@ -88,7 +88,8 @@ impl Client for Handle {
         };
         gst::info!(CAT, obj = element, "the host has in force: {in_force:?}");
         let (wanted, got) = (given.bitrate, in_force.bitrate);
-        if wanted.abs_diff(got) > wanted / NOTABLE {
+        // 0 = the host does not know yet.
+        if got != 0 && wanted.abs_diff(got) > wanted / NOTABLE {
             gst::warning!(
                 CAT,
                 obj = element,
