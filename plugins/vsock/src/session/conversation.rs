@@ -42,10 +42,6 @@ pub(super) struct Open {
 }
 
 /// The time on one connection.
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "two are what was agreed on, two what has happened"
-)]
 pub(super) struct Conversation {
     /// Oldest first.
     pub open: VecDeque<Open>,
