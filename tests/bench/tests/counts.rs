@@ -121,7 +121,7 @@ fn no_allocation_grows_with_the_frame_and_no_pixel_is_copied() {
 
 #[test]
 fn a_copy_of_the_picture_would_be_counted() {
-    // videoconvert is where the pixels of a frame are read and written.
+    // x264 takes its pictures into frames of its own.
     let counts = counts("x264enc", &picture(320, 240, "NV12", 64), &Value::from(""));
     assert!(counts["copied_bytes"] > 320.0 * 240.0, "{counts:?}");
 }
