@@ -239,6 +239,43 @@ class EncoderAgainstForeignHost(unittest.TestCase):
     def test_a_host_that_wants_its_configuration_first(self):
         self.exact("--need-config")
 
+    def test_request_ids_and_epochs(self):
+        self.exact("--hello", options="max-in-flight=4")
+        self.exact("--hello", "--capabilities", "1", "--stray", options="max-in-flight=4")
+        self.exact("--hello", "--reply-twice", "--pts", "micros", options="max-in-flight=4")
+
+    def test_replies_out_of_order(self):
+        self.exact("--hello", "--reorder", "4", options="max-in-flight=4")
+
+    def test_fewer_requests_where_the_host_wants_fewer(self):
+        # More than two at once would be a violation.
+        self.exact("--hello", "--max-in-flight", "2", "--late", "5", options="max-in-flight=16")
+
+    def test_hello_resp_twice_or_late(self):
+        self.exact("--hello", "--hello-twice")
+        self.exact("--hello-late")
+
+    def test_hosts_of_no_use_are_named(self):
+        for text, switches in {
+            "encodes no H.264": ["--codecs", "2"],
+            "takes no requests": ["--max-in-flight", "0"],
+            "limit of 1000 bytes": ["--max-message", "1056"],
+        }.items():
+            with self.subTest(text), python_host("--hello", *switches) as host:
+                self.assertIn(text, encode(host.address, decode=False).error)
+
+    def test_a_token_is_wanted_or_not(self):
+        self.exact("--token", "secret", options="auth-token=secret")
+        self.exact("--hello", options="auth-token=secret")
+        self.exact(options="auth-token=secret")
+        for option, advice in {"": "Set auth-token", "auth-token=guess": "is auth-token the one"}.items():
+            with self.subTest(advice), python_host("--token", "secret") as host:
+                begin = time.monotonic()
+                result = encode(host.address, f"{option} reconnect-timeout=60000", decode=False)
+                self.assertIn("the auth token is missing or wrong", result.error)
+                self.assertIn(advice, result.error)
+                self.assertLess(time.monotonic() - begin, LONG)
+
     def test_a_missing_reply_loses_its_own_frame_only(self):
         with python_host("--drop-reply", "5", "--gop", "1") as host:
             result = encode(host.address, "timeout=500 max-in-flight=4", decode=False)
@@ -333,6 +370,13 @@ class SourceAgainstForeignHost(unittest.TestCase):
                 self.assertIsNone(result.error)
                 self.assertGreaterEqual(result.stats["reconnects"], 1)
 
+    def test_a_token_is_wanted(self):
+        with python_host("--token", "secret", "--push", "1=64x48@30") as host:
+            base = f"scanoutsrc name=e scanout-id=1 {properties(host.address)}"
+            self.assertIn("Set auth-token", run(f"{base} ! appsink name=sink").error)
+            result = run(f"{base} auth-token=secret ! appsink name=sink sync=false", frames=3)
+            self.assertIsNone(result.error)
+
     def test_a_still_screen_is_no_error(self):
         with python_host("--push", "1=160x120@60", "--push-gop", "5", "--push-still", "10") as host:
             began = time.monotonic()
@@ -349,7 +393,7 @@ class SourceAgainstForeignHost(unittest.TestCase):
 
     def test_a_dead_host_is_an_error_where_that_is_wanted(self):
         # The first PING comes when the screen stands still, and gets no answer any more.
-        switches = ("--push", "1=160x120@60", "--push-gop", "5", "--push-still", "10", "--silent-after", "2")
+        switches = ("--push", "1=160x120@60", "--push-gop", "5", "--push-still", "10", "--silent-after", "4")
         with python_host(*switches) as host:
             result = self.watch(host, "timeout=200 reconnect-timeout=0", frames=100000, decode=False)
         self.assertIn("not even to a PING", result.error)
@@ -358,6 +402,34 @@ class SourceAgainstForeignHost(unittest.TestCase):
         with python_host("--generation", "1") as host:
             result = self.watch(host, "timeout=300")
         self.assertIn("does not answer", result.error)
+
+
+class ElementsAgainstHelixHost(unittest.TestCase):
+    """What only both of ours do with each other: greetings that find more than a legacy peer."""
+
+    def test_a_token_lets_both_elements_in_and_nobody_else(self):
+        with tempfile.NamedTemporaryFile("w", suffix=".token") as file:
+            file.write("open sesame\n")
+            file.flush()
+            os.chmod(file.name, 0o600)
+            screen = "1=videotestsrc is-live=true ! video/x-raw,width=64,height=48"
+            with helix_host("--token-file", file.name, "--scanout", screen) as host:
+                watch = f"scanoutsrc name=e scanout-id=1 {properties(host.address)}"
+                sink = "! appsink name=sink sync=false"
+                for token in ("", 'auth-token="close sesame"'):
+                    error = encode(host.address, token, decode=False).error
+                    self.assertIn("auth-token", error)
+                    self.assertNotIn("sesame", error)
+                    self.assertIn("auth-token", run(f"{watch} {token} {sink}").error)
+                token = 'auth-token="open sesame"'
+                result = encode(host.address, f"{token} max-in-flight=4", decode=False)
+                self.assertEqual((result.error, len(result.buffers)), (None, FRAMES))
+                self.assertEqual(result.stats["unmatched"], 0)
+                self.assertIsNone(run(f"{watch} {token} {sink}", frames=3).error)
+
+    def test_the_limit_of_this_host_is_named(self):
+        with helix_host("--max-frame-bytes", "4000") as host:
+            self.assertIn("limit of 4000 bytes", encode(host.address, decode=False).error)
 
 
 class ForeignClientAgainstHelixHost(unittest.TestCase):
