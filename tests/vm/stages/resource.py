@@ -141,7 +141,7 @@ def send_ids(stage, guest, host, trace, memory, name, nodes):
 def send_to_resolver(stage, guest):
     """With `auto`, a host that announces that it resolves ids gets them, and its pictures come back."""
     # It ends with its standard input.
-    script = f"rm -f {HOST}; sleep 300 | /src/target/release/examples/resolving-host unix:{HOST}"
+    script = f"rm -f {HOST}; sleep 300 | /src/target/debug/examples/resolving-host unix:{HOST}"
     resolver = guest.start("resolver", script, 300)
     resolver.wait_for("listening on", LIMIT)
     said, stats = send(stage, guest, "created", "resolved", "auto")
