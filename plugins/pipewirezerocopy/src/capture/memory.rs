@@ -80,6 +80,18 @@ impl Memory {
         }
     }
 
+    /// Cuts the connection to the producer: whoever reads this memory in place goes on reading what
+    /// is in it now, at the same address, and the producer may write what it likes.
+    ///
+    /// It costs a copy, and an error leaves everything as it was.
+    pub fn detach(&self) -> io::Result<()> {
+        match self {
+            Self::Mapped(mapping) => mapping.detach(),
+            // Nobody reads it in place.
+            Self::File(_) => Ok(()),
+        }
+    }
+
     /// `len` bytes from `offset` on, in place. None where they are not mapped. They may reach
     /// behind the block's end, up to that of its last page.
     ///
@@ -231,9 +243,54 @@ impl Mapping {
         true
     }
 
+    /// Bytes of all pages: the kernel maps whole ones.
+    fn paged(&self) -> usize {
+        self.mapped.next_multiple_of(page_size())
+    }
+
+    fn detach(&self) -> io::Result<()> {
+        let failed = |address| {
+            if address == libc::MAP_FAILED {
+                Err(io::Error::last_os_error())
+            } else {
+                Ok(address)
+            }
+        };
+        // SAFETY: A new mapping at an address of the kernel's choice touches no memory of ours.
+        let copy = failed(unsafe {
+            libc::mmap(
+                std::ptr::null_mut(),
+                self.paged(),
+                libc::PROT_READ | libc::PROT_WRITE,
+                libc::MAP_PRIVATE | libc::MAP_ANONYMOUS,
+                -1,
+                0,
+            )
+        })?;
+        // SAFETY: Both are mapped with that many bytes, and the new one is nobody else's.
+        unsafe { std::ptr::copy_nonoverlapping(self.base.as_ptr(), copy, self.paged()) };
+        // SAFETY: The copy takes the place of the shared pages in one step of the kernel's (mremap(2),
+        // MREMAP_FIXED): who reads them meanwhile finds the same bytes before and after. This
+        // value owns both, and goes on owning what is at `base`.
+        let moved = failed(unsafe {
+            libc::mremap(
+                copy,
+                self.paged(),
+                self.paged(),
+                libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED,
+                self.base.as_ptr(),
+            )
+        });
+        if let Err(error) = moved {
+            // SAFETY: Mapped above, and known to nobody.
+            unsafe { libc::munmap(copy, self.paged()) };
+            return Err(error);
+        }
+        Ok(())
+    }
+
     fn shared(&self, offset: usize, len: usize) -> Option<&[u8]> {
-        // The kernel maps whole pages.
-        let readable = self.mapped.next_multiple_of(page_size()) - self.start;
+        let readable = self.paged() - self.start;
         if !ends_within(offset, len, readable) {
             return None;
         }
@@ -353,6 +410,21 @@ mod tests {
         memory.set_len(100).unwrap();
         assert!(!block.copy_out(0, &mut out));
         assert!(block.copy_out(0, &mut out[..100]));
+    }
+
+    #[test]
+    fn detached_memory_keeps_its_bytes_at_its_address() {
+        let memory = memfd(&pattern());
+        seal(&memory);
+        let block = Memory::new(memory.as_fd(), 5000, 5000).unwrap();
+        let bytes = block.shared(0, 5000).unwrap();
+        block.detach().unwrap();
+        memory.write_all_at(&[0; 10_000], 0).unwrap();
+        assert_eq!(bytes, &pattern()[5000..]);
+        assert_eq!(
+            block.shared(0, 5000).map(<[u8]>::as_ptr),
+            Some(bytes.as_ptr())
+        );
     }
 
     #[test]

@@ -262,6 +262,9 @@ impl Capture {
 
 impl Drop for Capture {
     fn drop(&mut self) {
+        // Before the end: the producer keeps its buffers for the next consumer, and one that was not
+        // given back stays missing.
+        self.inbox.discard();
         let _ = self.commands.send(Command::Quit);
         if let Some(thread) = self.thread.take() {
             // A panic there has been printed; there is nothing to add to it here.

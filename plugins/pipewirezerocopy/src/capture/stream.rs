@@ -48,6 +48,8 @@ struct Buffer {
     /// Our number for it, never used twice, also not by the next stream.
     id: u64,
     memory: [Option<Arc<Memory>>; MAX_PLANES],
+    /// A lease of it exists.
+    out: bool,
 }
 
 /// Why a buffer holds no frame.
@@ -153,17 +155,37 @@ impl CaptureStream {
 
     /// Gives a buffer back to the producer, unless it has been removed meanwhile.
     pub fn requeue(&self, id: u64) {
-        let found = self
-            .state
-            .buffers
-            .borrow()
-            .iter()
-            .find(|(_, buffer)| buffer.id == id)
-            .map(|(raw, _)| *raw);
-        if let Some(raw) = found {
+        let mut buffers = self.state.buffers.borrow_mut();
+        let found = buffers
+            .iter_mut()
+            .find(|(_, buffer)| buffer.id == id && buffer.out);
+        if let Some((raw, buffer)) = found {
+            buffer.out = false;
             // SAFETY: The buffer was dequeued from this stream, whose list of buffers still has
-            // it, and each lease gives its buffer back exactly once.
-            unsafe { self.stream.queue_raw_buffer(raw) };
+            // it, and it is given back only once: `out` says.
+            unsafe { self.stream.queue_raw_buffer(*raw) };
+        }
+    }
+
+    /// Gives all buffers back before the stream ends, those that somebody still reads as well:
+    /// what is in them becomes a copy at its place.
+    ///
+    /// Producers keep their buffers for the next consumer. mutter never gets one back that was out
+    /// when the consumer went, and after as many such ends as it has buffers it streams no more.
+    pub fn reclaim(&self) {
+        let mut buffers = self.state.buffers.borrow_mut();
+        for (raw, buffer) in buffers.iter_mut().filter(|(_, buffer)| buffer.out) {
+            let detached = buffer.memory.iter().flatten().try_for_each(|m| m.detach());
+            if let Err(error) = detached {
+                self.state.log(
+                    Level::Warning,
+                    format_args!("a buffer stays with its reader, for want of memory: {error}"),
+                );
+                continue;
+            }
+            buffer.out = false;
+            // SAFETY: As in `requeue`.
+            unsafe { self.stream.queue_raw_buffer(*raw) };
         }
     }
 
@@ -334,7 +356,12 @@ impl State {
             self.pool.replace(Arc::default());
         }
         self.pool.borrow().add();
-        buffers.insert(raw, Buffer { id, memory });
+        let buffer = Buffer {
+            id,
+            memory,
+            out: false,
+        };
+        buffers.insert(raw, buffer);
     }
 
     fn remove_buffer(&self, raw: *mut pw_buffer) {
@@ -389,8 +416,8 @@ impl State {
     /// The frame in a buffer that has just been dequeued.
     fn frame(&self, raw: *mut pw_buffer) -> Result<Frame, Skip> {
         let received = Monotonic::now();
-        let buffers = self.buffers.borrow();
-        let (Some(buffer), Some(format)) = (buffers.get(&raw), self.format.get()) else {
+        let mut buffers = self.buffers.borrow_mut();
+        let (Some(buffer), Some(format)) = (buffers.get_mut(&raw), self.format.get()) else {
             return Err(Skip::Corrupted(Some("it belongs to no format".into())));
         };
         // SAFETY: The buffer is in our list, so PipeWire has added and not yet removed it.
@@ -442,6 +469,7 @@ impl State {
         } else {
             Damage::of_buffer(metas.damage(), &layout)
         };
+        buffer.out = true;
         Ok(Frame {
             layout,
             format: StreamFormat {

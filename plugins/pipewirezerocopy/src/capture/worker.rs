@@ -438,7 +438,9 @@ impl Worker {
     /// portal's, the daemon does not notice that we have gone, and would go on streaming to us:
     /// there, wait until it has confirmed.
     fn say_goodbye(mut self, looped: &LoopRc) {
-        self.stream = None;
+        if let Some(stream) = self.stream.take() {
+            stream.reclaim();
+        }
         if self.end == Some(End::Lost) || !self.shared_socket {
             return;
         }

@@ -210,7 +210,10 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
         *lock(&self.waker) = None;
         // Dropped with no lock held: it joins the loop thread, which logs.
         let streaming = lock(&self.streaming).take();
-        drop(streaming);
+        if let Some(mut streaming) = streaming {
+            // Its buffer can go back only while the capture is there.
+            streaming.last = None;
+        }
         Ok(())
     }
 

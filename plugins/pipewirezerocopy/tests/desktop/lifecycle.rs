@@ -123,7 +123,8 @@ fn the_statistics_have_every_field_of_the_contract() {
     assert_eq!(stats.get::<&str>("sync"), Ok("none"));
     assert!(stats.get::<&str>("transfer").is_ok());
     assert!(run.stat("frames") >= 1);
-    assert_eq!(run.stat("copies"), run.stat("frames"));
+    assert_eq!(stats.get::<&str>("transfer"), Ok("shared"));
+    assert_eq!(run.stat("copies"), 0);
     assert!(run.stat("bytes-received") >= 640 * 480 * 4);
     desktop.close(&cast);
 }
