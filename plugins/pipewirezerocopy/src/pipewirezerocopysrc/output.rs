@@ -99,7 +99,39 @@ pub(super) fn draw(
     let from = gst_video::VideoFrameRef::from_buffer_ref_readable(picture, info)?;
     let mut to = writable(buffer, info)?;
     from.copy(&mut to)?;
+    make_opaque(overlay, &mut to)?;
     overlay.blend(&mut to)
+}
+
+/// Fills the padding of the pixels under `overlay`: GStreamer's blending takes it for alpha.
+fn make_opaque(
+    overlay: &gst_video::VideoOverlayCompositionRef,
+    frame: &mut gst_video::VideoFrameRef<&mut gst::BufferRef>,
+) -> Result<(), gst::glib::BoolError> {
+    let format = PixelFormat::from_name(frame.format().to_str());
+    let padding = format
+        .filter(|format| format.alpha_byte().is_none())
+        .and_then(PixelFormat::sibling)
+        .and_then(PixelFormat::alpha_byte);
+    let Some(padding) = padding else {
+        return Ok(());
+    };
+    let (width, height) = (i64::from(frame.width()), i64::from(frame.height()));
+    let stride = usize::try_from(frame.plane_stride()[0]).unwrap_or(0);
+    let data = frame.plane_data_mut(0)?;
+    for rectangle in overlay {
+        let (x, y, w, h) = rectangle.render_rectangle();
+        let range = |start: i32, length: u32, limit: i64| {
+            let end = i64::from(start) + i64::from(length);
+            i64::from(start).clamp(0, limit) as usize..end.clamp(0, limit) as usize
+        };
+        for row in range(y, h, height) {
+            for column in range(x, w, width) {
+                data[row * stride + column * 4 + padding] = u8::MAX;
+            }
+        }
+    }
+    Ok(())
 }
 
 fn writable<'a>(
