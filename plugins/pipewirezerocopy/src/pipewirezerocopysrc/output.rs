@@ -119,7 +119,7 @@ fn make_opaque(
     let (width, height) = (i64::from(frame.width()), i64::from(frame.height()));
     let stride = usize::try_from(frame.plane_stride()[0]).unwrap_or(0);
     let data = frame.plane_data_mut(0)?;
-    for rectangle in overlay {
+    for rectangle in overlay.iter() {
         let (x, y, w, h) = rectangle.render_rectangle();
         let range = |start: i32, length: u32, limit: i64| {
             let end = i64::from(start) + i64::from(length);
