@@ -127,6 +127,31 @@ fn two_sources_at_once_do_not_disturb_each_other() {
 }
 
 #[test]
+fn two_sources_on_one_node_both_have_its_pictures() {
+    let mut desktop = desktop();
+    let cast = desktop.screencast(Recording::Monitor);
+    let runs = [0; 2].map(|_| Run::on_node(&desktop, cast.node));
+    for run in &runs {
+        run.play();
+        run.frame();
+    }
+    let client = desktop.moving_picture(30);
+    for _ in 0..20 {
+        for run in &runs {
+            assert_eq!(pixels(&run.frame()).len(), 640 * 480 * 4);
+        }
+    }
+    desktop.stop(client);
+    // The second one goes; the first one stays.
+    let [first, second] = runs;
+    second.stop();
+    for _ in 0..3 {
+        first.frame();
+    }
+    desktop.close(&cast);
+}
+
+#[test]
 fn another_size_that_downstream_asks_for_while_playing_is_negotiated() {
     let mut desktop = desktop();
     let cast = desktop.screencast(Recording::Virtual);
