@@ -69,8 +69,13 @@ fn five_hundred_starts_and_stops_cost_nothing() {
         }
     }
     let (fds, threads_before, memory) = before.unwrap();
-    assert_eq!(open_fds(), fds);
-    assert_eq!(threads(), threads_before);
+    // One lost in each round would be 450; other tests open a few meanwhile.
+    assert!(
+        open_fds() < fds + 50,
+        "{} descriptors after {fds}",
+        open_fds()
+    );
+    assert!(threads() < threads_before + 50, "{} threads", threads());
     let grown = resident().saturating_sub(memory);
     assert!(grown < 4 << 20, "{grown} bytes more after 450 rounds");
 }
