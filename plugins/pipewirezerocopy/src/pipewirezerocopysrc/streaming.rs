@@ -126,16 +126,15 @@ impl Streaming {
         match (self.capture.inbox().look(interest), early) {
             // A frame is held back, or `look` was asked to be silent about one: until then, a
             // newer one may take its place.
-            (Look::Frame(_) | Look::Nothing, Some(due)) => Step::Wait(Deadline::at(due)),
+            (Look::Frame(_) | Look::Cursor | Look::Nothing, Some(due)) => {
+                Step::Wait(Deadline::at(due))
+            }
             (Look::Frame(format), None) if self.stale == Some(format) => Step::Discard,
             (Look::Frame(format), None) => match &self.negotiated {
                 Some(negotiated) if negotiated.source == format => Step::Push(format),
                 _ => Step::Negotiate(format),
             },
-            (Look::Cursor, Some(due)) => Step::Wait(Deadline::at(due)),
             (Look::Cursor, None) if self.last.is_some() && !self.vanished => Step::Resend,
-            // There is no picture to draw it on; the next one has it.
-            (Look::Cursor, None) => self.idle_step(settings, counters, now),
             (Look::Vanished(reason), _) => Step::Vanished(reason),
             (Look::Failed(failure), _) => Step::Fail(failure_message(&failure)),
             (Look::Absent(reason), _) if settings.on_disconnect != OnDisconnect::None => {
@@ -143,7 +142,8 @@ impl Streaming {
             }
             // Its return is waited for; look again for what else there is.
             (Look::Absent(_), _) => Step::Wait(Deadline::at(now)),
-            (Look::Nothing, None) => self.idle_step(settings, counters, now),
+            // Without a picture to draw it on, a pointer waits for the next one.
+            (Look::Cursor | Look::Nothing, None) => self.idle_step(settings, counters, now),
         }
     }
 
