@@ -2,16 +2,22 @@
 
 //! What comes back from the session, on the session's thread: frames to finish, things to tell.
 
+use std::time::Duration;
+
 use gst::glib;
 use gst::prelude::*;
 use gst::subclass::prelude::*;
 use gst_video::prelude::*;
-use helix_protocol::message::FrameResponse;
-use helix_protocol::{Address, Payload};
+use helix_protocol::message::{Capabilities, Config};
+use helix_protocol::{Address, Agreement};
 use zerocopy_plugin_common::{ConnectionState, H264Caps, accepted_downstream, connection_message};
 
 use super::imp::{CAT, VsockEnc, lock};
-use crate::session::Client;
+use super::latency::Latency;
+use crate::session::{AccessUnit, Client, Way};
+
+/// A bitrate that differs by more than a tenth is worth a warning (L28).
+const NOTABLE: u32 = 10;
 
 /// What the session's thread leaves for the others.
 #[derive(Default)]
@@ -21,8 +27,11 @@ pub(super) struct Output {
     pub flow: Option<gst::FlowError>,
     /// Frames that were dropped before there were caps; the base class still holds them.
     unfinished: Vec<u32>,
+    /// The host said that it resolves resource ids.
+    pub resolves: bool,
     pub frames: u64,
     pub dropped: u64,
+    pub latency: Latency,
 }
 
 impl Output {
@@ -47,10 +56,10 @@ impl Handle {
         }
     }
 
-    fn post(&self, state: ConnectionState, peer: &str, reason: &str) {
+    fn post(&self, state: ConnectionState, peer: &str, way: Way, reason: &str) {
         if let Some(element) = self.element.upgrade() {
             let message =
-                connection_message(&element, state, &self.address, peer, "pixels", reason);
+                connection_message(&element, state, &self.address, peer, way.name(), reason);
             // Fails where there is no bus: then nobody wants to know.
             let _ = element.post_message(message);
         }
@@ -58,16 +67,54 @@ impl Handle {
 }
 
 impl Client for Handle {
-    fn connected(&self, peer: &str) {
-        gst::info!(CAT, "connected to {} ({peer})", self.address);
-        self.post(ConnectionState::Connected, peer, "");
-    }
-
-    fn encoded(&self, frame: u32, response: FrameResponse, data: Payload, after_loss: bool) {
+    fn connected(&self, peer: &str, host: &Agreement) {
         if let Some(element) = self.element.upgrade() {
+            gst::info!(
+                CAT,
+                obj = element,
+                "connected to {} ({peer}), {host:?}",
+                self.address
+            );
             element
                 .imp()
-                .finish_with_output(frame, &response, data, after_loss);
+                .set_resolves(host.can(Capabilities::RESOURCE_IDS));
+        }
+        self.post(ConnectionState::Connected, peer, Way::default(), "");
+    }
+
+    fn configured(&self, given: &Config, in_force: &Config) {
+        let Some(element) = self.element.upgrade() else {
+            return;
+        };
+        gst::info!(CAT, obj = element, "the host has in force: {in_force:?}");
+        let (wanted, got) = (given.bitrate, in_force.bitrate);
+        // 0 = the host does not know yet.
+        if got != 0 && wanted.abs_diff(got) > wanted / NOTABLE {
+            gst::warning!(
+                CAT,
+                obj = element,
+                "the host encodes with {got} bit/s, not with the {wanted} bit/s of `bitrate`"
+            );
+        }
+    }
+
+    fn transfer(&self, way: Way, reason: &str) {
+        if let Some(element) = self.element.upgrade() {
+            let why = if reason.is_empty() { "" } else { ": " };
+            gst::info!(
+                CAT,
+                obj = element,
+                "transfer is {} now{why}{reason}",
+                way.name()
+            );
+        }
+        self.post(ConnectionState::Connected, "", way, reason);
+    }
+
+    fn encoded(&self, frame: u32, access_unit: AccessUnit) {
+        if let Some(element) = self.element.upgrade() {
+            element.imp().see_latency(access_unit.took);
+            element.imp().finish_with_output(frame, access_unit);
         }
     }
 
@@ -88,11 +135,11 @@ impl Client for Handle {
         if let Some(element) = self.element.upgrade() {
             gst::warning!(CAT, obj = element, "{reason}; calling again");
         }
-        self.post(ConnectionState::Reconnecting, "", reason);
+        self.post(ConnectionState::Reconnecting, "", Way::default(), reason);
     }
 
     fn failed(&self, reason: &str) {
-        self.post(ConnectionState::Lost, "", reason);
+        self.post(ConnectionState::Lost, "", Way::default(), reason);
         if let Some(element) = self.element.upgrade() {
             gst::element_error!(element, gst::ResourceError::OpenReadWrite, ("{reason}"));
         }
@@ -122,13 +169,13 @@ impl VsockEnc {
     }
 
     /// Finishes a frame with its access unit, with new caps before it where the stream changed.
-    fn finish_with_output(
-        &self,
-        number: u32,
-        response: &FrameResponse,
-        data: Payload,
-        after_loss: bool,
-    ) {
+    fn finish_with_output(&self, number: u32, access_unit: AccessUnit) {
+        let AccessUnit {
+            response,
+            data,
+            after_loss,
+            ..
+        } = access_unit;
         let obj = self.obj();
         // None after a flush. Holds the stream lock.
         let Some(mut frame) = obj.frame(number as i32) else {
@@ -171,6 +218,21 @@ impl VsockEnc {
         if let Err(error) = result {
             self.see_flow(error);
         }
+    }
+
+    /// Reports more latency where a host takes longer than was reported.
+    fn see_latency(&self, took: Duration) {
+        let (least, most) = {
+            let mut output = lock(&self.output);
+            if !output.latency.took(took) {
+                return;
+            }
+            output.latency.range()
+        };
+        gst::info!(CAT, imp = self, "latency is {least:?} to {most:?} now");
+        let time = |duration: Duration| gst::ClockTime::from_nseconds(duration.as_nanos() as u64);
+        // Posts a latency message, too.
+        self.obj().set_latency(time(least), time(most));
     }
 
     /// Finishes the frames that were dropped before there were caps.
