@@ -28,6 +28,11 @@ use super::{Config, Counters, Failure, Inbox, Level, Log, Offer, Remote, Stage};
 /// How often to try again to stream from a node that exists but has stopped streaming.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
 
+/// How often, and after what time, to ask again for a link that was refused. A session manager gets
+/// to know of a new node when we do, and refuses to link to one that it has not looked at yet.
+const LINK_TRIES: u32 = 4;
+const LINK_AGAIN_AFTER: Duration = Duration::from_millis(150);
+
 /// How long the daemon may take to confirm that our objects on a shared socket are gone.
 const GOODBYE_LIMIT: Duration = Duration::from_millis(500);
 
@@ -109,6 +114,8 @@ struct Worker {
     past: Past,
     stream: Option<CaptureStream>,
     retry_at: Option<Instant>,
+    /// Links that were refused since the last format.
+    refusals: u32,
     end: Option<End>,
     /// Somebody else has the connection's socket open as well.
     shared_socket: bool,
@@ -292,6 +299,7 @@ impl Worker {
             past: Past::default(),
             stream: None,
             retry_at: None,
+            refusals: 0,
             end: None,
             shared_socket,
             _core_listener: core_listener,
@@ -406,6 +414,7 @@ impl Worker {
         };
         if stream.had_format() {
             self.past.told = None;
+            self.refusals = 0;
         }
         if stream.frame_due().is_some_and(|at| at <= Instant::now()) {
             self.log(Level::Debug, format_args!("asking for a frame"));
@@ -433,6 +442,13 @@ impl Worker {
                 }
             };
             self.vanish(reason, Some(Instant::now() + RETRY_AFTER));
+            return;
+        }
+        self.refusals += 1;
+        if what == Trouble::Error && self.refusals < LINK_TRIES {
+            self.log(Level::Debug, format_args!("{target}: {reason}; once more"));
+            self.stream = None;
+            self.retry_at = Some(Instant::now() + LINK_AGAIN_AFTER);
             return;
         }
         let reason = match what {
