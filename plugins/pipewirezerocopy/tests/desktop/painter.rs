@@ -104,6 +104,8 @@ impl Default for Canvas {
 
 enum Command {
     Show(Picture),
+    /// Shows it now, and again whenever the stream begins, as compositors do.
+    Keep(Picture),
     Change(u32, u32),
     Shrink,
     Quit,
@@ -150,7 +152,8 @@ impl Painter {
         let painter = Self::start(desktop, name, format, size);
         // As GStreamer lays it out: rows with padding, planes behind each other.
         let bytes = sample.buffer().unwrap().map_readable().unwrap().to_vec();
-        painter.show(Picture::plain(bytes, info.stride()[0]));
+        let still = Command::Keep(Picture::plain(bytes, info.stride()[0]));
+        assert!(painter.commands.send(still).is_ok());
         painter
     }
 
@@ -181,6 +184,7 @@ impl Drop for Painter {
 /// What the callbacks share.
 struct State {
     pictures: RefCell<VecDeque<Picture>>,
+    still: RefCell<Option<Picture>>,
     memory: RefCell<HashMap<*mut pw_buffer, File>>,
     canvas: Canvas,
 }
@@ -209,12 +213,22 @@ fn run(
     .unwrap();
     let state = Rc::new(State {
         pictures: RefCell::default(),
+        still: RefCell::default(),
         memory: RefCell::default(),
         canvas,
     });
     let shared = || state.clone();
     let _listener = stream
         .add_local_listener::<()>()
+        .state_changed({
+            let state = shared();
+            move |_, (), _, new| {
+                let mut pictures = state.pictures.borrow_mut();
+                if new == StreamState::Streaming && pictures.is_empty() {
+                    pictures.extend(state.still.borrow().clone());
+                }
+            }
+        })
         .param_changed({
             let state = shared();
             move |stream, (), id, pod| {
@@ -260,6 +274,10 @@ fn run(
     let _receiver = receiver.attach(main_loop.loop_(), move |command| match command {
         Command::Show(picture) => {
             state.pictures.borrow_mut().push_back(picture);
+        }
+        Command::Keep(picture) => {
+            state.pictures.borrow_mut().push_back(picture.clone());
+            state.still.replace(Some(picture));
         }
         Command::Change(width, height) => {
             let pods = offer(format, (width, height)).pods();
