@@ -444,6 +444,18 @@ impl State {
         let empty = chunks[0].size == 0;
         let cursor = metas.cursor(&self.cursor.borrow());
         if let Some(cursor) = cursor {
+            self.log(
+                Level::Trace,
+                format_args!(
+                    "pointer at {:?}, {}",
+                    cursor.position,
+                    if cursor.bitmap.is_some() {
+                        "visible"
+                    } else {
+                        "hidden"
+                    }
+                ),
+            );
             self.cursor.replace(cursor.clone());
             self.link.inbox.put_cursor(cursor, !empty);
         }
