@@ -219,7 +219,7 @@ fn target_fps_limits_the_rate_and_shows_the_last_change() {
     // While playing: no limit any more.
     run.src.set_property("target-fps", 0u32);
     let samples = run.frames_for(Duration::from_secs(1));
-    assert!(samples.len() > 15, "{} frames in 1 s", samples.len());
+    assert!(samples.len() > 7, "{} frames in 1 s", samples.len());
     desktop.stop(client);
     desktop.close(&cast);
 }
