@@ -85,7 +85,8 @@ fn timestamps_are_capture_times_in_running_time() {
             .expect("not captured in the future");
         assert!(age < gst::ClockTime::from_mseconds(500), "{age} old");
     }
-    assert!(run.stat("latency-p99-us") < 500_000);
+    // The greatest of a few, on a machine that may be busy; another clock would be off by far more.
+    assert!(run.stat("latency-p99-us") < 5_000_000);
     desktop.stop(client);
     desktop.close(&cast);
 }
