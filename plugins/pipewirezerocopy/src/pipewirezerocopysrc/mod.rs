@@ -7,6 +7,8 @@ mod caps;
 mod damage;
 mod figures;
 mod imp;
+mod output;
+mod pointer;
 mod schedule;
 mod settings;
 mod streaming;
