@@ -4,9 +4,6 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
-use std::num::NonZeroUsize;
-use std::os::fd::AsFd;
-use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -14,14 +11,14 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
+use zbus::Connection;
 use zbus::connection::Builder;
 use zbus::proxy::CacheProperties;
-use zbus::{Connection, Fd, MessageStream};
 
 use crate::address::Address;
+use crate::console::Console;
 use crate::error::Error;
-use crate::listener::serve;
-use crate::proxies::{ConsoleProxy, VmProxy, console_path};
+use crate::proxies::VmProxy;
 use crate::qmp;
 use crate::screen::Screen;
 
@@ -30,9 +27,6 @@ const ANSWER_LIMIT: Duration = Duration::from_secs(5);
 
 /// Limit for everything from the socket to the first listener.
 const CONNECT_LIMIT: Duration = Duration::from_secs(10);
-
-/// Messages of a listener that are read ahead. Each may be a picture.
-const READ_AHEAD: NonZeroUsize = NonZeroUsize::new(4).unwrap();
 
 /// Which consoles to show.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -280,11 +274,24 @@ impl Worker {
             });
         }
         for id in ids {
-            if let Some((screen, messages)) = self.listen(&control, id).await? {
-                lock(&self.shared.screens).insert(id, screen.clone());
-                let address = self.config.address.to_string();
-                listeners.spawn(async move { (id, serve(messages, &screen, &address).await) });
+            let failed = |error: zbus::Error| self.unreachable(&format!("console {id}: {error}"));
+            let console = Console::new(&control, id, self.config.address.to_string());
+            let console = console.await.map_err(failed)?;
+            let wanted = match self.config.consoles {
+                Consoles::One(wanted) => wanted == id,
+                Consoles::Graphic => console.is_graphic().await.map_err(failed)?,
+            };
+            if !wanted {
+                continue;
             }
+            let label = console.label().await.map_err(failed)?;
+            self.log(Level::Info, format_args!("console {id}, '{label}'"));
+            let notify = self.config.notify.clone();
+            let screen = Screen::new(id, label, move || notify(Event::Screen(id)));
+            let screen = Arc::new(screen);
+            lock(&self.shared.screens).insert(id, screen.clone());
+            let messages = console.listen().await.map_err(failed)?;
+            listeners.spawn(async move { (id, console.watch(messages, &screen).await) });
         }
         Ok(control)
     }
@@ -303,61 +310,15 @@ impl Worker {
         built.map_err(|error| self.unreachable(&error.to_string()))
     }
 
-    /// Has QEMU send what a console shows, if it is wanted.
-    async fn listen(
-        &self,
-        control: &Connection,
-        id: u32,
-    ) -> Result<Option<(Arc<Screen>, MessageStream)>, Error> {
-        let failed = |error: zbus::Error| self.unreachable(&format!("console {id}: {error}"));
-        let wanted = match self.config.consoles {
-            Consoles::One(wanted) => wanted == id,
-            Consoles::Graphic => true,
-        };
-        if !wanted {
-            return Ok(None);
-        }
-        let console = console(control, id).await.map_err(failed)?;
-        let kind = console.kind().await.map_err(failed)?;
-        if self.config.consoles == Consoles::Graphic && kind != "Graphic" {
-            return Ok(None);
-        }
-        let label = console.label().await.map_err(failed)?;
-        let (ours, theirs) = UnixStream::pair()
-            .map_err(|error| Error::System(format!("no socket pair: {error}")))?;
-        // QEMU is the server of this handshake and does nothing else until it is over: it must
-        // not wait for the answer to the call, nor the other way round.
-        let handshake = Builder::unix_stream(ours)
-            .p2p()
-            .max_queued(READ_AHEAD)
-            .build_message_stream();
-        let register = console.register_listener(Fd::from(theirs.as_fd()));
-        let (messages, ()) = tokio::try_join!(handshake, register).map_err(failed)?;
-        self.log(Level::Info, format_args!("console {id} ({label}, {kind})"));
-        let notify = self.config.notify.clone();
-        let screen = Screen::new(id, label, move || notify(Event::Screen(id)));
-        Ok(Some((Arc::new(screen), messages)))
-    }
-
     fn log(&self, level: Level, text: fmt::Arguments<'_>) {
         (self.config.log)(level, text);
     }
 }
 
-async fn console(control: &Connection, id: u32) -> zbus::Result<ConsoleProxy<'_>> {
-    ConsoleProxy::builder(control)
-        .path(console_path(id))
-        .cache_properties(CacheProperties::No)
-        .build()
-        .await
-}
-
 /// Asks QEMU to tell the guest about a size.
 async fn set_size(control: &Connection, command: SetSize) {
-    let (width, height) = command.size;
-    let answer = match console(control, command.console).await {
-        // Millimetres and positions are unknown.
-        Ok(console) => console.set_ui_info(0, 0, 0, 0, width, height).await,
+    let answer = match Console::new(control, command.console, String::new()).await {
+        Ok(console) => console.set_size(command.size).await,
         Err(error) => Err(error),
     };
     (command.done)(answer.map_err(|error| error.to_string()));

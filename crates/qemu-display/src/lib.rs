@@ -23,6 +23,7 @@
 //! the connection with [`Error::Nonsense`].
 
 mod address;
+mod console;
 mod cursor;
 mod damage;
 mod display;

@@ -45,9 +45,12 @@ pub trait Console {
     /// "Graphic" or "Text".
     #[zbus(property(emits_changed_signal = "false"), name = "Type")]
     fn kind(&self) -> zbus::Result<String>;
-}
 
-/// The path of a console.
-pub fn console_path(console: u32) -> String {
-    format!("/org/qemu/Display1/Console_{console}")
+    /// Pixels.
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn width(&self) -> zbus::Result<u32>;
+
+    /// Pixels.
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn height(&self) -> zbus::Result<u32>;
 }

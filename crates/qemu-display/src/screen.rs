@@ -197,6 +197,19 @@ impl Screen {
         self.lock().figures
     }
 
+    /// Width and height of the picture in pixels, if there is one.
+    pub fn size(&self) -> Option<(u32, u32)> {
+        self.lock().content.as_ref().map(Content::size)
+    }
+
+    /// The picture is that of another size, and what comes now changes one that is not here yet.
+    pub(crate) fn forget(&self) {
+        let mut state = self.lock();
+        state.content = None;
+        state.reply = None;
+        state.news = false;
+    }
+
     /// A whole picture in a message.
     pub(crate) fn scanout(&self, layout: Layout, canvas: Canvas) -> Result<(), Error> {
         let there = canvas.as_ref().len();
