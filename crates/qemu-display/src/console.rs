@@ -69,6 +69,11 @@ impl Console {
         self.proxy.set_ui_info(0, 0, 0, 0, width, height).await
     }
 
+    /// What will have changed of it from now on.
+    pub async fn changes(&self) -> zbus::Result<PropertiesChangedStream> {
+        self.properties.receive_properties_changed().await
+    }
+
     /// Has QEMU say what the console shows, beginning with a whole picture.
     pub async fn listen(&self) -> zbus::Result<MessageStream> {
         let (ours, theirs) = UnixStream::pair()?;
@@ -84,19 +89,17 @@ impl Console {
     }
 
     /// Puts into `screen` what QEMU says, until the connection ends. Returns why it did.
+    /// `changes` are those since before QEMU was first listened to.
     ///
     /// A QEMU without shared memory does not say that the picture has another size before it is
     /// changed as a whole, and a screen of text never is: QEMU 7.2 then goes on with parts of a
     /// picture that nobody has. The console's size tells, and listening anew brings all of it.
-    pub async fn watch(&self, mut messages: MessageStream, screen: &Screen) -> Error {
-        let gone = |error: zbus::Error| Error::Gone {
-            address: self.address.clone(),
-            reason: error.to_string(),
-        };
-        let mut changes = match self.properties.receive_properties_changed().await {
-            Ok(changes) => changes,
-            Err(error) => return gone(error),
-        };
+    pub async fn watch(
+        &self,
+        mut changes: PropertiesChangedStream,
+        mut messages: MessageStream,
+        screen: &Screen,
+    ) -> Error {
         loop {
             tokio::select! {
                 error = serve(messages, screen, &self.address) => return error,
@@ -104,7 +107,12 @@ impl Console {
             }
             messages = match self.listen().await {
                 Ok(messages) => messages,
-                Err(error) => return gone(error),
+                Err(error) => {
+                    return Error::Gone {
+                        address: self.address.clone(),
+                        reason: error.to_string(),
+                    };
+                }
             };
         }
     }

@@ -290,8 +290,9 @@ impl Worker {
             let screen = Screen::new(id, label, move || notify(Event::Screen(id)));
             let screen = Arc::new(screen);
             lock(&self.shared.screens).insert(id, screen.clone());
+            let changes = console.changes().await.map_err(failed)?;
             let messages = console.listen().await.map_err(failed)?;
-            listeners.spawn(async move { (id, console.watch(messages, &screen).await) });
+            listeners.spawn(async move { (id, console.watch(changes, messages, &screen).await) });
         }
         Ok(control)
     }

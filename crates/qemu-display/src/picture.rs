@@ -125,10 +125,19 @@ pub struct Picture {
     pub pixels: Pixels,
     /// What of it has changed since a picture was taken last.
     pub damage: Damage,
+    /// The cursor has changed since then.
+    pub cursor_changed: bool,
     /// The cursor, if QEMU sends one.
     pub cursor: Cursor,
     /// When the newest change in it came.
     pub arrived: Instant,
+}
+
+impl Picture {
+    /// Whether this was to be seen before, all of it.
+    pub fn is_repeated(&self) -> bool {
+        self.damage.is_none() && !self.cursor_changed
+    }
 }
 
 #[cfg(test)]

@@ -183,9 +183,9 @@ impl Screen {
             },
         };
         state.news = false;
-        state.cursor_news = false;
         Ok(Some(Picture {
             pixels,
+            cursor_changed: std::mem::take(&mut state.cursor_news),
             damage: std::mem::replace(&mut state.damage, Damage::NONE),
             cursor: state.cursor.clone(),
             arrived: state.arrived,

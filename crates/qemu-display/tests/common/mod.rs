@@ -2,6 +2,8 @@
 
 //! A display, and a place to wait for what it says.
 
+#![allow(dead_code, reason = "each test file uses some of it")]
+
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 

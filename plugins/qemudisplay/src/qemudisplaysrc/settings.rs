@@ -180,7 +180,11 @@ mod tests {
 
     #[test]
     fn intervals_are_those_of_the_rate() {
-        for (rate, nanos) in [((60, 1), 16_666_666), ((30_000, 1001), 33_366_666), ((1, 10), 10_000_000_000)] {
+        for (rate, nanos) in [
+            ((60, 1), 16_666_666),
+            ((30_000, 1001), 33_366_666),
+            ((1, 10), 10_000_000_000),
+        ] {
             let rate = gst::Fraction::new(rate.0, rate.1);
             assert_eq!(interval(rate), Duration::from_nanos(nanos));
         }
