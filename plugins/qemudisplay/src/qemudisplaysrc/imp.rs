@@ -104,8 +104,11 @@ impl ObjectImpl for QemuDisplaySrc {
 
     fn set_property(&self, _id: usize, value: &glib::Value, pspec: &glib::ParamSpec) {
         lock(&self.settings).set(value, pspec);
-        if matches!(pspec.name(), "width" | "height") {
-            self.ask_for_size();
+        match pspec.name() {
+            "width" | "height" => self.ask_for_size(),
+            // An overlay is a matter of caps.
+            "cursor" => self.obj().src_pad().mark_reconfigure(),
+            _ => {}
         }
         // The thread may be waiting for a moment that the old value gave.
         self.wake();
