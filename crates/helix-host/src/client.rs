@@ -6,20 +6,24 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use helix_protocol::connection::{ConnectionError, Event};
+use helix_protocol::connection::{Body, ConnectionError, Event};
 use helix_protocol::encode;
-use helix_protocol::message::{ErrorCode, FrameRequest, FrameResponse, ScanoutResp};
+use helix_protocol::message::{
+    Capabilities, Config, ErrorCode, ErrorMessage, FrameResponse, Hello, RequestTag, ScanoutResp,
+};
 use helix_protocol::wait::{Deadline, Waiter, Wake};
 use helix_protocol::{Connection, Limits, Message, Stream};
 
-use crate::access_unit::AccessUnit;
+use crate::access::Token;
+use crate::access_unit::Tail;
+use crate::greeting::{self, OPEN, Refusal, Terms};
+use crate::layout::Layout;
+use crate::resource::{ClientIdentity, Resource, ResourceResolver};
 use crate::scanout::{Scanout, Subscription};
-use crate::session::{Session, error};
+use crate::session::Session;
 use crate::settings::EncoderSpec;
 use crate::subscriber::Next;
 
-/// Requests and replies of one client at once. Beyond this nothing more is read from it.
-const OPEN: usize = 16;
 /// Pushed frames handed to the connection at once; more wait where they can still be dropped.
 const PUSHED: usize = 4;
 /// Without a frame for this long, the memory that the last ones needed goes back to the system. A
@@ -31,26 +35,116 @@ const LAST_WORDS: Duration = Duration::from_secs(5);
 /// the connection before the peer has read why it ends.
 const LINGER: Duration = Duration::from_secs(1);
 
+/// What a client may send before it has shown the token: a HELLO, and nothing large.
+const STRANGER: Limits = Limits {
+    pixels: 0,
+    access_unit: 0,
+    nal_count: 0,
+    hello: 4096,
+    skipped: 4096,
+};
+/// How long a client may take to show the token. It sends it at once, but its machine may be busy.
+const ADMISSION: Duration = Duration::from_secs(10);
+const WANTS_TOKEN: &str = "this host lets in only those who begin with HELLO and its token \
+    (auth-token of vsockenc and scanoutsrc)";
+
 /// What all clients share.
 pub struct Host {
     /// The encoder for FRAME_REQUESTs.
     pub encoder: Arc<EncoderSpec>,
     /// By id.
     pub scanouts: BTreeMap<u32, Arc<Scanout>>,
+    /// What a client must know; without one, everybody may come in.
+    pub token: Option<Token>,
+    /// Where the pixels behind resource ids are found.
+    pub resolver: Option<Arc<dyn ResourceResolver>>,
     /// Bytes of pixels in one frame.
     pub max_frame_bytes: u32,
     /// See [`crate::server::Config::stall_limit`].
     pub stall_limit: Duration,
 }
 
+impl Host {
+    /// What a client that is in may send.
+    fn limits(&self) -> Limits {
+        Limits {
+            pixels: self.max_frame_bytes,
+            ..Limits::host()
+        }
+    }
+
+    /// The pixels of a FRAME_REQUEST that brings none.
+    fn resolve(
+        &self,
+        client: &ClientIdentity,
+        id: u32,
+        layout: &Layout,
+    ) -> Result<gst::Buffer, Refusal> {
+        // Quirk 5: a host that took resource 0 for "the console" showed a guest what was not its.
+        if id == 0 {
+            return Err((
+                ErrorCode::INVALID_MESSAGE,
+                "FRAME_REQUEST: resource_id is 0 and no pixels follow; send one or the other"
+                    .to_owned(),
+            ));
+        }
+        let Some(resolver) = &self.resolver else {
+            return Err((
+                ErrorCode::RESOURCE_NOT_FOUND,
+                format!(
+                    "FRAME_REQUEST: resource_id {id} cannot be resolved by this host; send pixels"
+                ),
+            ));
+        };
+        if layout.size > self.max_frame_bytes as usize {
+            return Err((
+                ErrorCode::INVALID_MESSAGE,
+                format!(
+                    "FRAME_REQUEST: the picture has {} bytes, over the limit of {} \
+                     (--max-frame-bytes)",
+                    layout.size, self.max_frame_bytes
+                ),
+            ));
+        }
+        let resource = Resource {
+            id,
+            width: layout.width,
+            height: layout.height,
+            format: layout.pixels,
+            stride: layout.strides[0].unsigned_abs(),
+            bytes: layout.size,
+        };
+        let buffer = resolver.resolve(client, &resource).map_err(|error| {
+            let text = format!("FRAME_REQUEST: resource_id {id}: {error}");
+            (error.code(), text)
+        })?;
+        if buffer.size() < layout.size {
+            return Err((
+                ErrorCode::INTERNAL,
+                format!(
+                    "resource_id {id}: the host's resolver gave {} bytes of {}",
+                    buffer.size(),
+                    layout.size
+                ),
+            ));
+        }
+        Ok(buffer)
+    }
+}
+
 /// One client, in its thread.
 pub struct Client {
     host: Arc<Host>,
+    identity: ClientIdentity,
     waiter: Waiter,
-    connection: Connection<AccessUnit>,
+    connection: Connection<Tail>,
     session: Session,
     subscription: Option<Subscription>,
     connected: Instant,
+    /// What the client's HELLO and ours agreed on.
+    terms: Terms,
+    /// Whether it has shown the token, where the host wants one.
+    admitted: bool,
     /// Whether it has ever sent a message.
     spoke: bool,
     /// When its last frame came, while the memory for more of them is kept.
@@ -63,20 +157,26 @@ pub struct Client {
 
 impl Client {
     /// Takes over a client's socket.
-    pub fn new(host: Arc<Host>, stream: Stream, waiter: Waiter) -> std::io::Result<Self> {
-        let limits = Limits {
-            pixels: host.max_frame_bytes,
-            ..Limits::host()
-        };
+    pub fn new(
+        host: Arc<Host>,
+        stream: Stream,
+        identity: ClientIdentity,
+        waiter: Waiter,
+    ) -> std::io::Result<Self> {
+        let admitted = host.token.is_none();
+        let limits = if admitted { host.limits() } else { STRANGER };
         let connection = Connection::new(stream, limits, &waiter)?;
         let session = Session::new(host.encoder.clone(), waiter.waker());
         Ok(Self {
             host,
+            identity,
             waiter,
             connection,
             session,
             subscription: None,
             connected: Instant::now(),
+            terms: Terms::default(),
+            admitted,
             spoke: false,
             last_frame: None,
             closing: None,
@@ -120,7 +220,12 @@ impl Client {
                 // It may have closed its sending side only, and still wait for replies.
                 Err(ConnectionError::Closed) => self.close(),
                 Err(ConnectionError::Decode(reason)) => {
-                    self.refuse_and_close(ErrorCode::INVALID_MESSAGE, reason.to_string());
+                    let text = if self.admitted {
+                        reason.to_string()
+                    } else {
+                        format!("{reason}; {WANTS_TOKEN}")
+                    };
+                    self.refuse_and_close(ErrorCode::INVALID_MESSAGE, text);
                 }
                 Err(ConnectionError::Cancelled) => break "the host ends".to_owned(),
                 Err(ConnectionError::Io(error)) => break error.to_string(),
@@ -145,7 +250,7 @@ impl Client {
         [
             self.session.deadline(),
             self.connection.unsent_since().map(|since| since + limit),
-            self.stalled_since().map(|since| since + limit),
+            self.owed_by(),
             self.last_frame.map(|since| since + IDLE),
             // While frames wait for room in the connection there is nothing to ask for.
             self.subscription
@@ -155,20 +260,25 @@ impl Client {
         ]
     }
 
-    /// Since when the client owes the rest of a message, or its first one. A client that is silent
+    /// When the rest of a message, or the first one, must have come. A client that is silent
     /// between two messages owes nothing: a still desktop has nothing to say, and a subscriber
     /// never must.
-    fn stalled_since(&self) -> Option<Instant> {
+    fn owed_by(&self) -> Option<Instant> {
         if self.closing.is_some() {
             return None;
         }
+        let limit = self.host.stall_limit;
+        if !self.admitted {
+            // A byte now and then must not keep a place for a stranger.
+            return Some(self.connected + limit.min(ADMISSION));
+        }
         let silent = self.connection.silent_since()?;
         if self.connection.is_inside_message() {
-            Some(silent)
+            Some(silent + limit)
         } else if self.spoke {
             None
         } else {
-            Some(self.connected)
+            Some(self.connected + limit)
         }
     }
 
@@ -177,12 +287,17 @@ impl Client {
     fn check_progress(&mut self) -> Result<(), String> {
         let limit = self.host.stall_limit;
         let seconds = limit.as_secs_f32();
-        let too_long = |since: Instant| since.elapsed() >= limit;
-        if self.connection.unsent_since().is_some_and(too_long) {
+        let unsent = self.connection.unsent_since();
+        if unsent.is_some_and(|since| since.elapsed() >= limit) {
             return Err(format!("it read nothing for {seconds} s while data waited"));
         }
-        if self.stalled_since().is_some_and(too_long) {
-            let text = if self.connection.is_inside_message() {
+        if self
+            .owed_by()
+            .is_some_and(|moment| Instant::now() >= moment)
+        {
+            let text = if !self.admitted {
+                format!("no token came in time; {WANTS_TOKEN}")
+            } else if self.connection.is_inside_message() {
                 format!("the rest of a message did not come within {seconds} s")
             } else {
                 format!("no message came within {seconds} s of connecting")
@@ -201,26 +316,36 @@ impl Client {
     }
 
     fn handle(&mut self, session_id: u16, message: Message) {
-        self.spoke = true;
+        let first = !std::mem::replace(&mut self.spoke, true);
         match message {
+            Message::Hello(hello) if first => self.greet(session_id, &hello),
+            _ if !self.admitted => {
+                self.refuse_and_close(ErrorCode::NOT_CONFIGURED, WANTS_TOKEN.to_owned());
+            }
+            // Requests may be open already, and nobody could say which terms they are under.
+            Message::Hello(_) => self.refuse_and_close(
+                ErrorCode::INVALID_MESSAGE,
+                "HELLO: must be the first message of a connection, and comes once".to_owned(),
+            ),
             Message::FrameRequest(request, Some(pixels)) => {
                 self.last_frame = Some(Instant::now());
-                self.session.encode(session_id, &request, pixels);
+                // Their memory goes back to the decoder when the encoder is done with them.
+                let pixels = gst::Buffer::from_mut_slice(pixels);
+                self.session.encode(session_id, &request, |_| Ok(pixels));
             }
-            Message::FrameRequest(request, None) => self.refuse_resource(session_id, &request),
+            Message::FrameRequest(request, None) => {
+                let (host, identity) = (&self.host, &self.identity);
+                self.session.encode(session_id, &request, |layout| {
+                    host.resolve(identity, request.resource_id, layout)
+                });
+            }
             Message::KeyframeReq => match &self.subscription {
                 Some(subscription) => subscription.force_keyframe(),
                 None => self.session.want_keyframe(),
             },
             Message::ConfigReq(config) => {
                 tracing::debug!(?config, "CONFIG_REQ");
-                match &self.subscription {
-                    Some(subscription) if config.bitrate > 0 => {
-                        subscription.set_bitrate(config.bitrate);
-                    }
-                    Some(_) => {}
-                    None => self.session.configure(&config),
-                }
+                self.configure(session_id, &config);
             }
             Message::Ping => self.connection.send(encode::pong(session_id)),
             Message::EnableScanout(enable) => {
@@ -243,9 +368,7 @@ impl Client {
                 tracing::debug!(scanout = scanout_id, "DISABLE_SCANOUT");
             }
             Message::Subscribe { scanout_id } => self.subscribe(scanout_id),
-            // Not spoken yet, and skipped as a deployed host would: the PING that follows a HELLO
-            // tells the client so.
-            Message::Hello(_) | Message::Unknown { .. } => {
+            Message::Unknown { .. } => {
                 tracing::debug!(?message, "skipped");
             }
             Message::FrameResponse(..)
@@ -260,24 +383,41 @@ impl Client {
         }
     }
 
-    fn refuse_resource(&mut self, session_id: u16, request: &FrameRequest) {
-        // Quirk 5: a host that took resource 0 for "the console" showed a guest what was not its.
-        let (code, text) = if request.resource_id == 0 {
-            (
-                ErrorCode::INVALID_MESSAGE,
-                "FRAME_REQUEST: resource_id is 0 and no pixels follow; send one or the other"
-                    .to_owned(),
-            )
-        } else {
-            (
-                ErrorCode::RESOURCE_NOT_FOUND,
-                format!(
-                    "FRAME_REQUEST: resource_id {} cannot be resolved by this host; send pixels",
-                    request.resource_id
-                ),
-            )
+    /// Answers the client's HELLO.
+    fn greet(&mut self, session_id: u16, hello: &Hello) {
+        match greeting::answer(&self.host, hello) {
+            Ok((response, terms)) => {
+                if !std::mem::replace(&mut self.admitted, true) {
+                    self.connection.set_limits(self.host.limits());
+                }
+                tracing::info!(client = hello.name, ?terms, "HELLO");
+                self.terms = terms;
+                self.session.agree(terms);
+                let (head, tlvs) = encode::hello_resp(session_id, &response);
+                self.connection.send_with(head, Tail::Tlvs(tlvs));
+            }
+            Err((code, text)) => self.refuse_and_close(code, text),
+        }
+    }
+
+    /// CONFIG_REQ: for the scanout, where the client watches one, else for its own encoder.
+    fn configure(&mut self, session_id: u16, config: &Config) {
+        let in_force = match &self.subscription {
+            Some(subscription) => {
+                if config.bitrate > 0 {
+                    subscription.set_bitrate(config.bitrate);
+                }
+                subscription.in_force()
+            }
+            None => {
+                self.session.configure(config);
+                self.session.in_force(config)
+            }
         };
-        self.session.refuse(session_id, code, text);
+        if self.terms.capabilities.contains(Capabilities::CONFIG_RESP) {
+            self.connection
+                .send(encode::config_resp(session_id, &in_force));
+        }
     }
 
     fn subscribe(&mut self, scanout_id: u32) {
@@ -317,9 +457,14 @@ impl Client {
                         is_keyframe: frame.unit.is_keyframe(),
                         ..FrameResponse::default()
                     };
-                    let size = helix_protocol::connection::Body::size(&frame.unit) as u32;
-                    let head = encode::frame_response(id as u16, &response, size);
-                    self.connection.send_with(head, frame.unit);
+                    let head =
+                        encode::frame_response(id as u16, &response, frame.unit.size() as u32);
+                    if let Err(text) = self.terms.check_size(&head, &frame.unit) {
+                        self.subscription = None;
+                        self.refuse_and_close(ErrorCode::INTERNAL, text);
+                        return;
+                    }
+                    self.connection.send_with(head, Tail::Unit(frame.unit));
                 }
                 Next::Ended(reason) => {
                     self.subscription = None;
@@ -340,7 +485,8 @@ impl Client {
 
     /// Answers with an ERROR behind all other replies, and closes.
     fn refuse_and_close(&mut self, code: ErrorCode, text: String) {
-        self.session.refuse(0, code, text.clone());
+        self.session
+            .refuse(0, RequestTag::default(), code, text.clone());
         self.refused = Some(text);
         self.close();
     }
@@ -374,7 +520,14 @@ impl Client {
 
 /// For a client that cannot be served: says why, as far as the socket takes it at once.
 pub fn turn_away(stream: &Stream, text: &str) {
-    let head = error(0, ErrorCode::INTERNAL, text.to_owned());
+    let head = encode::error(
+        0,
+        &ErrorMessage {
+            code: ErrorCode::INTERNAL,
+            text: text.to_owned(),
+            tag: None,
+        },
+    );
     // It is gone in the next moment; there is nothing to do about a failure.
     let _ = stream.send(&[std::io::IoSlice::new(&head)]);
     let _ = socket2::SockRef::from(stream).shutdown(std::net::Shutdown::Write);

@@ -6,6 +6,9 @@
 //! appsrc ! videoconvert ! {NV12, I420} ! ENCODER ! profile ! h264parse ! appsink
 //! ```
 //!
+//! What the encoder cannot take is padded, before the conversion to its least size and behind it
+//! to even sides ([`crate::edges`]), and cropped again in the stream's parameter sets.
+//!
 //! [`Encoder::push`] hands a picture to the pipeline's own thread and returns. What becomes of it
 //! arrives as [`Output`], from that thread, in the order of the pictures: exactly one output for
 //! each picture, unless the whole encoder fails.
@@ -17,8 +20,10 @@ use std::time::Instant;
 use gst::ClockTime;
 use gst::prelude::*;
 use gst_video::{UpstreamForceKeyUnitEvent, VideoInfo};
+use helix_protocol::sps::{self, Changes, Patch};
 
 use crate::access_unit::AccessUnit;
+use crate::edges;
 use crate::picture::Picture;
 use crate::settings::{EncoderSpec, Tuning};
 
@@ -48,19 +53,27 @@ pub struct Encoder<T: Send + 'static> {
     element: gst::Element,
     shared: Arc<Shared<T>>,
     minimum: (u32, u32),
+    /// Whether pictures with odd sides get as far as [`crate::edges`].
+    odd: bool,
     /// What the pictures have been like so far.
     info: Option<VideoInfo>,
+    /// Width and height of the last one before anything was padded.
+    visible: Option<(u32, u32)>,
     /// Our own time of the last picture, and the sender's.
     last: Option<(ClockTime, i64)>,
 }
 
 struct Pending<T> {
     time: ClockTime,
+    /// Width and height before anything was padded.
+    visible: (u32, u32),
     since: Instant,
     ticket: T,
 }
 
 struct Shared<T> {
+    /// The encoder's name, for the log.
+    name: String,
     pending: Mutex<VecDeque<Pending<T>>>,
     /// Why nothing more will come.
     failed: Mutex<Option<String>>,
@@ -75,6 +88,7 @@ impl<T: Send + 'static> Encoder<T> {
         output: impl Fn(Output<T>) + Send + Sync + 'static,
     ) -> Result<Self, String> {
         let shared = Arc::new(Shared {
+            name: spec.name().to_string(),
             pending: Mutex::new(VecDeque::new()),
             failed: Mutex::new(None),
             output: Box::new(output),
@@ -132,6 +146,10 @@ impl<T: Send + 'static> Encoder<T> {
             filter(spec.profile_caps(tuning.profile))?,
             filter(stream)?,
         );
+        if let Some(pad) = raw.static_pad("src") {
+            let shared = shared.clone();
+            edges::complete(&pad, move |reason| shared.fail(reason));
+        }
         let chain = [
             source.upcast_ref(),
             &convert,
@@ -163,7 +181,9 @@ impl<T: Send + 'static> Encoder<T> {
             element: encoder,
             shared,
             minimum: spec.minimum_size(),
+            odd: spec.takes_odd_sizes(),
             info: None,
+            visible: None,
             last: None,
         };
         this.pipeline.set_state(gst::State::Playing).map_err(|_| {
@@ -182,12 +202,19 @@ impl<T: Send + 'static> Encoder<T> {
         timestamp: i64,
         ticket: T,
     ) -> Result<(), String> {
-        let Picture { mut buffer, info } = picture.at_least(self.minimum)?;
+        let visible = (picture.info.width(), picture.info.height());
+        let mut least = (visible.0.max(self.minimum.0), visible.1.max(self.minimum.1));
+        if !self.odd {
+            least = (least.0.next_multiple_of(2), least.1.next_multiple_of(2));
+        }
+        let Picture { mut buffer, info } = picture.at_least(least)?;
         let time = self.time_of(timestamp, &info);
         // An encoder's first picture is a keyframe without asking. Asking all the same makes
         // x264enc in GStreamer 1.22 deaf to all later requests: it takes note of this one's time
         // after having moved it by 1000 h, and waits for that to pass.
-        let force = keyframe && self.info.is_some();
+        // Two small sizes may be padded to the same one: only a parameter set tells them apart.
+        let cropped_anew = self.visible.replace(visible) != Some(visible);
+        let force = (keyframe || cropped_anew) && self.info.is_some();
         if self.info.as_ref() != Some(&info) {
             let caps = info
                 .to_caps()
@@ -217,6 +244,7 @@ impl<T: Send + 'static> Encoder<T> {
         }
         self.shared.pending().push_back(Pending {
             time,
+            visible,
             since: Instant::now(),
             ticket,
         });
@@ -229,6 +257,11 @@ impl<T: Send + 'static> Encoder<T> {
     /// Changes the bitrate, in bit/s, from the next picture on.
     pub fn set_bitrate(&self, bits: u32) {
         self.spec.set_bitrate(&self.element, bits);
+    }
+
+    /// The bitrate that it is set to, in bit/s; 0 where it has none.
+    pub fn bitrate(&self) -> u32 {
+        self.spec.bitrate_of(&self.element)
     }
 
     /// Pictures whose output has not come.
@@ -305,10 +338,6 @@ impl<T> Shared<T> {
             self.fail("the encoder wrote a buffer without a timestamp".to_owned());
             return;
         };
-        let Some(unit) = AccessUnit::new(buffer) else {
-            self.fail("the encoder wrote a buffer that cannot be read".to_owned());
-            return;
-        };
         loop {
             let first = {
                 let mut pending = self.pending();
@@ -329,7 +358,13 @@ impl<T> Shared<T> {
             }
             match first {
                 Some(first) if first.time + TOLERANCE >= time => {
-                    (self.output)(Output::Unit(first.ticket, unit));
+                    let patches = |unit: &[u8]| self.patches(unit, first.visible);
+                    match AccessUnit::patched(buffer, patches) {
+                        Some(unit) => (self.output)(Output::Unit(first.ticket, unit)),
+                        None => {
+                            self.fail("the encoder wrote a buffer that cannot be read".to_owned());
+                        }
+                    }
                     return;
                 }
                 Some(first) => (self.output)(Output::Skipped(first.ticket)),
@@ -339,6 +374,19 @@ impl<T> Shared<T> {
                 }
             }
         }
+    }
+
+    /// What has to be changed in a keyframe so that it shows what the picture was, and so that
+    /// decoders show it at once (L27): the encoders here reorder nothing.
+    fn patches(&self, unit: &[u8], visible: (u32, u32)) -> Vec<Patch> {
+        let changes = Changes {
+            visible: Some(visible),
+            low_delay: true,
+        };
+        sps::patches(unit, changes).unwrap_or_else(|error| {
+            tracing::warn!(encoder = self.name, %error, "the parameter set stays as it is");
+            Vec::new()
+        })
     }
 
     fn fail(&self, reason: String) {

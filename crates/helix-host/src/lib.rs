@@ -13,11 +13,16 @@
 //! - Each [`scanout`] that somebody watches has one thread, which owns the screen's pipeline and
 //!   its encoder.
 
+mod access;
 mod access_unit;
 mod client;
+mod edges;
 mod encoder;
+mod greeting;
+mod layout;
 mod picture;
 mod probe;
+mod resource;
 mod scanout;
 mod server;
 mod session;
@@ -25,9 +30,12 @@ mod settings;
 mod source;
 mod subscriber;
 
+pub use access::{TOKEN_SIZE, TokenError};
 pub use access_unit::AccessUnit;
 pub use encoder::{Encoder, Output};
+pub use layout::Layout;
 pub use picture::Picture;
+pub use resource::{ClientIdentity, ResolveError, Resource, ResourceResolver};
 pub use scanout::{SCANOUTS, ScanoutSpec};
 pub use server::{Config, Prepared, STALL_LIMIT, Server, StartError};
 pub use settings::{EncoderError, EncoderSpec, Keyframes, Tuning};

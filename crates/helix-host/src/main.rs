@@ -3,6 +3,7 @@
 //! The program: options, logs and signals around [`helix_host::Server`].
 
 use std::io::{self, IsTerminal, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::mpsc;
 use std::thread;
@@ -25,6 +26,10 @@ Examples:
 
   Guests over AF_VSOCK (vsockenc without any setting connects there):
     helix-host --listen vsock:5000
+
+  Only the guest with CID 3, and only with a secret that it knows too:
+    (umask 077; openssl rand -hex 32 >token)
+    helix-host --listen vsock:5000 --allow-cid 3 --token-file token
 
   Push a test picture to whoever subscribes to scanout 1, and look at it:
     helix-host --scanout 1=\"videotestsrc is-live=true ! video/x-raw,width=1280,height=720\"
@@ -58,6 +63,15 @@ struct Options {
     /// several times. It runs while somebody is subscribed.
     #[arg(long, value_name = "ID=DESCRIPTION")]
     scanout: Vec<ScanoutSpec>,
+
+    /// Let in only clients that send the token in this file (vsockenc and scanoutsrc: auth-token).
+    /// Nobody but its owner and group may have access to it.
+    #[arg(long, value_name = "FILE")]
+    token_file: Option<PathBuf>,
+
+    /// Over AF_VSOCK let in only the guest with this context id; may be given several times.
+    #[arg(long, value_name = "CID")]
+    allow_cid: Vec<u32>,
 
     /// Clients at once; more are sent away with an error.
     #[arg(long, value_name = "N", default_value_t = 64,
@@ -106,6 +120,10 @@ fn run(options: Options) -> Result<(), Box<dyn std::error::Error>> {
         listen: options.listen,
         encoder: options.encoder,
         scanouts: options.scanout,
+        token_file: options.token_file,
+        allow_cids: options.allow_cid,
+        // A stock QEMU gives nobody its guests' pictures by resource id.
+        resolver: None,
         max_clients: options.max_clients.into(),
         max_frame_bytes: options.max_frame_bytes,
         stall_limit: STALL_LIMIT,

@@ -3,10 +3,9 @@
 //! Raw pictures on their way to an encoder: what a FRAME_REQUEST brings, checked and described
 //! for GStreamer without a copy, and made large enough where an encoder needs that.
 
+use crate::layout::Layout;
 use gst_video::prelude::*;
-use gst_video::{VideoFormat, VideoFrame, VideoFrameRef, VideoInfo, VideoMeta};
-use helix_protocol::Payload;
-use helix_protocol::message::{FrameRequest, PixelFormat};
+use gst_video::{VideoFrame, VideoFrameRef, VideoInfo, VideoMeta};
 
 /// The longest side that is encoded, in pixels: what elements.md promises for vsockenc.
 pub const MAX_SIDE: u32 = 8192;
@@ -21,102 +20,50 @@ pub struct Picture {
 }
 
 impl Picture {
-    /// Takes the pixels of a FRAME_REQUEST over, without a copy: their memory goes back to the
-    /// connection's decoder when the encoder is done with them.
+    /// Takes the memory of a FRAME_REQUEST's pixels over, without a copy.
     ///
     /// The error says which field is wrong, and what would be right.
-    pub fn from_request(
-        request: &FrameRequest,
-        pixels: Payload,
+    pub fn new(
+        layout: &Layout,
+        mut buffer: gst::Buffer,
         framerate: gst::Fraction,
     ) -> Result<Self, String> {
-        let FrameRequest {
+        let Layout {
             width,
             height,
-            stride,
+            format,
             ..
-        } = *request;
-        for (field, value) in [("width", width), ("height", height)] {
-            if !(1..=MAX_SIDE).contains(&value) {
-                return Err(format!(
-                    "FRAME_REQUEST: {field} is {value}, must be 1 to {MAX_SIDE}"
-                ));
-            }
-        }
-        let format = PixelFormat::from_fourcc(request.format).ok_or_else(|| {
-            format!(
-                "FRAME_REQUEST: format is {:#010x}, must be AR24 (0x34325241), AB24 (0x34324241) \
-                 or NV12 (0x3231564e)",
-                request.format
-            )
-        })?;
-        // Alpha of a desktop means nothing to a video: both formats stand for their x variant.
-        let (format, stride) = match format {
-            PixelFormat::Bgra => (VideoFormat::Bgrx, stride),
-            PixelFormat::Rgba => (VideoFormat::Rgbx, stride),
-            // Deployed hosts ignore the stride of NV12, and deployed clients send any.
-            PixelFormat::Nv12 => (VideoFormat::Nv12, width),
-        };
-        let (rows, offsets) = if format == VideoFormat::Nv12 {
-            for (field, value) in [("width", width), ("height", height)] {
-                if value % 2 != 0 {
-                    return Err(format!(
-                        "FRAME_REQUEST: {field} is {value}, must be even for NV12 (pad it)"
-                    ));
-                }
-            }
-            (height / 2 * 3, vec![0, width as usize * height as usize])
-        } else {
-            if stride < width * 4 {
-                return Err(format!(
-                    "FRAME_REQUEST: stride is {stride}, must be at least {} for a width of {width}",
-                    width * 4
-                ));
-            }
-            (height, vec![0])
-        };
-        let needed = u64::from(stride) * u64::from(rows);
-        if (pixels.len() as u64) < needed {
+        } = *layout;
+        if buffer.size() < layout.size {
             return Err(format!(
-                "FRAME_REQUEST: {} bytes of pixels, {width}x{height} with a stride of {stride} \
-                 needs {needed}",
-                pixels.len()
+                "FRAME_REQUEST: {} bytes of pixels, {width}x{height} with a stride of {} needs {}",
+                buffer.size(),
+                layout.strides[0],
+                layout.size
             ));
         }
-        let strides = vec![
-            i32::try_from(stride).map_err(|_| {
-                format!(
-                    "FRAME_REQUEST: stride is {stride}, must be at most {}",
-                    i32::MAX
-                )
-            })?;
-            offsets.len()
-        ];
         let info = VideoInfo::builder(format, width, height)
             .fps(framerate)
             .build()
             .map_err(|error| format!("FRAME_REQUEST: {error}"))?;
-        let mut buffer = gst::Buffer::from_mut_slice(pixels);
         VideoMeta::add_full(
             buffer.make_mut(),
             gst_video::VideoFrameFlags::empty(),
             format,
             width,
             height,
-            &offsets,
-            &strides,
+            &layout.offsets,
+            &layout.strides,
         )
         .map_err(|error| format!("FRAME_REQUEST: {error}"))?;
         Ok(Self { buffer, info })
     }
 
-    /// The same picture with even sides of at least `minimum` pixels: what an encoder of 4:2:0
-    /// takes. The edges are repeated to the right and downwards. A picture that fits already is
-    /// not copied.
+    /// The same picture with sides of at least so many pixels. The edges are repeated to the
+    /// right and downwards. A picture that fits already is not copied.
     pub fn at_least(self, minimum: (u32, u32)) -> Result<Self, String> {
         let (width, height) = (self.info.width(), self.info.height());
-        let even = |side: u32, minimum: u32| side.max(minimum).next_multiple_of(2);
-        let (wide, high) = (even(width, minimum.0), even(height, minimum.1));
+        let (wide, high) = (width.max(minimum.0), height.max(minimum.1));
         if (wide, high) == (width, height) {
             return Ok(self);
         }
@@ -166,9 +113,9 @@ impl Picture {
             }
         }
         drop(from);
-        Ok(Self {
-            buffer: to.into_buffer(),
-            info,
-        })
+        let mut buffer = to.into_buffer();
+        let times = gst::BufferCopyFlags::TIMESTAMPS | gst::BufferCopyFlags::FLAGS;
+        self.buffer.copy_into(buffer.make_mut(), times, ..)?;
+        Ok(Self { buffer, info })
     }
 }

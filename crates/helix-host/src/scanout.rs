@@ -13,16 +13,19 @@ use std::str::FromStr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use helix_protocol::message::Config;
 use helix_protocol::wait::{Deadline, Waiter, Wake, Waker};
 
 use self::run::Run;
 use crate::access_unit::AccessUnit;
-use crate::settings::EncoderSpec;
-use crate::source::Description;
+use crate::settings::{EncoderSpec, Keyframes, Tuning};
+use crate::source::{Description, Kind};
 use crate::subscriber::{Frame, Next, Subscriber};
 
 /// How many there may be; the ids are below this.
 pub const SCANOUTS: u32 = 16;
+/// A keyframe comes by itself after this many pictures, as clients of deployed hosts expect.
+const KEYFRAME_DISTANCE: u32 = 60;
 /// Time between two attempts to start what failed.
 const RETRY: Duration = Duration::from_secs(1);
 /// `ID=DESCRIPTION`, as on the command line.
@@ -267,6 +270,27 @@ impl Subscription {
         });
     }
 
+    /// What is in force, for CONFIG_RESP; what the scanout's description decides is 0.
+    pub fn in_force(&self) -> Config {
+        let (bitrate, profile) = match self.scanout.description.kind() {
+            Kind::Encoded => (0, 0),
+            Kind::Raw => {
+                let tuning = self.scanout.tuning();
+                let encoder = &self.scanout.encoder;
+                (
+                    encoder.bitrate_with(&tuning),
+                    encoder.profile_idc(tuning.profile),
+                )
+            }
+        };
+        Config {
+            bitrate,
+            profile,
+            realtime: true,
+            ..Config::default()
+        }
+    }
+
     /// Sets the scanout's bitrate, in bit/s, for all subscribers.
     pub fn set_bitrate(&self, bits: u32) {
         self.scanout.tell(|state| {
@@ -289,6 +313,15 @@ impl Drop for Subscription {
 }
 
 impl Scanout {
+    /// How its encoder is set.
+    fn tuning(&self) -> Tuning {
+        Tuning {
+            bitrate: self.state().bitrate,
+            profile: 77,
+            keyframes: Keyframes::Every(KEYFRAME_DISTANCE),
+        }
+    }
+
     /// Changes the state and wakes the scanout's thread if `change` says so.
     fn tell(&self, change: impl FnOnce(&mut State) -> bool) {
         let mut state = self.state();

@@ -5,6 +5,7 @@
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::AsFd;
+use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -13,8 +14,10 @@ use helix_protocol::transport::{BindError, is_local};
 use helix_protocol::wait::{Deadline, Waiter, Wake, Waker};
 use helix_protocol::{Address, Listener, Stream};
 
+use crate::access::{Token, TokenError};
 use crate::client::{Client, Host, turn_away};
 use crate::probe;
+use crate::resource::{ClientIdentity, ResourceResolver};
 use crate::scanout::{Scanout, ScanoutSpec};
 use crate::settings::EncoderError;
 use crate::source::Description;
@@ -38,6 +41,12 @@ pub struct Config {
     pub encoder: String,
     /// The screens to push.
     pub scanouts: Vec<ScanoutSpec>,
+    /// A file with the token that clients must send in HELLO; `None` lets in clients without.
+    pub token_file: Option<PathBuf>,
+    /// The context ids that may connect over AF_VSOCK; none lets in all.
+    pub allow_cids: Vec<u32>,
+    /// Where the pixels behind resource ids are found; `None` refuses resource ids.
+    pub resolver: Option<Arc<dyn ResourceResolver>>,
     /// Clients at once.
     pub max_clients: usize,
     /// Bytes of pixels in one frame.
@@ -73,6 +82,15 @@ pub enum StartError {
         /// What the parser said.
         reason: String,
     },
+    /// See [`TokenError`].
+    #[error(transparent)]
+    Token(#[from] TokenError),
+    /// Context ids, and no listener that knows them.
+    #[error(
+        "--allow-cid is about guests over AF_VSOCK, and no --listen vsock:PORT is there; other \
+         clients have no CID"
+    )]
+    CidsWithoutVsock,
     /// See [`BindError`].
     #[error(transparent)]
     Bind(#[from] BindError),
@@ -86,6 +104,7 @@ pub enum StartError {
 pub struct Prepared {
     host: Arc<Host>,
     listen: Vec<Address>,
+    allow_cids: Vec<u32>,
     max_clients: usize,
 }
 
@@ -108,6 +127,11 @@ struct Clients {
 impl Prepared {
     /// Finds the encoder and checks the scanouts.
     pub fn new(config: Config) -> Result<Self, StartError> {
+        let over_vsock = |address: &Address| matches!(address, Address::Vsock { .. });
+        if !config.allow_cids.is_empty() && !config.listen.iter().any(over_vsock) {
+            return Err(StartError::CidsWithoutVsock);
+        }
+        let token = config.token_file.as_deref().map(Token::read).transpose()?;
         gst::init()?;
         let mut descriptions = BTreeMap::new();
         for ScanoutSpec { id, description } in config.scanouts {
@@ -130,12 +154,15 @@ impl Prepared {
         let host = Arc::new(Host {
             encoder,
             scanouts,
+            token,
+            resolver: config.resolver,
             max_frame_bytes: config.max_frame_bytes,
             stall_limit: config.stall_limit,
         });
         Ok(Self {
             host,
             listen: config.listen,
+            allow_cids: config.allow_cids,
             max_clients: config.max_clients,
         })
     }
@@ -152,17 +179,25 @@ impl Server {
         let Prepared {
             host,
             listen,
+            allow_cids,
             max_clients,
         } = prepared;
         let mut listeners = Vec::new();
         for address in &listen {
             let listener = Listener::bind(address)?;
             let address = listener.address();
-            if !is_local(address) {
-                tracing::warn!(
-                    %address,
-                    "reachable from outside this machine, by anybody: the protocol has no secret"
-                );
+            let guarded = matches!(address, Address::Vsock { .. }) && !allow_cids.is_empty();
+            if !is_local(address) && !guarded {
+                match host.token {
+                    None => tracing::warn!(
+                        %address,
+                        "reachable from outside this machine, by anybody: no --token-file is given"
+                    ),
+                    Some(_) => tracing::info!(
+                        %address,
+                        "reachable from outside this machine; token and pictures travel unencrypted"
+                    ),
+                }
             }
             listeners.push(listener);
         }
@@ -181,6 +216,7 @@ impl Server {
             waiter,
             host: host.clone(),
             clients: clients.clone(),
+            allow_cids,
             max_clients,
             next_id: 0,
             failing: false,
@@ -239,6 +275,8 @@ struct Acceptor {
     waiter: Waiter,
     host: Arc<Host>,
     clients: Arc<Clients>,
+    /// Empty: all.
+    allow_cids: Vec<u32>,
     max_clients: usize,
     next_id: u64,
     /// Whether the last accept() failed: the log has it then.
@@ -270,7 +308,7 @@ impl Acceptor {
         for index in 0..self.listeners.len() {
             loop {
                 match self.listeners[index].accept() {
-                    Ok(Some(stream)) => self.welcome(stream),
+                    Ok(Some(stream)) => self.welcome(index, stream),
                     Ok(None) => break,
                     Err(error) => {
                         if !self.failing {
@@ -287,8 +325,15 @@ impl Acceptor {
         fine
     }
 
-    fn welcome(&mut self, stream: Stream) {
+    fn welcome(&mut self, listener: usize, stream: Stream) {
         let peer = stream.peer();
+        let cid = stream.peer_cid();
+        let address = self.listeners[listener].address();
+        if !may_connect(&self.allow_cids, address, cid) {
+            tracing::warn!(peer, "not among the CIDs that may connect, turned away");
+            turn_away(&stream, "this machine's CID may not connect (--allow-cid)");
+            return;
+        }
         if self.clients.wakers().len() >= self.max_clients {
             tracing::warn!(
                 peer,
@@ -304,16 +349,22 @@ impl Acceptor {
             );
             return;
         }
+        let identity = ClientIdentity {
+            connection: self.next_id + 1,
+            listener: address.clone(),
+            cid,
+        };
         self.next_id += 1;
-        if let Err(error) = self.spawn(self.next_id, stream, &peer) {
+        if let Err(error) = self.spawn(identity, stream, &peer) {
             tracing::error!(peer, %error, "no thread for a client");
         }
     }
 
-    fn spawn(&self, id: u64, stream: Stream, peer: &str) -> io::Result<()> {
+    fn spawn(&self, identity: ClientIdentity, stream: Stream, peer: &str) -> io::Result<()> {
+        let id = identity.connection;
         let waiter = Waiter::new()?;
         let waker = waiter.waker();
-        let client = Client::new(self.host.clone(), stream, waiter)?;
+        let client = Client::new(self.host.clone(), stream, identity, waiter)?;
         let place = Place {
             id,
             clients: self.clients.clone(),
@@ -330,6 +381,13 @@ impl Acceptor {
             })?;
         Ok(())
     }
+}
+
+/// Whether a client with this context id may connect there. Over AF_VSOCK one that could not be
+/// found out (the connection is gone already) is none of the allowed ones.
+fn may_connect(allowed: &[u32], listener: &Address, cid: Option<u32>) -> bool {
+    let counts = matches!(listener, Address::Vsock { .. }) && !allowed.is_empty();
+    !counts || cid.is_some_and(|cid| allowed.contains(&cid))
 }
 
 /// A client's entry among the clients; leaves with its thread, even when that panics.
@@ -367,5 +425,20 @@ impl Clients {
                 .unwrap_or_else(PoisonError::into_inner)
                 .0;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::may_connect;
+
+    #[test]
+    fn cids_count_only_where_some_are_named_and_over_vsock() {
+        let vsock = "vsock:5000".parse().unwrap();
+        assert!(may_connect(&[], &vsock, Some(7)));
+        assert!(may_connect(&[3, 7], &vsock, Some(7)));
+        assert!(!may_connect(&[3, 7], &vsock, Some(8)));
+        assert!(!may_connect(&[3, 7], &vsock, None));
+        assert!(may_connect(&[3, 7], &"tcp:[::1]:1".parse().unwrap(), None));
     }
 }

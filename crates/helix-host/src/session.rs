@@ -9,15 +9,19 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use helix_protocol::Connection;
 use helix_protocol::connection::Body;
-use helix_protocol::encode::{self, Head};
-use helix_protocol::message::{Config, ErrorCode, ErrorMessage, FrameRequest, FrameResponse};
+use helix_protocol::encode;
+use helix_protocol::message::{
+    Config, ErrorCode, ErrorMessage, FrameRequest, FrameResponse, RequestTag,
+};
 use helix_protocol::wait::Waker;
-use helix_protocol::{Connection, Payload};
 
-use crate::access_unit::AccessUnit;
+use crate::access_unit::{AccessUnit, Tail};
 use crate::encoder::{Encoder, Output};
-use crate::picture::Picture;
+use crate::greeting::{Refusal, Terms};
+use crate::layout::Layout;
+use crate::picture::{MAX_SIDE, Picture};
 use crate::settings::{EncoderSpec, Keyframes, Tuning};
 
 /// After this long without a word an encoder is taken to hang.
@@ -30,7 +34,10 @@ const REST: Duration = Duration::from_secs(1);
 /// One client's encoder.
 pub struct Session {
     spec: Arc<EncoderSpec>,
+    terms: Terms,
     tuning: Tuning,
+    /// H.264 `level_idc` of the last keyframe; 0 before the first.
+    level: u8,
     framerate: gst::Fraction,
     encoder: Option<Running>,
     /// Former encoders that still have frames to finish.
@@ -67,6 +74,7 @@ enum Reply {
     },
     Refused {
         session_id: u16,
+        tag: RequestTag,
         code: ErrorCode,
         text: String,
     },
@@ -84,6 +92,8 @@ impl Session {
     pub fn new(spec: Arc<EncoderSpec>, waker: Waker) -> Self {
         Self {
             spec,
+            terms: Terms::default(),
+            level: 0,
             tuning: Tuning {
                 bitrate: None,
                 profile: 77,
@@ -103,6 +113,11 @@ impl Session {
             failures: 0,
             rest_until: None,
         }
+    }
+
+    /// HELLO: replies are under these terms from now on.
+    pub fn agree(&mut self, terms: Terms) {
+        self.terms = terms;
     }
 
     /// Requests without an answer.
@@ -150,36 +165,62 @@ impl Session {
         }
     }
 
+    /// What is in force after a CONFIG_REQ, for CONFIG_RESP. Sizes come back as asked for, as far
+    /// as this host goes: each picture brings its own.
+    pub fn in_force(&self, asked: &Config) -> Config {
+        Config {
+            width: asked.width.min(MAX_SIDE),
+            height: asked.height.min(MAX_SIDE),
+            bitrate: match &self.encoder {
+                Some(running) => running.encoder.bitrate(),
+                None => self.spec.bitrate_with(&self.tuning),
+            },
+            framerate_num: self.framerate.numer().unsigned_abs(),
+            framerate_den: self.framerate.denom().unsigned_abs(),
+            profile: self.spec.profile_idc(self.tuning.profile),
+            level: self.level,
+            realtime: true,
+        }
+    }
+
     /// KEYFRAME_REQ: the next frame is one.
     pub fn want_keyframe(&mut self) {
         self.keyframe_wanted = true;
     }
 
-    /// FRAME_REQUEST with pixels.
-    pub fn encode(&mut self, session_id: u16, request: &FrameRequest, pixels: Payload) {
-        let bytes = pixels.len();
-        match Picture::from_request(request, pixels, self.framerate) {
-            Err(text) => self.refuse(session_id, ErrorCode::INVALID_MESSAGE, text),
-            Ok(picture) => {
-                if let Err(text) = self.push(session_id, request, picture, bytes) {
-                    self.refuse(session_id, ErrorCode::ENCODE_FAILED, text);
-                }
-            }
+    /// FRAME_REQUEST. `pixels` gives the memory, once the request's fields are found to be right.
+    pub fn encode(
+        &mut self,
+        session_id: u16,
+        request: &FrameRequest,
+        pixels: impl FnOnce(&Layout) -> Result<gst::Buffer, Refusal>,
+    ) {
+        let invalid = |text| (ErrorCode::INVALID_MESSAGE, text);
+        let result = Layout::of(request).map_err(invalid).and_then(|layout| {
+            let buffer = pixels(&layout)?;
+            let bytes = buffer.size();
+            let picture = Picture::new(&layout, buffer, self.framerate).map_err(invalid)?;
+            self.push(session_id, request, picture, bytes)
+                .map_err(|text| (ErrorCode::ENCODE_FAILED, text))
+        });
+        if let Err((code, text)) = result {
+            self.refuse(session_id, request.tag, code, text);
         }
     }
 
     /// Answers a request with an ERROR, after all requests before it.
-    pub fn refuse(&mut self, session_id: u16, code: ErrorCode, text: String) {
+    pub fn refuse(&mut self, session_id: u16, tag: RequestTag, code: ErrorCode, text: String) {
         tracing::debug!(code = code.0, text, "request refused");
         self.replies.push_back(Reply::Refused {
             session_id,
+            tag,
             code,
             text,
         });
     }
 
     /// Takes what the encoder has done and queues the answers whose turn it is.
-    pub fn collect(&mut self, connection: &mut Connection<AccessUnit>) {
+    pub fn collect(&mut self, connection: &mut Connection<Tail>) {
         let outputs = std::mem::take(
             &mut *self
                 .outputs
@@ -211,6 +252,11 @@ impl Session {
             .iter()
             .take_while(|reply| !matches!(reply, Reply::Encoding { .. }))
             .count();
+        let terms = self.terms;
+        let refuse = |session_id, tag, code, text| {
+            let tag = terms.tag(tag);
+            encode::error(session_id, &ErrorMessage { code, text, tag })
+        };
         for reply in self.replies.drain(..ready) {
             match reply {
                 Reply::Encoded {
@@ -223,17 +269,25 @@ impl Session {
                         // Nothing is reordered.
                         dts: request.pts,
                         is_keyframe: unit.is_keyframe(),
-                        tag: request.tag,
+                        tag: terms.tag(request.tag).unwrap_or_default(),
                         nal_count: 1,
                     };
                     let head = encode::frame_response(session_id, &response, unit.size() as u32);
-                    connection.send_with(head, unit);
+                    if let Err(text) = terms.check_size(&head, &unit) {
+                        // The pictures after it refer to it.
+                        self.keyframe_wanted = true;
+                        let code = ErrorCode::ENCODE_FAILED;
+                        connection.send(refuse(session_id, request.tag, code, text));
+                    } else {
+                        connection.send_with(head, Tail::Unit(unit));
+                    }
                 }
                 Reply::Refused {
                     session_id,
+                    tag,
                     code,
                     text,
-                } => connection.send(error(session_id, code, text)),
+                } => connection.send(refuse(session_id, tag, code, text)),
                 Reply::Encoding { .. } => {}
             }
         }
@@ -341,6 +395,11 @@ impl Session {
 
     fn encoded(&mut self, number: u64, unit: AccessUnit) {
         self.failures = 0;
+        if unit.is_keyframe()
+            && let Some(level) = unit.level()
+        {
+            self.level = level;
+        }
         if let Some(reply) = self.find(number)
             && let Reply::Encoding {
                 session_id,
@@ -358,10 +417,15 @@ impl Session {
 
     fn fail_one(&mut self, number: u64, text: &str) {
         if let Some(reply) = self.find(number)
-            && let Reply::Encoding { session_id, .. } = *reply
+            && let Reply::Encoding {
+                session_id,
+                request,
+                ..
+            } = *reply
         {
             *reply = Reply::Refused {
                 session_id,
+                tag: request.tag,
                 code: ErrorCode::ENCODE_FAILED,
                 text: text.to_owned(),
             };
@@ -376,12 +440,14 @@ impl Session {
             if let Reply::Encoding {
                 session_id,
                 generation,
+                request,
                 ..
             } = *reply
                 && generation == running.generation
             {
                 *reply = Reply::Refused {
                     session_id,
+                    tag: request.tag,
                     code: ErrorCode::ENCODE_FAILED,
                     text: format!("{}: {reason}", self.spec.name()),
                 };
@@ -394,18 +460,6 @@ impl Session {
             .iter_mut()
             .find(|reply| matches!(reply, Reply::Encoding { number, .. } if *number == wanted))
     }
-}
-
-/// An ERROR without a tag.
-pub fn error(session_id: u16, code: ErrorCode, text: String) -> Head {
-    encode::error(
-        session_id,
-        &ErrorMessage {
-            code,
-            text,
-            tag: None,
-        },
-    )
 }
 
 /// The frame rate of a CONFIG_REQ, or 60 where it has none that makes sense.

@@ -235,6 +235,15 @@ impl EncoderSpec {
         }
     }
 
+    /// Whether the element's pad takes any size: some name a step.
+    pub fn takes_odd_sizes(&self) -> bool {
+        let odd = gst::Caps::builder("video/x-raw")
+            .field("width", 1023)
+            .field("height", 1023)
+            .build();
+        self.factory.can_sink_any_caps(&odd)
+    }
+
     /// The caps that make the element keep to a profile, as near to `profile_idc` as it can.
     pub fn profile_caps(&self, profile_idc: u8) -> gst::Caps {
         let wanted: &[&str] = match profile_idc {
@@ -279,15 +288,8 @@ impl EncoderSpec {
             tracing::warn!(encoder = %self.name(), "the encoder has no bitrate to set");
             return;
         };
-        let unit = self.known().map_or_else(
-            || match property.blurb() {
-                Some(blurb) if !blurb.to_ascii_lowercase().contains('k') => Unit::Bits,
-                _ => Unit::Kilobits,
-            },
-            |known| known.unit,
-        );
         let bits = bits.max(LEAST_BITRATE);
-        let number = match unit {
+        let number = match self.unit_of(&property) {
             Unit::Bits => bits,
             Unit::Kilobits => bits / 1000,
         };
@@ -300,6 +302,52 @@ impl EncoderSpec {
         } else {
             tracing::warn!(encoder = %self.name(), bits, "the encoder refuses this bitrate");
         }
+    }
+
+    /// The bitrate that an element made by [`EncoderSpec::build`] is set to, in bit/s; 0 where it
+    /// has none.
+    pub fn bitrate_of(&self, element: &gst::Element) -> u32 {
+        let Some(property) = element.find_property("bitrate") else {
+            return 0;
+        };
+        let value = element.property_value("bitrate");
+        let number = value
+            .get::<u32>()
+            .or_else(|_| value.get::<i32>().map(i32::unsigned_abs))
+            .unwrap_or(0);
+        match self.unit_of(&property) {
+            Unit::Bits => number,
+            Unit::Kilobits => number.saturating_mul(1000),
+        }
+    }
+
+    /// The bitrate that an element would be set to.
+    pub fn bitrate_with(&self, tuning: &Tuning) -> u32 {
+        self.build(tuning)
+            .map_or(0, |element| self.bitrate_of(&element))
+    }
+
+    /// The `profile_idc` that comes of asking for one; 0 where the encoder does not say.
+    pub fn profile_idc(&self, wanted: u8) -> u8 {
+        let caps = self.profile_caps(wanted);
+        let profile = caps
+            .structure(0)
+            .and_then(|structure| structure.get::<&str>("profile").ok());
+        match profile {
+            Some("main") => 77,
+            Some(_) => 66,
+            None => 0,
+        }
+    }
+
+    fn unit_of(&self, property: &glib::ParamSpec) -> Unit {
+        self.known().map_or_else(
+            || match property.blurb() {
+                Some(blurb) if !blurb.to_ascii_lowercase().contains('k') => Unit::Bits,
+                _ => Unit::Kilobits,
+            },
+            |known| known.unit,
+        )
     }
 
     fn known(&self) -> Option<&'static Known> {

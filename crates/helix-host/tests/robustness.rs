@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::{LONG, Peer, Rgb, config, start};
 use helix_host::{Config, ScanoutSpec, Server};
-use helix_protocol::message::{Capabilities, ErrorCode, Hello, PixelFormat};
+use helix_protocol::message::{ErrorCode, PixelFormat};
 use helix_protocol::{Address, encode};
 
 /// A client that is no client: a bare socket.
@@ -329,20 +329,8 @@ fn frames_over_the_limit_are_refused_before_they_are_read() {
 }
 
 #[test]
-fn hello_and_unknown_messages_are_skipped_and_ping_is_answered() {
+fn unknown_messages_are_skipped_and_ping_is_answered() {
     let server = start(config());
-    let mut peer = Peer::of(&server);
-    let (head, tlvs) = encode::hello(
-        1,
-        &Hello {
-            version: 1,
-            capabilities: Capabilities::REQUEST_IDS,
-            name: Some("test".to_owned()),
-            ..Hello::default()
-        },
-    );
-    peer.connection.send_with(head, tlvs);
-    peer.expect_pong();
     let mut stream = raw(&server);
     let mut bytes = b"HXFR\x55\0\x01\0".to_vec();
     bytes.extend(5_u32.to_le_bytes());

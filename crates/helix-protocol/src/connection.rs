@@ -95,7 +95,32 @@ pub enum ConnectionError {
 
 struct Outgoing<B> {
     head: Head,
-    body: Option<B>,
+    tail: Tail<B>,
+}
+
+/// What follows a head.
+enum Tail<B> {
+    Nothing,
+    Bytes(Vec<u8>),
+    Body(B),
+}
+
+impl<B: Body> Tail<B> {
+    fn size(&self) -> usize {
+        match self {
+            Self::Nothing => 0,
+            Self::Bytes(bytes) => bytes.len(),
+            Self::Body(body) => body.size(),
+        }
+    }
+
+    fn slices<'a>(&'a self, offset: usize, slices: &mut [IoSlice<'a>]) -> usize {
+        match self {
+            Self::Nothing => 0,
+            Self::Bytes(bytes) => bytes.slices(offset, slices),
+            Self::Body(body) => body.slices(offset, slices),
+        }
+    }
 }
 
 /// A connection and its two directions' state.
@@ -137,22 +162,24 @@ impl<B: Body> Connection<B> {
 
     /// Queues a message that is all head; [`Connection::next`] sends it.
     pub fn send(&mut self, head: Head) {
-        self.queue(Outgoing { head, body: None });
+        self.queue(head, Tail::Nothing);
+    }
+
+    /// Queues a message whose head announced `bytes`, few of them: the TLVs of HELLO.
+    pub fn send_bytes(&mut self, head: Head, bytes: Vec<u8>) {
+        self.queue(head, Tail::Bytes(bytes));
     }
 
     /// Queues a message whose head announced `body`; [`Connection::next`] sends it.
     pub fn send_with(&mut self, head: Head, body: B) {
-        self.queue(Outgoing {
-            head,
-            body: Some(body),
-        });
+        self.queue(head, Tail::Body(body));
     }
 
-    fn queue(&mut self, message: Outgoing<B>) {
+    fn queue(&mut self, head: Head, tail: Tail<B>) {
         if self.outbox.is_empty() {
             self.sent_at = Instant::now();
         }
-        self.outbox.push_back(message);
+        self.outbox.push_back(Outgoing { head, tail });
     }
 
     /// Messages that are not wholly sent.
@@ -185,6 +212,11 @@ impl<B: Body> Connection<B> {
     /// [`Connection::next`] had no message.
     pub fn is_inside_message(&self) -> bool {
         self.decoder.finish().is_err()
+    }
+
+    /// See [`Decoder::set_limits`].
+    pub fn set_limits(&mut self, limits: Limits) {
+        self.decoder.set_limits(limits);
     }
 
     /// See [`Decoder::trim`].
@@ -281,18 +313,16 @@ impl<B: Body> Connection<B> {
                 return Err(ConnectionError::Cancelled);
             }
             let head = message.head.len();
-            let size = head + message.body.as_ref().map_or(0, Body::size);
+            let size = head + message.tail.size();
             let mut slices = [IoSlice::new(&[]); SLICES];
             let mut count = 0;
             if self.sent < head {
                 slices[0] = IoSlice::new(&message.head[self.sent..]);
                 count = 1;
             }
-            if let Some(body) = &message.body
-                && body.size() > 0
-            {
+            if message.tail.size() > 0 {
                 let offset = self.sent.saturating_sub(head);
-                count += body.slices(offset, &mut slices[count..]);
+                count += message.tail.slices(offset, &mut slices[count..]);
             }
             match self.stream.send(&slices[..count]) {
                 // Only where there was nothing to send: a body without the bytes that its head

@@ -76,6 +76,11 @@ impl Decoder {
         }
     }
 
+    /// Other limits, for the messages that begin from now on.
+    pub fn set_limits(&mut self, limits: Limits) {
+        self.limits = limits;
+    }
+
     /// Gives the memory of large messages that are over back to the system, now and as their
     /// payloads are dropped, until the next large message begins. For peers that have gone quiet:
     /// a stream of messages would allocate for each of them.

@@ -2,26 +2,45 @@
 
 //! What an H.264 access unit in Annex B form (ITU-T H.264, annex B) says of itself.
 
-use h264_reader::nal::sps::SeqParameterSet;
-use h264_reader::rbsp::{self, BitReader};
+use std::ops::{Range, RangeInclusive};
 
-/// `nal_unit_type` of an IDR slice (ITU-T H.264, table 7-1).
+use crate::sps::Sps;
+
+/// `nal_unit_type` of slices (ITU-T H.264, table 7-1).
+const SLICES: RangeInclusive<u8> = 1..=5;
+/// `nal_unit_type` of an IDR slice.
 const NAL_IDR: u8 = 5;
 /// `nal_unit_type` of a sequence parameter set.
-const NAL_SPS: u8 = 7;
+pub(crate) const NAL_SPS: u8 = 7;
 
 /// The NAL units of an access unit, without start codes and the zero bytes after a unit.
 pub fn nal_units(annex_b: &[u8]) -> impl Iterator<Item = &[u8]> {
-    let mut rest = after_start_code(annex_b);
+    units(annex_b, |_| false).map(|unit| &annex_b[unit])
+}
+
+/// Where the NAL units before the first slice are: parameter sets among them. What follows is not
+/// looked at.
+pub(crate) fn headers(annex_b: &[u8]) -> impl Iterator<Item = Range<usize>> {
+    units(annex_b, |kind| SLICES.contains(&kind))
+}
+
+/// Where the NAL units are, up to the first whose `nal_unit_type` is one to stop at.
+fn units(annex_b: &[u8], stop: impl Fn(u8) -> bool) -> impl Iterator<Item = Range<usize>> {
+    let mut next = find_start_code(annex_b).map(|code| code + 3);
     std::iter::from_fn(move || {
-        let unit = rest?;
-        let end = find_start_code(unit).unwrap_or(unit.len());
-        rest = after_start_code(&unit[end..]);
+        let start = next.take()?;
+        let unit = &annex_b[start..];
+        if unit.first().is_some_and(|header| stop(header & 0x1f)) {
+            return None;
+        }
+        let end = find_start_code(unit);
+        next = end.map(|end| start + end + 3);
+        let end = end.unwrap_or(unit.len());
         let last = unit[..end]
             .iter()
             .rposition(|&byte| byte != 0)
             .map_or(0, |last| last + 1);
-        Some(&unit[..last])
+        Some(start..start + last)
     })
     .filter(|unit| !unit.is_empty())
 }
@@ -39,13 +58,11 @@ fn find_start_code(bytes: &[u8]) -> Option<usize> {
     None
 }
 
-fn after_start_code(bytes: &[u8]) -> Option<&[u8]> {
-    find_start_code(bytes).map(|at| &bytes[at + 3..])
-}
-
 /// The first sequence parameter set in the access unit: a NAL unit, its header byte included.
 pub fn find_sps(annex_b: &[u8]) -> Option<&[u8]> {
-    nal_units(annex_b).find(|unit| unit[0] & 0x1f == NAL_SPS)
+    headers(annex_b)
+        .map(|unit| &annex_b[unit])
+        .find(|unit| unit[0] & 0x1f == NAL_SPS)
 }
 
 /// Whether the access unit holds an IDR slice.
@@ -68,28 +85,7 @@ impl StreamInfo {
     /// Reads a sequence parameter set, given as NAL unit. `None` where it is damaged or unlikely
     /// (a side of 0 or over 16384 pixels).
     pub fn from_sps(sps: &[u8]) -> Option<Self> {
-        if sps.first()? & 0x1f != NAL_SPS {
-            return None;
-        }
-        let bits = rbsp::decode_nal(sps).ok()?;
-        let sps = SeqParameterSet::from_bits(BitReader::new(bits.as_ref())).ok()?;
-        let (width, height) = sps.pixel_dimensions().ok()?;
-        let likely = 1..=16384;
-        if !likely.contains(&width) || !likely.contains(&height) {
-            return None;
-        }
-        let framerate = sps
-            .vui_parameters
-            .and_then(|vui| vui.timing_info)
-            .map(|timing| (timing.time_scale, timing.num_units_in_tick))
-            // A tick is a field: two make a frame.
-            .and_then(|(scale, ticks)| Some((scale, ticks.checked_mul(2)?)))
-            .filter(|&(scale, ticks)| scale > 0 && ticks > 0);
-        Some(Self {
-            width,
-            height,
-            framerate,
-        })
+        Sps::parse(sps).ok().map(|sps| sps.info())
     }
 }
 

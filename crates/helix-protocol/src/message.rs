@@ -217,6 +217,11 @@ impl fmt::Display for ErrorCode {
     }
 }
 
+/// The only version of HELLO so far.
+pub const HELLO_VERSION: u16 = 1;
+/// The bit of H.264 in [`Hello::codecs`].
+pub const CODEC_H264: u32 = 1 << 0;
+
 /// What a peer says of itself in HELLO and HELLO_RESP.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hello {
@@ -267,6 +272,18 @@ impl Capabilities {
     pub const DAMAGE: Self = Self(1 << 7);
     /// Pushed frames carry their capture time.
     pub const CAPTURE_PTS: Self = Self(1 << 8);
+
+    /// The bits that both have: what two peers may use.
+    #[must_use]
+    pub const fn and(self, other: Self) -> Self {
+        Self(self.0 & other.0)
+    }
+
+    /// The bits that either has.
+    #[must_use]
+    pub const fn or(self, other: Self) -> Self {
+        Self(self.0 | other.0)
+    }
 
     /// Whether all bits of `other` are set.
     pub fn contains(self, other: Self) -> bool {

@@ -9,6 +9,7 @@ use gst::glib;
 use gst::prelude::*;
 use helix_protocol::Address;
 use helix_protocol::address::{DEFAULT_TCP_PORT, DEFAULT_VSOCK_PORT, VSOCK_CID_HOST};
+use helix_protocol::message::{AuthToken, ErrorCode, ErrorMessage};
 use helix_protocol::wait::Deadline;
 
 /// Where the host is and how long to wait for it.
@@ -21,6 +22,7 @@ pub struct ConnectionSettings {
     port: u32,
     timeout: u32,
     reconnect_timeout: u32,
+    auth_token: Option<AuthToken>,
 }
 
 impl Default for ConnectionSettings {
@@ -33,6 +35,7 @@ impl Default for ConnectionSettings {
             port: DEFAULT_VSOCK_PORT,
             timeout: 5000,
             reconnect_timeout: 10_000,
+            auth_token: None,
         }
     }
 }
@@ -87,6 +90,13 @@ impl ConnectionSettings {
                 .default_value(default.reconnect_timeout)
                 .mutable_ready()
                 .build(),
+            // Write-only: nothing that shows properties, dumps of pipelines included, shows it.
+            glib::ParamSpecString::builder("auth-token")
+                .nick("Auth token")
+                .blurb("Token that lets this client in where the host asks for one; cannot be read")
+                .write_only()
+                .mutable_ready()
+                .build(),
         ]
     }
 
@@ -107,6 +117,10 @@ impl ConnectionSettings {
             "port" => self.port = get(value),
             "timeout" => self.timeout = get(value),
             "reconnect-timeout" => self.reconnect_timeout = get(value),
+            "auth-token" => {
+                let token = get::<Option<String>>(value).filter(not_empty);
+                self.auth_token = token.map(|token| AuthToken(token.into_bytes()));
+            }
             _ => return false,
         }
         true
@@ -124,6 +138,23 @@ impl ConnectionSettings {
             "reconnect-timeout" => self.reconnect_timeout.to_value(),
             _ => return None,
         })
+    }
+
+    /// What lets this client in.
+    pub fn auth_token(&self) -> Option<AuthToken> {
+        self.auth_token.clone()
+    }
+
+    /// What to tell a person of a host that refuses this client.
+    pub fn refusal(&self, error: &ErrorMessage) -> String {
+        let address = self.address();
+        let (code, text) = (error.code, &error.text);
+        let advice = match (error.code, &self.auth_token) {
+            (ErrorCode::INTERNAL, _) => "",
+            (_, None) => " (does it want a token? Set auth-token)",
+            (_, Some(_)) => " (is auth-token the one that the host was given?)",
+        };
+        format!("{address} refuses this client: {code}: {text}{advice}")
     }
 
     /// The host: the unix socket, else TCP, else AF_VSOCK.
@@ -230,12 +261,26 @@ mod tests {
     }
 
     #[test]
-    fn every_property_can_be_read_and_has_its_default() {
+    fn every_property_but_the_token_can_be_read_and_has_its_default() {
         let settings = ConnectionSettings::default();
         for pspec in ConnectionSettings::properties() {
+            assert!(pspec.blurb().is_some_and(|blurb| blurb.len() > 20));
+            if pspec.name() == "auth-token" {
+                assert!(!pspec.flags().contains(glib::ParamFlags::READABLE));
+                continue;
+            }
             let value = settings.get(&pspec).unwrap();
             assert_eq!(format!("{value:?}"), format!("{:?}", pspec.default_value()));
-            assert!(pspec.blurb().is_some_and(|blurb| blurb.len() > 20));
         }
+    }
+
+    #[test]
+    fn the_token_does_not_show() {
+        let mut settings = ConnectionSettings::default();
+        set(&mut settings, "auth-token", "s3cret");
+        assert_eq!(settings.auth_token().unwrap().0, b"s3cret");
+        assert!(!format!("{settings:?}").contains("s3cret"));
+        set(&mut settings, "auth-token", "");
+        assert!(settings.auth_token().is_none());
     }
 }

@@ -9,10 +9,13 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use helix_protocol::connection::{ConnectionError, Event};
-use helix_protocol::message::{Config, EnableScanout, FrameResponse};
+use helix_protocol::greeting::{self, GreetingError};
+use helix_protocol::message::{
+    AuthToken, Capabilities, Config, EnableScanout, ErrorCode, ErrorMessage, FrameResponse, Hello,
+};
 use helix_protocol::transport::ConnectError;
 use helix_protocol::wait::{Deadline, Waiter};
-use helix_protocol::{Address, Connection, Limits, Message, Payload, Stream, encode};
+use helix_protocol::{Address, Agreement, Connection, Limits, Message, Payload, Stream, encode};
 
 /// Deployed hosts close a connection whose client says nothing for 60 s or more (quirk 10 of
 /// docs/protocol.md).
@@ -38,6 +41,8 @@ pub struct Target {
     pub enable: Option<EnableScanout>,
     /// Limit for connecting, for each reply and for the answer to a PING; `None` = none.
     pub timeout: Option<Duration>,
+    /// What lets this client in.
+    pub auth_token: Option<AuthToken>,
 }
 
 /// Why there is no subscription, or none any more.
@@ -52,6 +57,9 @@ pub enum SubscriptionError {
     /// The host refuses; asking again is of no use.
     #[error("{0}")]
     Refused(String),
+    /// The host does not want this client.
+    #[error("{}: {}", .0.code, .0.text)]
+    Unwanted(ErrorMessage),
     /// The connection ended; another one may do better.
     #[error("{0}")]
     Lost(String),
@@ -95,6 +103,7 @@ pub struct Pushed {
 pub struct Subscription {
     connection: Connection<()>,
     target: Target,
+    host: Agreement,
     /// Bytes received when `heard` was set.
     received: u64,
     /// When the host last sent something.
@@ -106,16 +115,18 @@ pub struct Subscription {
 }
 
 impl Subscription {
-    /// Connects, switches the scanout on where that is wanted, and subscribes.
+    /// Connects, greets, switches the scanout on where that is wanted, and subscribes.
     pub fn start(target: Target, waiter: &mut Waiter) -> Result<Self, SubscriptionError> {
         let deadline = target.timeout.map_or(Deadline::NEVER, Deadline::after);
         let stream = Stream::connect(&target.address, waiter, deadline)?;
-        let connection = Connection::new(stream, Limits::client(), waiter)
+        let mut connection = Connection::new(stream, Limits::client(), waiter)
             .map_err(|error| SubscriptionError::Lost(error.to_string()))?;
+        let host = greet(&target, &mut connection, waiter)?;
         let now = Instant::now();
         let mut this = Self {
             connection,
             target,
+            host,
             received: 0,
             heard: now,
             spoke: now,
@@ -150,6 +161,11 @@ impl Subscription {
     /// Who is at the other end, for logs.
     pub fn peer(&self) -> String {
         self.connection.stream().peer()
+    }
+
+    /// What the host said of itself.
+    pub fn host(&self) -> &Agreement {
+        &self.host
     }
 
     /// Bytes sent and received on this connection.
@@ -311,4 +327,42 @@ impl Subscription {
             .send(encode::ping(self.target.scanout_id as u16));
         self.spoke = Instant::now();
     }
+}
+
+/// Says hello. Which codecs the host has is seen in its stream.
+fn greet(
+    target: &Target,
+    connection: &mut Connection<()>,
+    waiter: &mut Waiter,
+) -> Result<Agreement, SubscriptionError> {
+    let hello = Hello {
+        version: greeting::VERSION,
+        max_in_flight: 1,
+        capabilities: Capabilities(
+            Capabilities::KEYFRAME_REQ.0
+                | Capabilities::CONFIG_RESP.0
+                | Capabilities::CAPTURE_PTS.0,
+        ),
+        codecs: greeting::CODEC_H264,
+        max_message: Limits::client().access_unit,
+        max_width: u16::MAX,
+        max_height: u16::MAX,
+        name: Some(concat!("scanoutsrc ", env!("CARGO_PKG_VERSION")).to_owned()),
+        auth_token: target.auth_token.clone(),
+        ..Hello::default()
+    };
+    let deadline = target.timeout.map_or(Deadline::NEVER, Deadline::after);
+    let session_id = target.scanout_id as u16;
+    let address = &target.address;
+    greeting::greet(connection, waiter, hello, session_id, deadline).map_err(|error| match error {
+        // It might have a place for us later.
+        GreetingError::Refused(error) if error.code == ErrorCode::INTERNAL => {
+            SubscriptionError::Lost(format!("{address} says: {}: {}", error.code, error.text))
+        }
+        GreetingError::Refused(error) => SubscriptionError::Unwanted(error),
+        GreetingError::Connection(error) => error.into(),
+        error => SubscriptionError::Lost(format!(
+            "{address} accepted the connection, but: {error} (timeout). Is that a helix-host?"
+        )),
+    })
 }

@@ -4,8 +4,13 @@
 //!
 //! The plugin registers `vsockenc`. docs/elements/vsockenc.md is its page.
 
+mod dmabuf;
+#[cfg(test)]
+mod fake;
+mod picture;
 mod pixels;
 mod session;
+mod virtgpu;
 mod vsockenc;
 
 pub use vsockenc::VsockEnc;

@@ -1,36 +1,30 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The pixels of a raw video frame, sent from where they lie.
+//! The pixels of a picture, sent from where they lie.
 //!
 //! The protocol wants BGRA and RGBA as `stride * height` bytes, and NV12 tight: `width * height`
 //! bytes of Y, then the UV rows, whatever the stride field says (quirk 4 of docs/protocol.md).
-//! Frames in memory may have padding after each row, or be odd in size. Rows that do not lie as
-//! the protocol wants them are gathered by a vectored write; none is ever copied.
+//! Frames in memory may have padding after each row, be a part of a larger frame, or odd in size.
+//! Rows that do not lie as the protocol wants them are gathered by a vectored write; none is ever
+//! copied.
 
 use std::io::IoSlice;
 
-use gst_video::prelude::*;
+use gst::buffer::{MappedBuffer, Readable};
+use gst::memory::MappedMemory;
 use helix_protocol::Limits;
 use helix_protocol::connection::Body;
 use helix_protocol::message::PixelFormat;
 
-/// The protocol's format for a raw video format. What GStreamer calls x is sent as alpha, and the
-/// host does not look at it.
-pub fn pixel_format(format: gst_video::VideoFormat) -> Option<PixelFormat> {
-    use gst_video::VideoFormat as V;
-    match format {
-        V::Bgrx | V::Bgra => Some(PixelFormat::Bgra),
-        V::Rgbx | V::Rgba => Some(PixelFormat::Rgba),
-        V::Nv12 => Some(PixelFormat::Nv12),
-        _ => None,
-    }
-}
+use crate::picture::Picture;
 
 /// The rows of one plane, as they are sent.
 #[derive(Clone, Copy, Debug)]
 struct Plane {
-    /// Index of the plane in the frame.
-    index: usize,
+    /// Index of the mapping.
+    mapping: usize,
+    /// Bytes from the mapping's begin to the first row.
+    start: usize,
     /// Bytes from one row to the next in memory.
     stride: usize,
     /// Bytes of a row that are sent.
@@ -53,82 +47,134 @@ impl Plane {
     }
 }
 
-/// A mapped frame, ready to be sent.
+/// Memory that can be read. GStreamer brackets reads of a DMA-BUF by DMA_BUF_IOCTL_SYNC itself
+/// (gst_dmabuf_mem_map), which also waits for whoever still writes to it.
+enum Mapping {
+    /// One of the buffer's.
+    Memory(MappedMemory<gst::memory::Readable>),
+    /// All of them in one piece, which GStreamer has to put together: rows that begin in one
+    /// memory and end in the next.
+    Buffer(MappedBuffer<Readable>),
+}
+
+impl Mapping {
+    fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Memory(memory) => memory.as_slice(),
+            Self::Buffer(buffer) => buffer.as_slice(),
+        }
+    }
+}
+
+/// A mapped picture, ready to be sent.
 pub struct Pixels {
-    frame: gst_video::VideoFrame<gst_video::video_frame::Readable>,
     planes: [Plane; 2],
     count: usize,
+    mappings: [Option<Mapping>; 2],
     /// Pixels, as the request must say.
     pub width: u32,
     /// Pixels, as the request must say.
     pub height: u32,
     /// Bytes from one row of plane 0 to the next, as the request must say.
     pub stride: u32,
-    /// The format as the request must say.
-    pub format: PixelFormat,
+    /// Keeps the memory from being written again by whoever owns it. After the mappings, which
+    /// end first.
+    _buffer: gst::Buffer,
 }
 
 impl Pixels {
-    /// Maps `buffer` for reading. Fails where it cannot be mapped or is smaller than `info` says.
-    pub fn new(buffer: gst::Buffer, info: &gst_video::VideoInfo) -> Option<Self> {
-        let format = pixel_format(info.format())?;
-        let frame = gst_video::VideoFrame::from_buffer_readable(buffer, info).ok()?;
-        let (width, height) = (frame.width(), frame.height());
-        let stride = |index: usize| usize::try_from(frame.plane_stride()[index]).ok();
-        let (w, h) = (width as usize, height as usize);
-        let plane = |index, row, rows, repeated_byte, repeated_row| {
-            Some(Plane {
-                index,
-                stride: stride(index)?,
-                row,
+    /// Maps a picture for reading. Fails, with a reason for a person, where that is not possible.
+    pub fn new(picture: &Picture) -> Result<Self, String> {
+        let nv12 = picture.format == PixelFormat::Nv12;
+        // A chroma row is as long as an even luma row, and there is one for a last odd row.
+        let odd = |side: u32| if nv12 { side % 2 } else { 0 };
+        let (odd_width, odd_height) = (odd(picture.width), odd(picture.height));
+        let mut mappings = [None, None];
+        let mut memories = [None, None];
+        let mut planes = [None, None];
+        for (index, plane) in picture.planes().iter().enumerate() {
+            let place = picture.memory_of(plane);
+            let memory = place.map(|(memory, _)| memory);
+            // A memory is mapped once, whatever lies in it.
+            let mapping = if index > 0 && memories[0] == Some(memory) {
+                0
+            } else {
+                mappings[index] = Some(map(picture, memory)?);
+                memories[index] = Some(memory);
+                index
+            };
+            let (repeated_byte, repeated_row) = match index {
+                0 => (odd_width as usize, odd_height as usize),
+                _ => (0, 0),
+            };
+            planes[index] = Some(Plane {
+                mapping,
+                start: place.map_or(plane.offset, |(_, skip)| skip),
+                stride: plane.stride,
+                row: plane.row,
                 repeated_byte,
-                rows,
+                rows: plane.rows,
                 repeated_row,
-            })
-        };
-        let (planes, count, sent_stride) = match format {
-            PixelFormat::Bgra | PixelFormat::Rgba => {
-                let mut plane = plane(0, 4 * w, h, 0, 0)?;
-                let whole = plane.stride * plane.rows;
-                if frame.plane_data(0).ok()?.len() >= whole
-                    && plane.stride <= 2 * plane.row
-                    && whole <= Limits::default().pixels as usize
-                {
-                    // One slice, the bytes between the rows included: the host skips them. Where
-                    // they are more than the pixels, sending them costs more than gathering.
-                    plane.row = plane.stride;
-                }
-                ([plane, plane], 1, plane.row)
+            });
+        }
+        for plane in planes.iter_mut().flatten() {
+            let bytes = mappings[plane.mapping]
+                .as_ref()
+                .map_or(0, |it| it.bytes().len());
+            let available = bytes.saturating_sub(plane.start);
+            // The picture was checked against its buffer. Should a mapping be shorter all the
+            // same, a slice out of range must not panic later.
+            if available < plane.stride * (plane.rows - 1) + plane.row {
+                return Err(format!("only {bytes} bytes of it can be mapped"));
             }
-            PixelFormat::Nv12 => {
-                let (odd_width, odd_height) = (w % 2, h % 2);
-                // A chroma row is as long as an even luma row, and there is one for a last odd row.
-                let luma = plane(0, w, h, odd_width, odd_height)?;
-                let chroma = plane(1, w + odd_width, h.div_ceil(2), 0, 0)?;
-                ([luma, chroma], 2, luma.sent_row())
-            }
-        };
-        for plane in &planes[..count] {
-            // from_buffer_readable() has checked this; a slice out of range must not panic later.
-            let needed = plane.stride * (plane.rows - 1) + plane.row;
-            if plane.row > plane.stride || frame.plane_data(plane.index as u32).ok()?.len() < needed
+            let whole = plane.stride * plane.rows;
+            if !nv12
+                && !picture.is_cropped
+                && available >= whole
+                && plane.stride <= 2 * plane.row
+                && whole <= Limits::default().pixels as usize
             {
-                return None;
+                // One slice, the bytes between the rows included: the host skips them. Where
+                // they are more than the pixels, sending them costs more than gathering; where
+                // they are pixels that were cut off, nobody should see them.
+                plane.row = plane.stride;
             }
         }
-        let (odd_width, odd_height) = match format {
-            PixelFormat::Nv12 => (width % 2, height % 2),
-            _ => (0, 0),
+        let [Some(first), second] = planes else {
+            return Err("it has no planes".to_owned());
         };
-        Some(Self {
-            planes,
-            count,
-            width: width + odd_width,
-            height: height + odd_height,
-            stride: sent_stride as u32,
-            format,
-            frame,
+        Ok(Self {
+            planes: [first, second.unwrap_or(first)],
+            count: picture.planes().len(),
+            mappings,
+            width: picture.width + odd_width,
+            height: picture.height + odd_height,
+            stride: first.sent_row() as u32,
+            _buffer: picture.buffer().clone(),
         })
+    }
+
+    fn bytes(&self, plane: &Plane) -> &[u8] {
+        let mapping = self.mappings[plane.mapping].as_ref();
+        // There is one for each plane since this was made.
+        mapping.map_or(&[], |mapping| &mapping.bytes()[plane.start..])
+    }
+}
+
+/// Maps one memory of a picture's buffer, or all of them.
+fn map(picture: &Picture, memory: Option<usize>) -> Result<Mapping, String> {
+    let failed = "its memory cannot be mapped for reading";
+    match memory.map(|index| picture.buffer().memory(index)) {
+        Some(memory) => memory
+            .and_then(|memory| memory.into_mapped_memory_readable().ok())
+            .map(Mapping::Memory)
+            .ok_or_else(|| failed.to_owned()),
+        None => picture
+            .buffer()
+            .clone()
+            .into_mapped_buffer_readable()
+            .map(Mapping::Buffer)
+            .map_err(|_| failed.to_owned()),
     }
 }
 
@@ -144,10 +190,7 @@ impl Body for Pixels {
                 offset -= plane.size();
                 continue;
             }
-            // The plane was there when this was made, and the mapping does not change.
-            let Ok(data) = self.frame.plane_data(plane.index as u32) else {
-                return used;
-            };
+            let data = self.bytes(plane);
             if plane.row == plane.stride && plane.repeated_byte + plane.repeated_row == 0 {
                 let Some(slot) = slices.get_mut(used) else {
                     return used;
@@ -184,6 +227,10 @@ impl Body for Pixels {
 mod tests {
     use super::*;
 
+    fn pixels_of(buffer: gst::Buffer, info: &gst_video::VideoInfo) -> Result<Pixels, String> {
+        Pixels::new(&Picture::new(buffer, info)?)
+    }
+
     /// A frame whose bytes are all different from their neighbours, with `padding` bytes after
     /// each row, and the bytes the protocol wants for it.
     fn frame(format: gst_video::VideoFormat, w: u32, h: u32, padding: i32) -> (Pixels, Vec<u8>) {
@@ -215,7 +262,7 @@ mod tests {
             &[stride, stride][..planes],
         )
         .unwrap();
-        let pixels = Pixels::new(buffer, &tight).unwrap();
+        let pixels = pixels_of(buffer, &tight).unwrap();
         let mut wanted = Vec::new();
         let (stride, w, h) = (stride as usize, w as usize, h as usize);
         if nv12 {
@@ -301,12 +348,82 @@ mod tests {
         assert_eq!(pixels.stride, 4 * 4096);
     }
 
+    /// Memory of bytes that are all different from their neighbours, and where it lies.
+    fn memory(size: usize, first: usize) -> (gst::Memory, *const u8) {
+        let bytes: Vec<u8> = (first..first + size).map(|i| (i % 251) as u8).collect();
+        let place = bytes.as_ptr();
+        (gst::Memory::from_slice(bytes), place)
+    }
+
     #[test]
-    fn a_buffer_that_is_too_small_is_refused() {
+    fn several_memories_are_sent_from_where_they_lie() {
         gst::init().unwrap();
-        let info = gst_video::VideoInfo::builder(gst_video::VideoFormat::Bgrx, 16, 16)
+        let format = gst_video::VideoFormat::Nv12;
+        let info = gst_video::VideoInfo::builder(format, 64, 48)
             .build()
             .unwrap();
-        assert!(Pixels::new(gst::Buffer::from_slice([0; 16 * 16 * 4 - 1]), &info).is_none());
+        let (luma, luma_place) = memory(64 * 48, 0);
+        let (chroma, chroma_place) = memory(64 * 24, 64 * 48);
+        let mut buffer = gst::Buffer::new();
+        buffer.get_mut().unwrap().append_memory(luma);
+        buffer.get_mut().unwrap().append_memory(chroma);
+        let pixels = pixels_of(buffer, &info).unwrap();
+        let mut slices = [IoSlice::new(&[]); 4];
+        assert_eq!(pixels.slices(0, &mut slices), 2);
+        assert_eq!(slices[0].as_ptr(), luma_place);
+        assert_eq!(slices[1].as_ptr(), chroma_place);
+        let wanted: Vec<u8> = (0..64 * 72).map(|i| (i % 251) as u8).collect();
+        assert_eq!(gather(&pixels, 0, 3), wanted);
+    }
+
+    #[test]
+    fn rows_across_two_memories_are_right_too() {
+        gst::init().unwrap();
+        let format = gst_video::VideoFormat::Bgrx;
+        let info = gst_video::VideoInfo::builder(format, 16, 4)
+            .build()
+            .unwrap();
+        let mut buffer = gst::Buffer::new();
+        buffer.get_mut().unwrap().append_memory(memory(100, 0).0);
+        buffer.get_mut().unwrap().append_memory(memory(156, 100).0);
+        let pixels = pixels_of(buffer, &info).unwrap();
+        let wanted: Vec<u8> = (0..256).map(|i| (i % 251) as u8).collect();
+        assert_eq!(gather(&pixels, 0, 3), wanted);
+    }
+
+    #[test]
+    fn what_was_cropped_away_is_not_sent() {
+        gst::init().unwrap();
+        let format = gst_video::VideoFormat::Bgrx;
+        let info = gst_video::VideoInfo::builder(format, 8, 8).build().unwrap();
+        let (memory, place) = memory(8 * 8 * 4, 0);
+        let mut buffer = gst::Buffer::new();
+        buffer.get_mut().unwrap().append_memory(memory);
+        gst_video::VideoCropMeta::add(buffer.get_mut().unwrap(), (1, 2, 6, 5));
+        let pixels = pixels_of(buffer, &info).unwrap();
+        assert_eq!((pixels.width, pixels.height, pixels.stride), (6, 5, 24));
+        assert_eq!(pixels.size(), 6 * 5 * 4);
+        let mut slices = [IoSlice::new(&[]); 8];
+        assert_eq!(pixels.slices(0, &mut slices), 5);
+        // Not copied: it begins in the memory that came in.
+        assert_eq!(slices[0].as_ptr(), place.wrapping_add(2 * 32 + 4));
+        let wanted: Vec<u8> = (2..7)
+            .flat_map(|y| (32 * y + 4..32 * y + 28).map(|i: usize| (i % 251) as u8))
+            .collect();
+        assert_eq!(gather(&pixels, 0, 8), wanted);
+    }
+
+    #[test]
+    fn a_buffer_stays_as_long_as_its_pixels() {
+        gst::init().unwrap();
+        let format = gst_video::VideoFormat::Bgrx;
+        let info = gst_video::VideoInfo::builder(format, 16, 4)
+            .build()
+            .unwrap();
+        let mut buffer = gst::Buffer::from_mut_slice(vec![0; 256]);
+        let pixels = pixels_of(buffer.clone(), &info).unwrap();
+        assert!(buffer.get_mut().is_none(), "others have it");
+        drop(pixels);
+        assert!(buffer.get_mut().is_some());
     }
 }

@@ -11,7 +11,7 @@ use gst_check::Harness;
 use gst_video::prelude::*;
 use helix_protocol::message::{Config, ErrorCode, ErrorMessage, FrameRequest};
 use helix_protocol::{Message, encode};
-use zerocopy_test_support::peer::{DELTA, KEYFRAME, LONG, Peer, Seen, Then};
+use zerocopy_test_support::peer::{DELTA, Greets, KEYFRAME, LONG, Peer, Seen, Then};
 
 const FRAME: gst::ClockTime = gst::ClockTime::from_nseconds(16_666_667);
 
@@ -719,9 +719,9 @@ fn a_late_reply_is_nobody_elses() {
 
 #[test]
 fn a_loss_while_idle_starts_the_reconnect_time_anew() {
-    // Closes each connection after its first PING: as a host would that was restarted again and
+    // Closes each connection once it is greeted: as a host would that was restarted again and
     // again.
-    let peer = Peer::new(|link, envelope| {
+    let peer = Peer::greeting(Greets::Script, |link, envelope| {
         if let Message::FrameRequest(request, _) = &envelope.message {
             link.answer(request);
         }
@@ -746,7 +746,7 @@ fn a_loss_while_idle_starts_the_reconnect_time_anew() {
 
 #[test]
 fn a_host_that_accepts_and_says_nothing_is_found_out_without_a_frame() {
-    let peer = Peer::new(|_, _| Then::GoOn);
+    let peer = Peer::greeting(Greets::Script, |_, _| Then::GoOn);
     let mut encoder = Encoder::new(peer.port(), "timeout=100 reconnect-timeout=0");
     let error = encoder.error();
     assert!(error.contains("no sign of life"), "{error}");

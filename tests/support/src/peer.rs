@@ -9,7 +9,7 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use helix_protocol::connection::{ConnectionError, Event};
-use helix_protocol::message::{FrameRequest, FrameResponse};
+use helix_protocol::message::{Capabilities, FrameRequest, FrameResponse, Hello};
 use helix_protocol::wait::{Deadline, Waiter, Waker};
 use helix_protocol::{Address, Connection, Envelope, Limits, Listener, Message, encode};
 
@@ -51,20 +51,55 @@ pub enum Then {
     PlayDead,
 }
 
+/// Who greets the clients.
+#[derive(Clone, Debug)]
+pub enum Greets {
+    /// Nobody: the script sees HELLO and the PING behind it.
+    Script,
+    /// A legacy host: HELLO is skipped, the PING behind it answered. The script sees neither.
+    Legacy,
+    /// A host that answers with this HELLO_RESP. The script sees neither message.
+    With(Hello),
+}
+
+/// What a host says of itself that can do `capabilities` and has no other limits.
+pub fn hello(capabilities: Capabilities) -> Hello {
+    Hello {
+        version: 1,
+        max_in_flight: 16,
+        capabilities,
+        codecs: 1,
+        max_message: 1 << 27,
+        max_width: 8192,
+        max_height: 8192,
+        name: Some("test".to_owned()),
+        ..Hello::default()
+    }
+}
+
 /// The scripted side of a connection.
 pub struct Link {
     connection: Connection<Vec<u8>>,
 }
 
 impl Link {
-    /// Sends the access unit of a request: [`KEYFRAME`] where one was asked for, else [`DELTA`].
+    /// Sends the access unit of a request, with its tag: [`KEYFRAME`] where one was asked for, else
+    /// [`DELTA`].
     pub fn answer(&mut self, request: &FrameRequest) {
         let data = if request.force_keyframe {
             KEYFRAME
         } else {
             DELTA
         };
-        self.respond(1, request.pts, request.force_keyframe, data);
+        let response = FrameResponse {
+            pts: request.pts,
+            dts: request.pts,
+            is_keyframe: request.force_keyframe,
+            tag: request.tag,
+            ..FrameResponse::default()
+        };
+        let head = encode::frame_response(1, &response, data.len() as u32);
+        self.connection.send_with(head, data.to_vec());
     }
 
     /// Sends a FRAME_RESPONSE.
@@ -82,6 +117,12 @@ impl Link {
     /// Sends a message that is all head.
     pub fn send(&mut self, head: encode::Head) {
         self.connection.send(head);
+    }
+
+    /// Sends HELLO_RESP.
+    pub fn hello_resp(&mut self, hello: &Hello) {
+        let (head, tlvs) = encode::hello_resp(1, hello);
+        self.connection.send_bytes(head, tlvs);
     }
 
     /// Puts bytes on the wire that may be no message.
@@ -108,10 +149,19 @@ pub struct Peer {
 }
 
 impl Peer {
-    /// Listens on a free port of 127.0.0.1 and runs `script` for each message of each client, one
-    /// client after the other.
+    /// A legacy host on a free port of 127.0.0.1, which runs `script` for each message of each
+    /// client, one client after the other.
     pub fn new(script: impl FnMut(&mut Link, &Envelope) -> Then + Send + 'static) -> Self {
-        Self::on(&"tcp:127.0.0.1:0".parse().expect("an address"), script)
+        Self::greeting(Greets::Legacy, script)
+    }
+
+    /// The same with another greeting.
+    pub fn greeting(
+        greets: Greets,
+        script: impl FnMut(&mut Link, &Envelope) -> Then + Send + 'static,
+    ) -> Self {
+        let address = "tcp:127.0.0.1:0".parse().expect("an address");
+        Self::on(&address, greets, script)
     }
 
     /// Answers each request and each PING.
@@ -128,6 +178,7 @@ impl Peer {
     /// The same on a given address.
     pub fn on(
         address: &Address,
+        greets: Greets,
         mut script: impl FnMut(&mut Link, &Envelope) -> Then + Send + 'static,
     ) -> Self {
         let listener = Listener::bind(address).expect("a test can listen");
@@ -150,6 +201,7 @@ impl Peer {
                 let _ = tell.send(Seen::Connected);
                 let mut link = Link { connection };
                 let mut closing = false;
+                let mut greeted = matches!(greets, Greets::Script);
                 loop {
                     let envelope = match link.connection.next(&mut waiter, Deadline::NEVER) {
                         Ok(Event::Message(envelope)) => envelope,
@@ -158,6 +210,15 @@ impl Peer {
                         Err(ConnectionError::Cancelled) => return,
                         Err(_) => break,
                     };
+                    if !greeted {
+                        if let (Message::Hello(_), Greets::With(hello)) =
+                            (&envelope.message, &greets)
+                        {
+                            link.hello_resp(hello);
+                        }
+                        greeted = link.pong(&envelope);
+                        continue;
+                    }
                     let then = script(&mut link, &envelope);
                     let _ = tell.send(Seen::Message(envelope));
                     match then {

@@ -14,7 +14,6 @@ use super::Scanout;
 use crate::access_unit::AccessUnit;
 use crate::encoder::{Encoder, Output};
 use crate::picture::Picture;
-use crate::settings::{Keyframes, Tuning};
 use crate::source::{Event, Kind, Source};
 
 /// How long a scanout goes on after its last subscriber has gone.
@@ -27,8 +26,6 @@ const STILL: Duration = Duration::from_millis(100);
 const KEYFRAME_PAUSE: Duration = Duration::from_millis(100);
 /// Pictures in the encoder at once. Further ones replace each other before it (L26).
 const IN_FLIGHT: usize = 2;
-/// A keyframe comes by itself after this many pictures, as clients of deployed hosts expect.
-const KEYFRAME_DISTANCE: u32 = 60;
 /// An encoder that is silent for so long hangs.
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Encoders that fail one after the other before the scanout is given up.
@@ -270,11 +267,7 @@ impl Run {
 }
 
 fn start_encoder(scanout: &Arc<Scanout>, waker: &Waker) -> Result<Encoder<i64>, String> {
-    let tuning = Tuning {
-        bitrate: scanout.state().bitrate,
-        profile: 77,
-        keyframes: Keyframes::Every(KEYFRAME_DISTANCE),
-    };
+    let tuning = scanout.tuning();
     let (target, waker) = (scanout.clone(), waker.clone());
     Encoder::start(&scanout.encoder, &tuning, move |output| {
         match output {

@@ -3,6 +3,8 @@
 //! A client of our own, pictures that are known, and a decoder that shows what came of them.
 #![allow(dead_code, reason = "each test file uses its part of this")]
 
+pub mod resources;
+
 use std::time::Duration;
 
 use gst::prelude::*;
@@ -10,7 +12,10 @@ use gst_video::VideoFrameExt;
 use helix_host::{Config, STALL_LIMIT, Server};
 use helix_protocol::connection::{ConnectionError, Event};
 use helix_protocol::encode::{self, Head};
-use helix_protocol::message::{ErrorMessage, FrameRequest, FrameResponse, PixelFormat};
+use helix_protocol::message::{
+    CODEC_H264, Capabilities, Config as WireConfig, ErrorMessage, FrameRequest, FrameResponse,
+    Hello, PixelFormat,
+};
 use helix_protocol::wait::{Deadline, Waiter};
 use helix_protocol::{Address, Connection, Envelope, Limits, Message, Stream};
 
@@ -23,6 +28,9 @@ pub fn config() -> Config {
         listen: vec!["tcp:127.0.0.1:0".parse().unwrap()],
         encoder: "x264enc".to_owned(),
         scanouts: Vec::new(),
+        token_file: None,
+        allow_cids: Vec::new(),
+        resolver: None,
         max_clients: 64,
         max_frame_bytes: 64 * 1024 * 1024,
         stall_limit: STALL_LIMIT,
@@ -38,6 +46,21 @@ pub fn with_encoder(encoder: &str) -> Server {
         encoder: encoder.to_owned(),
         ..config()
     })
+}
+
+/// What a client that can do all says of itself.
+pub fn hello() -> Hello {
+    Hello {
+        version: 1,
+        max_in_flight: 2,
+        capabilities: Capabilities(u64::MAX),
+        codecs: CODEC_H264,
+        max_message: 64 * 1024 * 1024,
+        max_width: 8192,
+        max_height: 8192,
+        name: Some("a test".to_owned()),
+        ..Hello::default()
+    }
 }
 
 /// A client.
@@ -68,6 +91,16 @@ impl Peer {
 
     pub fn send(&mut self, head: Head) {
         self.connection.send(head);
+    }
+
+    /// Hands everything to the system.
+    pub fn flush(&mut self) {
+        while self.connection.queued() > 0 {
+            let event = self
+                .connection
+                .next(&mut self.waiter, Deadline::after(LONG));
+            assert!(matches!(event, Ok(Event::Drained)), "{event:?}");
+        }
     }
 
     /// The next message, the system's permitting, or why there is none.
@@ -134,6 +167,32 @@ impl Peer {
         let envelope = self.next();
         assert!(matches!(envelope.message, Message::Pong), "{envelope:?}");
         assert_eq!(envelope.session_id, 7);
+    }
+
+    /// HELLO with PING behind it, and what the host says of itself.
+    pub fn greet(&mut self, hello: &Hello) -> Hello {
+        let (head, tlvs) = encode::hello(5, hello);
+        self.connection.send_with(head, tlvs);
+        self.send(encode::ping(6));
+        let response = match self.next() {
+            Envelope {
+                session_id: 5,
+                message: Message::HelloResp(response),
+            } => response,
+            other => panic!("no HELLO_RESP but {other:?}"),
+        };
+        let envelope = self.next();
+        assert!(matches!(envelope.message, Message::Pong), "{envelope:?}");
+        response
+    }
+
+    /// CONFIG_REQ, and the values in force.
+    pub fn configure(&mut self, config: &WireConfig) -> WireConfig {
+        self.send(encode::config_req(1, config));
+        match self.next().message {
+            Message::ConfigResp(config) => config,
+            other => panic!("no CONFIG_RESP but {other:?}"),
+        }
     }
 
     pub fn request(&mut self, request: &FrameRequest, pixels: Vec<u8>) {

@@ -39,6 +39,7 @@ use zerocopy_plugin_common::{
     Backoff, ConnectionSettings, ConnectionState, H264Caps, accepted_downstream, connection_message,
 };
 
+use super::low_delay;
 use crate::subscription::{Pushed, Subscription, SubscriptionError, Target, Wishes};
 
 static CAT: LazyLock<gst::DebugCategory> = LazyLock::new(|| {
@@ -65,6 +66,7 @@ struct Settings {
     height: u32,
     refresh_rate: u32,
     bitrate: u32,
+    low_delay_vui: bool,
 }
 
 impl Default for Settings {
@@ -77,6 +79,7 @@ impl Default for Settings {
             height: 1080,
             refresh_rate: 60,
             bitrate: 0,
+            low_delay_vui: false,
         }
     }
 }
@@ -190,6 +193,15 @@ impl ObjectImpl for ScanoutSrc {
                     .default_value(default.bitrate as i32)
                     .mutable_playing()
                     .build(),
+                glib::ParamSpecBoolean::builder("low-delay-vui")
+                    .nick("Low delay VUI")
+                    .blurb(
+                        "Rewrite the stream's parameter sets so that decoders hold no picture \
+                         back; not for streams with B pictures",
+                    )
+                    .default_value(default.low_delay_vui)
+                    .mutable_ready()
+                    .build(),
                 glib::ParamSpecBoxed::builder::<gst::Structure>("stats")
                     .nick("Statistics")
                     .blurb("What happened since the element was started; see the element's page")
@@ -219,6 +231,7 @@ impl ObjectImpl for ScanoutSrc {
                 drop(settings);
                 self.wish_bitrate(bitrate);
             }
+            "low-delay-vui" => settings.low_delay_vui = value.get().expect(checked),
             name => unreachable!("no writable property {name} was installed"),
         }
     }
@@ -235,6 +248,7 @@ impl ObjectImpl for ScanoutSrc {
             "height" => settings.height.to_value(),
             "refresh-rate" => settings.refresh_rate.to_value(),
             "bitrate" => (settings.bitrate as i32).to_value(),
+            "low-delay-vui" => settings.low_delay_vui.to_value(),
             "stats" => {
                 drop(settings);
                 self.stats().to_value()
@@ -301,6 +315,7 @@ impl BaseSrcImpl for ScanoutSrc {
                 refresh_rate: settings.refresh_rate,
             }),
             timeout: settings.connection.timeout(),
+            auth_token: settings.connection.auth_token(),
         };
         let waiter = Waiter::new().map_err(|error| {
             gst::error_msg!(
@@ -405,6 +420,10 @@ impl ScanoutSrc {
             match Subscription::start(streaming.target.clone(), &mut streaming.waiter) {
                 Ok(subscription) => self.subscribed(streaming, subscription),
                 Err(SubscriptionError::Cancelled) => return Err(gst::FlowError::Flushing),
+                Err(SubscriptionError::Unwanted(error)) => {
+                    let reason = streaming.settings.connection.refusal(&error);
+                    return Err(self.fail(streaming, &reason));
+                }
                 Err(error) => return Err(self.fail(streaming, &error.to_string())),
             }
         }
@@ -441,8 +460,9 @@ impl ScanoutSrc {
         gst::info!(
             CAT,
             imp = self,
-            "subscribed at {} ({peer})",
-            streaming.target.address
+            "subscribed at {} ({peer}), {:?}",
+            streaming.target.address,
+            subscription.host()
         );
         streaming.subscription = Some(subscription);
         streaming.bytes = (0, 0);
@@ -483,6 +503,11 @@ impl ScanoutSrc {
                     return Ok(());
                 }
                 Err(SubscriptionError::Cancelled) => return Err(gst::FlowError::Flushing),
+                // Another token does not come by trying again.
+                Err(SubscriptionError::Unwanted(error)) => {
+                    let reason = streaming.settings.connection.refusal(&error);
+                    return Err(self.fail(streaming, &reason));
+                }
                 Err(error) => outcome = format!("; {error}"),
             }
         }
@@ -539,7 +564,15 @@ impl ScanoutSrc {
             (now, _) => now,
         };
         streaming.last_pts = pts;
-        let mut buffer = gst::Buffer::from_mut_slice(data);
+        let patches = if response.is_keyframe && streaming.settings.low_delay_vui {
+            low_delay::patches(&data).unwrap_or_else(|error| {
+                gst::warning!(CAT, imp = self, "low-delay-vui changes nothing: {error}");
+                Vec::new()
+            })
+        } else {
+            Vec::new()
+        };
+        let mut buffer = low_delay::buffer(data, patches);
         let writable = buffer.make_mut();
         writable.set_pts(pts);
         writable.set_dts(pts);

@@ -4,6 +4,7 @@ use gst::glib;
 use gst::prelude::*;
 
 mod imp;
+mod low_delay;
 
 glib::wrapper! {
     /// The element `scanoutsrc`: the H.264 stream of a VM's screen, pushed by the VM's host.

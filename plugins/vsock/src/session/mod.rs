@@ -3,6 +3,15 @@
 //! The conversation with a host: one thread that connects, sends requests, hands replies to its
 //! client as they come (L23), and finds the host again when it is lost.
 //!
+//! | file | job |
+//! | --- | --- |
+//! | mod.rs | what other threads see and do |
+//! | worker.rs | the thread: connecting, greeting, connecting again |
+//! | conversation.rs | the time on one connection: requests out |
+//! | replies.rs | and replies in |
+//! | liveness.rs | whether the host is still there |
+//! | transfer.rs | how pictures travel |
+//!
 //! The streaming thread calls [`Session::submit`] and waits there, cancellably, until fewer than
 //! the permitted number of requests are open. Everything about the connection itself belongs to
 //! the session's own thread; the two share a queue and a count.
@@ -13,26 +22,37 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use helix_protocol::connection::ConnectionError;
 use helix_protocol::message::{Config, FrameResponse};
 use helix_protocol::wait::{Deadline, Waiter, Wake, Waker};
-use helix_protocol::{Address, Connection, Limits, Payload, Stream};
-use zerocopy_plugin_common::{Backoff, ConnectionSettings, Quantiles};
+use helix_protocol::{Agreement, Payload};
+use zerocopy_plugin_common::{ConnectionSettings, Quantiles};
 
-use self::conversation::Conversation;
-use crate::pixels::Pixels;
+pub use self::liveness::SIGN_OF_LIFE;
+pub use self::transfer::Way;
+use self::worker::Worker;
+use crate::dmabuf::KnownResource;
+use crate::picture::Picture;
+use crate::vsockenc::Transfer;
 
 mod conversation;
+mod liveness;
+mod replies;
+mod transfer;
+mod worker;
 
 /// Whom the session tells. Called on the session's thread, with no lock of the session held.
 pub trait Client: Send + 'static {
-    /// The host has accepted the connection.
-    fn connected(&self, peer: &str);
+    /// The host has accepted the connection, and this is what it said of itself.
+    fn connected(&self, peer: &str, host: &Agreement);
+    /// The host says which settings are in force, in answer to those that it was `given`.
+    fn configured(&self, given: &Config, in_force: &Config);
     /// The frame's access unit. `after_loss` is set on the first one of a new connection that
     /// followed another.
     fn encoded(&self, frame: u32, response: FrameResponse, data: Payload, after_loss: bool);
     /// The frame will have no access unit.
     fn dropped(&self, frame: u32, reason: &str);
+    /// Pictures travel another way from now on; `reason` is empty where nothing went wrong.
+    fn transfer(&self, way: Way, reason: &str);
     /// The host refused a frame for the first time on this connection.
     fn refused(&self, reason: &str);
     /// The host was lost and is being called again.
@@ -52,7 +72,39 @@ pub struct Request {
     /// Ask for a keyframe.
     pub force_keyframe: bool,
     /// The picture.
-    pub pixels: Pixels,
+    pub picture: Picture,
+    /// As what it may be sent, if not only as pixels.
+    pub resource: Option<Arc<KnownResource>>,
+}
+
+/// What the frames to come look like.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Format {
+    /// What the host is told.
+    pub config: Config,
+    /// Bytes of pixels of one frame; 0 where none are sent.
+    pub pixels: usize,
+}
+
+impl Format {
+    /// Why a host does not take such frames, if it does not.
+    pub fn refused_by(&self, host: &Agreement) -> Option<String> {
+        let Config { width, height, .. } = self.config;
+        let (max_width, max_height) = (host.max_width, host.max_height);
+        if width > u32::from(max_width) || height > u32::from(max_height) {
+            return Some(format!(
+                "a {width}x{height} frame is over the host's limit of {max_width}x{max_height} \
+                 pixels; scale it down"
+            ));
+        }
+        let (size, limit) = (self.pixels, host.max_pixels());
+        (size > limit as usize).then(|| {
+            format!(
+                "a {width}x{height} frame has {size} bytes, over the host's limit of {limit} \
+                 bytes; scale it down"
+            )
+        })
+    }
 }
 
 /// What became of a submitted frame.
@@ -77,8 +129,14 @@ pub struct Counts {
     pub bytes_received: u64,
     /// Bytes of pixels in requests.
     pub pixel_bytes: u64,
+    /// Requests with a resource id.
+    pub resource_frames: u64,
+    /// How the last picture was sent.
+    pub way: Way,
     /// ERROR messages.
     pub errors: u64,
+    /// Replies that fit no open request.
+    pub unmatched: u64,
     /// Connections after the first.
     pub reconnects: u64,
     /// Time from a request's submission to its reply.
@@ -95,20 +153,39 @@ enum Status {
     Failed,
 }
 
-#[expect(clippy::large_enum_variant, reason = "nearly all items are frames")]
 enum Item {
-    Config(Config),
-    Frame(Request, Instant),
+    Format(Format),
+    Frame(Request, Submitted),
+}
+
+/// When a frame was submitted.
+#[derive(Clone, Copy)]
+struct Submitted {
+    at: Instant,
+    /// [`State::epoch`] at that time.
+    epoch: u32,
 }
 
 struct State {
     status: Status,
+    /// The host of the last connection.
+    host: Option<Arc<Agreement>>,
     queue: VecDeque<Item>,
-    /// Frames accepted and not yet reported.
+    /// Frames accepted and not yet reported, or flushed and not yet answered.
     open: u32,
+    /// Counts flushes: what is older than the last one is nobody's any more.
+    epoch: u32,
     /// The streaming thread waits for `open` or `status` to change.
     waiting: bool,
     counts: Counts,
+}
+
+impl State {
+    fn host_max_open(&self) -> u32 {
+        self.host
+            .as_ref()
+            .map_or(1, |host| u32::from(host.max_in_flight))
+    }
 }
 
 struct Shared {
@@ -138,6 +215,12 @@ pub struct SessionSettings {
     pub connection: ConnectionSettings,
     /// Frames after which a keyframe is asked for; 0 = only when a request says so.
     pub keyframe_interval: u32,
+    /// How pictures may travel.
+    pub transfer: Transfer,
+    /// Requests that may be open at once, as far as this side knows.
+    pub max_in_flight: u16,
+    /// An idle connection says something this often; [`SIGN_OF_LIFE`] but in tests.
+    pub sign_of_life: Duration,
 }
 
 /// A running session; dropping it ends the thread and closes the connection.
@@ -160,26 +243,16 @@ impl Session {
         let shared = Arc::new(Shared {
             state: Mutex::new(State {
                 status: Status::Connecting,
+                host: None,
                 queue: VecDeque::new(),
                 open: 0,
+                epoch: 0,
                 waiting: false,
                 counts: Counts::default(),
             }),
             submitter,
         });
-        let address = settings.connection.address();
-        let mut worker = Worker {
-            shared: shared.clone(),
-            client: Box::new(client),
-            address,
-            settings,
-            waiter,
-            config: None,
-            backoff: None,
-            force_keyframe: true,
-            since_keyframe: 0,
-            encoded_any: false,
-        };
+        let mut worker = Worker::new(shared.clone(), Box::new(client), settings, waiter);
         let thread = thread::Builder::new()
             .name("vsockenc".to_owned())
             .spawn(move || {
@@ -195,24 +268,49 @@ impl Session {
         })
     }
 
+    /// What the host takes, once there is one. While a lost host is called, what that one took.
+    pub fn host(&self, waiter: &mut Waiter) -> Result<Arc<Agreement>, Submission> {
+        let state = self.wait_until(waiter, |state| match (state.status, &state.host) {
+            (Status::Failed, _) => Some(Submission::Failed),
+            (_, Some(_)) => Some(Submission::Accepted),
+            (_, None) => None,
+        })?;
+        state.host.clone().ok_or(Submission::NoHost)
+    }
+
     /// Gives new settings to the host, after the frames submitted before.
-    pub fn configure(&self, config: Config) {
-        self.shared.state().queue.push_back(Item::Config(config));
+    pub fn configure(&self, format: Format) {
+        self.shared.state().queue.push_back(Item::Format(format));
         self.waker.wake();
     }
 
-    /// Hands a frame over once fewer than `max_open` are open.
+    /// Forgets all frames: none is reported from now on. Those that the host has are open until
+    /// it answers them, as for the host they are.
+    pub fn flush(&self) {
+        self.shared.update(|state| {
+            state.epoch = state.epoch.wrapping_add(1);
+            let before = state.queue.len();
+            state.queue.retain(|item| matches!(item, Item::Format(_)));
+            state.open -= (before - state.queue.len()) as u32;
+        });
+    }
+
+    /// Hands a frame over once fewer than `max_open` are open, and fewer than the host takes.
     pub fn submit(&self, waiter: &mut Waiter, max_open: u32, request: Request) -> Submission {
-        let submitted = Instant::now();
+        let at = Instant::now();
         let result = self.wait_until(waiter, |state| match state.status {
             Status::Failed => Some(Submission::Failed),
             Status::Reconnecting => Some(Submission::NoHost),
-            Status::Connected if state.open < max_open => Some(Submission::Accepted),
+            Status::Connected if state.open < max_open.min(state.host_max_open()) => {
+                Some(Submission::Accepted)
+            }
             Status::Connecting | Status::Connected => None,
         });
         match result {
             Ok(mut state) => {
                 state.open += 1;
+                let epoch = state.epoch;
+                let submitted = Submitted { at, epoch };
                 state.queue.push_back(Item::Frame(request, submitted));
                 drop(state);
                 self.waker.wake();
@@ -271,156 +369,5 @@ impl Drop for Session {
             // It has caught its panics.
             let _ = thread.join();
         }
-    }
-}
-
-/// Why a conversation ended.
-enum End {
-    /// The session is being dropped.
-    Cancelled,
-    /// Another connection may do better.
-    Lost(String),
-    /// No other connection would.
-    Hopeless(String),
-}
-
-impl From<ConnectionError> for End {
-    fn from(error: ConnectionError) -> Self {
-        match error {
-            ConnectionError::Cancelled => Self::Cancelled,
-            error => Self::Lost(error.to_string()),
-        }
-    }
-}
-
-struct Worker {
-    shared: Arc<Shared>,
-    client: Box<dyn Client>,
-    address: Address,
-    settings: SessionSettings,
-    waiter: Waiter,
-    /// The settings last given, sent again on each connection.
-    config: Option<Config>,
-    /// Runs from the loss of a host until another has answered a request.
-    backoff: Option<Backoff>,
-    /// The next request asks for a keyframe.
-    force_keyframe: bool,
-    since_keyframe: u32,
-    /// Some host has encoded a frame of this session.
-    encoded_any: bool,
-}
-
-impl Worker {
-    fn run(&mut self) {
-        let deadline = self.settings.connection.reply_deadline();
-        let mut connection = match self.connect(deadline) {
-            Ok(connection) => connection,
-            Err(End::Cancelled) => return,
-            Err(End::Lost(reason) | End::Hopeless(reason)) => return self.fail(&reason),
-        };
-        let mut again = false;
-        loop {
-            self.client.connected(&connection.stream().peer());
-            self.shared.update(|state| {
-                state.status = Status::Connected;
-                state.counts.reconnects += u64::from(again);
-            });
-            let mut conversation = Conversation::new(again);
-            let end = conversation.run(self, &mut connection);
-            drop(connection);
-            for frame in conversation.into_lost_frames() {
-                self.report_dropped(frame, "the host was lost");
-            }
-            let reason = match end {
-                End::Cancelled => return,
-                End::Hopeless(reason) => return self.fail(&reason),
-                End::Lost(reason) => reason,
-            };
-            match self.reconnect(&reason) {
-                Ok(new) => connection = new,
-                Err(End::Cancelled) => return,
-                Err(End::Lost(reason) | End::Hopeless(reason)) => return self.fail(&reason),
-            }
-            again = true;
-        }
-    }
-
-    fn connect(&mut self, deadline: Deadline) -> Result<Connection<Pixels>, End> {
-        use helix_protocol::transport::ConnectError;
-        let stream = Stream::connect(&self.address, &mut self.waiter, deadline);
-        let stream = stream.map_err(|error| match error {
-            ConnectError::Cancelled => End::Cancelled,
-            error => End::Lost(error.to_string()),
-        })?;
-        Connection::new(stream, Limits::client(), &self.waiter)
-            .map_err(|error| End::Lost(format!("connect to {}: {error}", self.address)))
-    }
-
-    fn reconnect(&mut self, reason: &str) -> Result<Connection<Pixels>, End> {
-        let limit = self.settings.connection.reconnect_timeout();
-        let lost = format!("lost {}: {reason}", self.address);
-        if limit.is_zero() {
-            return Err(End::Lost(lost));
-        }
-        self.shared
-            .update(|state| state.status = Status::Reconnecting);
-        self.drop_queued_frames();
-        self.client.reconnecting(&lost);
-        let mut outcome = String::new();
-        loop {
-            let backoff = self.backoff.get_or_insert_with(|| Backoff::new(limit));
-            let Some(at) = backoff.next_attempt() else {
-                let tried = limit.as_millis();
-                return Err(End::Lost(format!(
-                    "{lost}; not found again within {tried} ms (reconnect-timeout){outcome}"
-                )));
-            };
-            loop {
-                match self.waiter.wait(Deadline::at(at)) {
-                    Ok(Wake::Cancelled) => return Err(End::Cancelled),
-                    Ok(Wake::TimedOut) => break,
-                    Ok(Wake::Ready | Wake::Woken) => {}
-                    Err(error) => return Err(End::Hopeless(error.to_string())),
-                }
-            }
-            match self.connect(self.settings.connection.reply_deadline()) {
-                Ok(connection) => {
-                    self.force_keyframe = true;
-                    return Ok(connection);
-                }
-                Err(End::Lost(reason)) => outcome = format!("; {reason}"),
-                Err(end) => return Err(end),
-            }
-        }
-    }
-
-    /// Frames that were accepted and not sent have no future after a loss; settings have.
-    fn drop_queued_frames(&mut self) {
-        let queue = std::mem::take(&mut self.shared.state().queue);
-        for item in queue {
-            match item {
-                Item::Config(config) => self.config = Some(config),
-                Item::Frame(request, _) => self.report_dropped(request.frame, "the host was lost"),
-            }
-        }
-    }
-
-    fn report_dropped(&self, frame: u32, reason: &str) {
-        self.client.dropped(frame, reason);
-        self.shared.update(|state| state.open -= 1);
-    }
-
-    fn fail(&mut self, reason: &str) {
-        // Told first, so that whoever is woken by the status finds the error on the bus.
-        self.client.failed(reason);
-        self.shared.update(|state| {
-            state.status = Status::Failed;
-            state.queue.clear();
-            state.open = 0;
-        });
-    }
-
-    fn timeout(&self) -> Option<Duration> {
-        self.settings.connection.timeout()
     }
 }

@@ -31,16 +31,17 @@ use gst::prelude::*;
 use gst::subclass::prelude::*;
 use gst_video::prelude::*;
 use gst_video::subclass::prelude::*;
-use helix_protocol::Limits;
 use helix_protocol::message::Config;
 use helix_protocol::wait::{Waiter, Waker};
 
 use super::Transfer;
+use super::formats;
 use super::output::{Handle, Output};
 use super::settings::Settings;
 use super::stream_lock::StreamUnlocked;
-use crate::pixels::{Pixels, pixel_format};
-use crate::session::{Counts, Request, Session, SessionSettings, Submission};
+use crate::picture::Picture;
+use crate::session::{Counts, Format, Request, SIGN_OF_LIFE, Session, SessionSettings, Submission};
+use crate::virtgpu::Resources;
 
 pub(super) static CAT: LazyLock<gst::DebugCategory> = LazyLock::new(|| {
     gst::DebugCategory::new(
@@ -53,6 +54,9 @@ pub(super) static CAT: LazyLock<gst::DebugCategory> = LazyLock::new(|| {
 /// Frames per second where the caps give none.
 const DEFAULT_FRAMERATE: gst::Fraction = gst::Fraction::new_raw(60, 1);
 
+/// `max-in-flight` at most.
+pub(super) const MOST_IN_FLIGHT: u16 = 16;
+
 /// Below this, a bitrate was probably meant in kbit/s (L28).
 const LOW_BITRATE: u32 = 100_000;
 
@@ -62,23 +66,28 @@ pub(super) struct Streaming {
     /// The streaming thread's waiter, taken out while it waits.
     waiter: Option<Waiter>,
     pub input: Option<Input>,
+    /// Who tells the resources behind DMA-BUFs; `None` = all pictures go as pixels.
+    resources: Option<Arc<dyn Resources>>,
 }
 
 #[derive(Clone)]
 pub(super) struct Input {
     pub state: gst_video::VideoCodecState<'static, gst_video::video_codec_state::Readable>,
     pub info: gst_video::VideoInfo,
-    config: Config,
+    format: Format,
 }
 
 /// The implementation of [`super::VsockEnc`].
 #[derive(Default)]
 pub struct VsockEnc {
-    settings: Mutex<Settings>,
+    pub(super) settings: Mutex<Settings>,
     pub(super) streaming: Mutex<Option<Streaming>>,
     pub(super) output: Mutex<Output>,
     /// Ends the streaming thread's waits; apart from the rest, so that it never waits itself.
     waker: Mutex<Option<Waker>>,
+    /// Instead of a device, in tests.
+    #[cfg(test)]
+    pub(super) fake_resources: Mutex<Option<Arc<dyn Resources>>>,
 }
 
 /// None of these locks is held where something could panic and leave a half-made change.
@@ -136,12 +145,7 @@ impl ElementImpl for VsockEnc {
 
     fn pad_templates() -> &'static [gst::PadTemplate] {
         static TEMPLATES: LazyLock<Vec<gst::PadTemplate>> = LazyLock::new(|| {
-            use gst_video::VideoFormat as V;
-            let sink = gst_video::VideoCapsBuilder::new()
-                .format_list([V::Bgrx, V::Bgra, V::Rgbx, V::Rgba, V::Nv12])
-                .width_range(1..=8192)
-                .height_range(1..=8192)
-                .build();
+            let sink = formats::sink_caps(false);
             let src = gst::Caps::builder("video/x-h264")
                 .field("stream-format", "byte-stream")
                 .field("alignment", "au")
@@ -173,15 +177,13 @@ impl ElementImpl for VsockEnc {
 impl VideoEncoderImpl for VsockEnc {
     fn start(&self) -> Result<(), gst::ErrorMessage> {
         let settings = lock(&self.settings).clone();
-        if let Transfer::ResourceId | Transfer::Fd = settings.transfer {
+        if settings.transfer == Transfer::Fd {
             return Err(gst::error_msg!(
                 gst::ResourceError::Settings,
-                [
-                    "transfer={:?} is not in this version: use auto or pixels",
-                    settings.transfer
-                ]
+                ["transfer=fd is not built yet: use auto, resource-id or pixels"]
             ));
         }
+        let resources = self.find_resources(&settings)?;
         let failed = |error: std::io::Error| {
             gst::error_msg!(
                 gst::ResourceError::Failed,
@@ -204,6 +206,10 @@ impl VideoEncoderImpl for VsockEnc {
             SessionSettings {
                 connection: settings.connection,
                 keyframe_interval: settings.keyframe_interval,
+                transfer: settings.transfer,
+                // The property may change while playing.
+                max_in_flight: MOST_IN_FLIGHT,
+                sign_of_life: SIGN_OF_LIFE,
             },
             waiter.waker(),
             Handle::new(&self.obj(), address),
@@ -213,6 +219,7 @@ impl VideoEncoderImpl for VsockEnc {
             session: Arc::new(session),
             waiter: Some(waiter),
             input: None,
+            resources,
         });
         Ok(())
     }
@@ -226,43 +233,27 @@ impl VideoEncoderImpl for VsockEnc {
         Ok(())
     }
 
+    fn caps(&self, filter: Option<&gst::Caps>) -> gst::Caps {
+        // Who can have either memory should give the one that may spare the pixels their way.
+        let named = lock(&self.streaming)
+            .as_ref()
+            .is_some_and(|streaming| streaming.resources.is_some());
+        self.obj()
+            .proxy_getcaps(Some(&formats::sink_caps(named)), filter)
+    }
+
     fn set_format(
         &self,
         state: &gst_video::VideoCodecState<'static, gst_video::video_codec_state::Readable>,
     ) -> Result<(), gst::LoggableError> {
-        let info = state.info();
-        let limit = Limits::default().pixels as usize;
-        let Some(format) = pixel_format(info.format()) else {
+        let info = state.caps().and_then(formats::video_info);
+        let Some(info) = info else {
             return Err(gst::loggable_error!(
                 CAT,
-                "format {} cannot be sent",
-                info.format()
+                "{:?} cannot be sent",
+                state.caps()
             ));
         };
-        // Odd sizes of NV12 are sent as the next even ones.
-        let even = |side: u32| side.next_multiple_of(2) as usize;
-        let size = match format {
-            helix_protocol::message::PixelFormat::Nv12 => {
-                even(info.width()) * even(info.height()) * 3 / 2
-            }
-            _ => info.width() as usize * info.height() as usize * 4,
-        };
-        if size > limit {
-            let text = format!(
-                "a {}x{} {} frame has {size} bytes, over the host's limit of {limit} bytes; \
-                 scale it down{}",
-                info.width(),
-                info.height(),
-                info.format(),
-                if even(info.width()) * even(info.height()) * 3 / 2 <= limit {
-                    ", or send NV12"
-                } else {
-                    ""
-                },
-            );
-            gst::element_imp_error!(self, gst::StreamError::Format, ("{text}"));
-            return Err(gst::loggable_error!(CAT, "{text}"));
-        }
         // What is under way belongs to the format before.
         if self.drain() == Submission::Cancelled {
             return Err(gst::loggable_error!(CAT, "flushing"));
@@ -278,6 +269,16 @@ impl VideoEncoderImpl for VsockEnc {
             level: level(info.width(), info.height(), num, den),
             realtime: true,
         };
+        let pixels = self.pixels_of(&info);
+        let format = Format { config, pixels };
+        match self.check_limits(&info, &format) {
+            None => return Err(gst::loggable_error!(CAT, "flushing")),
+            Some(Ok(())) => {}
+            Some(Err(text)) => {
+                gst::element_imp_error!(self, gst::StreamError::Format, ("{text}"));
+                return Err(gst::loggable_error!(CAT, "{text}"));
+            }
+        }
         let duration = gst::ClockTime::SECOND
             .mul_div_ceil(den.into(), num.into())
             .unwrap_or(gst::ClockTime::ZERO);
@@ -287,11 +288,11 @@ impl VideoEncoderImpl for VsockEnc {
             .set_latency(duration, duration * u64::from(in_flight));
         gst::debug!(CAT, imp = self, "{config:?}");
         if let Some(streaming) = &mut *lock(&self.streaming) {
-            streaming.session.configure(config);
+            streaming.session.configure(format);
             streaming.input = Some(Input {
-                info: info.clone(),
+                info,
                 state: state.clone(),
-                config,
+                format,
             });
         }
         Ok(())
@@ -314,35 +315,34 @@ impl VideoEncoderImpl for VsockEnc {
         // It holds the stream lock (L24); its number finds it again.
         drop(frame);
 
-        let info = lock(&self.streaming)
+        let (info, resources) = lock(&self.streaming)
             .as_ref()
-            .and_then(|streaming| streaming.input.as_ref())
-            .map(|input| input.info.clone())
+            .and_then(|streaming| {
+                let input = streaming.input.as_ref()?;
+                Some((input.info.clone(), streaming.resources.clone()))
+            })
             .ok_or(gst::FlowError::NotNegotiated)?;
-        let Some(pixels) = Pixels::new(buffer, &info) else {
+        let picture = Picture::new(buffer, &info).map_err(|reason| {
             gst::element_imp_error!(
                 self,
                 gst::StreamError::Encode,
-                [
-                    "a buffer cannot be read as a {}x{} {} frame",
-                    info.width(),
-                    info.height(),
-                    info.format()
-                ]
+                ["a buffer cannot be read as a frame: {reason}"]
             );
-            return Err(gst::FlowError::Error);
-        };
+            gst::FlowError::Error
+        })?;
+        self.wait_for_writers(&picture)?;
         let request = Request {
             frame: number,
             pts,
             duration,
             force_keyframe,
-            pixels,
+            resource: self.resource(&picture, resources.as_deref())?,
+            picture,
         };
         let max_in_flight = lock(&self.settings).max_in_flight;
         let submission =
             self.wait(|session, waiter| session.submit(waiter, max_in_flight, request));
-        match submission {
+        match submission.unwrap_or(Submission::Cancelled) {
             Submission::Accepted => Ok(gst::FlowSuccess::Ok),
             Submission::NoHost => {
                 self.finish_without_output(number, "no host");
@@ -364,7 +364,10 @@ impl VideoEncoderImpl for VsockEnc {
     }
 
     fn flush(&self) -> bool {
-        // The base class forgets the open frames; their replies then find no frame.
+        // The base class forgets the open frames.
+        if let Some(streaming) = &*lock(&self.streaming) {
+            streaming.session.flush();
+        }
         lock(&self.output).flush();
         true
     }
@@ -386,9 +389,12 @@ impl VideoEncoderImpl for VsockEnc {
         &self,
         query: &mut gst::query::Allocation,
     ) -> Result<(), gst::LoggableError> {
-        // Rows are sent from where they lie, whatever the stride.
-        query.add_allocation_meta::<gst_video::VideoMeta>(None);
-        self.parent_propose_allocation(query)
+        // Those in flight, and the one that waits to be.
+        let buffers = lock(&self.settings).max_in_flight + 1;
+        // The base class would offer memory for DMA-BUFs too, and call a query without caps an
+        // error.
+        formats::propose_allocation(query, buffers);
+        Ok(())
     }
 }
 
@@ -401,12 +407,12 @@ impl VsockEnc {
 
     /// Runs something that may wait for the session, on the streaming thread, with neither a lock
     /// of ours nor the stream lock held.
-    fn wait(&self, work: impl FnOnce(&Session, &mut Waiter) -> Submission) -> Submission {
-        let taken = lock(&self.streaming)
-            .as_mut()
-            .and_then(|streaming| Some((streaming.session.clone(), streaming.waiter.take()?)));
-        let Some((session, mut waiter)) = taken else {
-            return Submission::Cancelled;
+    /// `None` where there is no session.
+    pub(super) fn wait<T>(&self, work: impl FnOnce(&Session, &mut Waiter) -> T) -> Option<T> {
+        let (session, mut waiter) = {
+            let mut streaming = lock(&self.streaming);
+            let streaming = streaming.as_mut()?;
+            (streaming.session.clone(), streaming.waiter.take()?)
         };
         let result = {
             let obj = self.obj();
@@ -416,7 +422,7 @@ impl VsockEnc {
         if let Some(streaming) = &mut *lock(&self.streaming) {
             streaming.waiter = Some(waiter);
         }
-        result
+        Some(result)
     }
 
     /// Waits, on the streaming thread, until every frame is finished.
@@ -427,7 +433,7 @@ impl VsockEnc {
         {
             return Submission::Accepted;
         }
-        self.wait(Session::drain)
+        self.wait(Session::drain).unwrap_or(Submission::Cancelled)
     }
 
     fn change_bitrate(&self, bitrate: u32) {
@@ -435,8 +441,8 @@ impl VsockEnc {
         if let Some(streaming) = &mut *lock(&self.streaming)
             && let Some(input) = &mut streaming.input
         {
-            input.config.bitrate = bitrate;
-            streaming.session.configure(input.config);
+            input.format.config.bitrate = bitrate;
+            streaming.session.configure(input.format);
             gst::info!(CAT, imp = self, "bitrate is now {bitrate} bit/s");
         }
     }
@@ -480,13 +486,14 @@ impl VsockEnc {
             .field("dropped", dropped)
             .field("errors", counts.errors)
             .field("reconnects", counts.reconnects)
-            .field("transfer", "pixels")
+            .field("transfer", counts.way.name())
             .field("in-flight", u64::from(in_flight))
             .field("pixel-bytes", counts.pixel_bytes)
-            .field("resource-frames", 0u64)
+            .field("resource-frames", counts.resource_frames)
             .field("fd-frames", 0u64)
             .field("reply-p50-us", p50)
             .field("reply-p99-us", p99)
+            .field("unmatched", counts.unmatched)
             .build()
     }
 }

@@ -3,10 +3,14 @@
 use gst::glib;
 use gst::prelude::*;
 
+mod formats;
 mod imp;
+mod input;
 mod output;
 mod settings;
 mod stream_lock;
+#[cfg(test)]
+mod tests;
 
 glib::wrapper! {
     /// The element `vsockenc`: an H.264 encoder whose work is done by a host.
@@ -24,10 +28,7 @@ pub enum Transfer {
     #[enum_value(name = "The cheapest way that both ends can do", nick = "auto")]
     Auto,
     /// The number of a virtio-gpu resource that the host owns.
-    #[enum_value(
-        name = "virtio-gpu resource ids (not in this version)",
-        nick = "resource-id"
-    )]
+    #[enum_value(name = "virtio-gpu resource ids", nick = "resource-id")]
     ResourceId,
     /// A file descriptor over a unix socket.
     #[enum_value(name = "File descriptors (not in this version)", nick = "fd")]

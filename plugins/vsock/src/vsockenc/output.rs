@@ -6,12 +6,15 @@ use gst::glib;
 use gst::prelude::*;
 use gst::subclass::prelude::*;
 use gst_video::prelude::*;
-use helix_protocol::message::FrameResponse;
-use helix_protocol::{Address, Payload};
+use helix_protocol::message::{Config, FrameResponse};
+use helix_protocol::{Address, Agreement, Payload};
 use zerocopy_plugin_common::{ConnectionState, H264Caps, accepted_downstream, connection_message};
 
 use super::imp::{CAT, VsockEnc, lock};
-use crate::session::Client;
+use crate::session::{Client, Way};
+
+/// A bitrate that differs by more than a tenth is worth a warning (L28).
+const NOTABLE: u32 = 10;
 
 /// What the session's thread leaves for the others.
 #[derive(Default)]
@@ -47,10 +50,10 @@ impl Handle {
         }
     }
 
-    fn post(&self, state: ConnectionState, peer: &str, reason: &str) {
+    fn post(&self, state: ConnectionState, peer: &str, way: Way, reason: &str) {
         if let Some(element) = self.element.upgrade() {
             let message =
-                connection_message(&element, state, &self.address, peer, "pixels", reason);
+                connection_message(&element, state, &self.address, peer, way.name(), reason);
             // Fails where there is no bus: then nobody wants to know.
             let _ = element.post_message(message);
         }
@@ -58,9 +61,44 @@ impl Handle {
 }
 
 impl Client for Handle {
-    fn connected(&self, peer: &str) {
-        gst::info!(CAT, "connected to {} ({peer})", self.address);
-        self.post(ConnectionState::Connected, peer, "");
+    fn connected(&self, peer: &str, host: &Agreement) {
+        if let Some(element) = self.element.upgrade() {
+            gst::info!(
+                CAT,
+                obj = element,
+                "connected to {} ({peer}), {host:?}",
+                self.address
+            );
+        }
+        self.post(ConnectionState::Connected, peer, Way::default(), "");
+    }
+
+    fn configured(&self, given: &Config, in_force: &Config) {
+        let Some(element) = self.element.upgrade() else {
+            return;
+        };
+        gst::info!(CAT, obj = element, "the host has in force: {in_force:?}");
+        let (wanted, got) = (given.bitrate, in_force.bitrate);
+        if wanted.abs_diff(got) > wanted / NOTABLE {
+            gst::warning!(
+                CAT,
+                obj = element,
+                "the host encodes with {got} bit/s, not with the {wanted} bit/s of `bitrate`"
+            );
+        }
+    }
+
+    fn transfer(&self, way: Way, reason: &str) {
+        if let Some(element) = self.element.upgrade() {
+            let why = if reason.is_empty() { "" } else { ": " };
+            gst::info!(
+                CAT,
+                obj = element,
+                "transfer is {} now{why}{reason}",
+                way.name()
+            );
+        }
+        self.post(ConnectionState::Connected, "", way, reason);
     }
 
     fn encoded(&self, frame: u32, response: FrameResponse, data: Payload, after_loss: bool) {
@@ -88,11 +126,11 @@ impl Client for Handle {
         if let Some(element) = self.element.upgrade() {
             gst::warning!(CAT, obj = element, "{reason}; calling again");
         }
-        self.post(ConnectionState::Reconnecting, "", reason);
+        self.post(ConnectionState::Reconnecting, "", Way::default(), reason);
     }
 
     fn failed(&self, reason: &str) {
-        self.post(ConnectionState::Lost, "", reason);
+        self.post(ConnectionState::Lost, "", Way::default(), reason);
         if let Some(element) = self.element.upgrade() {
             gst::element_error!(element, gst::ResourceError::OpenReadWrite, ("{reason}"));
         }

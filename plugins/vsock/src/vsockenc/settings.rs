@@ -2,11 +2,14 @@
 
 //! The properties of vsockenc.
 
+use std::path::PathBuf;
+
 use gst::glib;
 use gst::prelude::*;
 use zerocopy_plugin_common::ConnectionSettings;
 
 use super::Transfer;
+use super::imp::MOST_IN_FLIGHT;
 
 /// What the properties say.
 #[derive(Clone, Debug)]
@@ -19,6 +22,8 @@ pub(super) struct Settings {
     /// Frames.
     pub max_in_flight: u32,
     pub transfer: Transfer,
+    /// DRM node to ask for resource ids; `None` = the one found by its driver.
+    pub render_node: Option<PathBuf>,
 }
 
 impl Default for Settings {
@@ -29,6 +34,7 @@ impl Default for Settings {
             keyframe_interval: 60,
             max_in_flight: 2,
             transfer: Transfer::Auto,
+            render_node: None,
         }
     }
 }
@@ -57,13 +63,20 @@ impl Settings {
                 .nick("Frames in flight")
                 .blurb("Frames that are sent to the host before one of them must be answered")
                 .minimum(1)
-                .maximum(16)
+                .maximum(MOST_IN_FLIGHT.into())
                 .default_value(default.max_in_flight)
                 .mutable_playing()
                 .build(),
             glib::ParamSpecEnum::builder_with_default("transfer", default.transfer)
                 .nick("Transfer")
                 .blurb("How pixels travel to the host; any but auto is strict")
+                .mutable_ready()
+                .build(),
+            glib::ParamSpecString::builder("render-node")
+                .nick("Render node")
+                .blurb(
+                    "DRM node that knows resource ids; null = the one whose driver is virtio_gpu",
+                )
                 .mutable_ready()
                 .build(),
             glib::ParamSpecBoxed::builder::<gst::Structure>("stats")
@@ -88,6 +101,10 @@ impl Settings {
             }
             "max-in-flight" => self.max_in_flight = value.get().expect(checked),
             "transfer" => self.transfer = value.get().expect(checked),
+            "render-node" => {
+                let path: Option<PathBuf> = value.get().expect(checked);
+                self.render_node = path.filter(|path| !path.as_os_str().is_empty());
+            }
             name => unreachable!("no writable property {name} was installed"),
         }
     }
@@ -102,6 +119,7 @@ impl Settings {
             "keyframe-interval" => (self.keyframe_interval as i32).to_value(),
             "max-in-flight" => self.max_in_flight.to_value(),
             "transfer" => self.transfer.to_value(),
+            "render-node" => self.render_node.to_value(),
             name => unreachable!("no setting {name} was installed"),
         }
     }

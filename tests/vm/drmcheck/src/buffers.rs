@@ -25,7 +25,7 @@ pub fn show() -> Outcome<()> {
     let mut ids = Vec::new();
 
     for (width, height) in DUMB_SIZES {
-        let (dmabuf, handle) = dumb(&primary, width, height)?;
+        let (dmabuf, handle) = written(&primary, width, height)?;
         let id = look_up(&render, &dmabuf)?;
         let own = virtgpu::resource_id(&primary, handle)?;
         expect_same(own, id, "its own handle", "its DMA-BUF on the render node")?;
@@ -34,9 +34,7 @@ pub fn show() -> Outcome<()> {
         ids.push(id);
     }
     for (width, height) in CREATED_SIZES {
-        let (handle, own) = virtgpu::create(&render, width, height)
-            .map_err(|error| format!("VIRTGPU_RESOURCE_CREATE of {width}x{height}: {error}"))?;
-        let dmabuf = render.buffer_to_prime_fd(handle, EXPORT_FLAGS)?;
+        let (dmabuf, own) = created(&render, width, height)?;
         let id = look_up(&primary, &dmabuf)?;
         expect_same(own, id, "its creation", "its DMA-BUF on the primary node")?;
         println!("resource {id} {width}x{height} created");
@@ -51,8 +49,24 @@ pub fn show() -> Outcome<()> {
     Ok(())
 }
 
+/// A dumb buffer of four bytes a pixel as a DMA-BUF, and its stride in bytes.
+pub fn dumb(node: &Node, width: u32, height: u32) -> Outcome<(OwnedFd, u32)> {
+    let dumb = node
+        .create_dumb_buffer((width, height), DrmFourcc::Xrgb8888, 32)
+        .map_err(|error| format!("a dumb buffer of {width}x{height}: {error}"))?;
+    let dmabuf = node.buffer_to_prime_fd(dumb.handle(), EXPORT_FLAGS)?;
+    Ok((dmabuf, dumb.pitch()))
+}
+
+/// A resource of four bytes a pixel, without padding, as a DMA-BUF, and its id.
+pub fn created(node: &Node, width: u32, height: u32) -> Outcome<(OwnedFd, u32)> {
+    let (handle, id) = virtgpu::create(node, width, height)
+        .map_err(|error| format!("VIRTGPU_RESOURCE_CREATE of {width}x{height}: {error}"))?;
+    Ok((node.buffer_to_prime_fd(handle, EXPORT_FLAGS)?, id))
+}
+
 /// A dumb buffer, exported; what is written through its mapping must be in the DMA-BUF.
-fn dumb(node: &Node, width: u32, height: u32) -> Outcome<(OwnedFd, buffer::Handle)> {
+fn written(node: &Node, width: u32, height: u32) -> Outcome<(OwnedFd, buffer::Handle)> {
     let mut dumb = node
         .create_dumb_buffer((width, height), DrmFourcc::Xrgb8888, 32)
         .map_err(|error| format!("a dumb buffer of {width}x{height}: {error}"))?;

@@ -15,8 +15,10 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use crate::node::{Kind, Node, VGEM, VIRTIO_GPU};
 use crate::{Outcome, virtgpu};
 
-/// Bytes: a 640x480 picture, whole pages as udmabuf wants them.
-const SIZE: usize = 640 * 480 * 4;
+/// Pixels of four bytes; whole pages, as udmabuf wants them.
+const SIZE: (u32, u32) = (640, 480);
+/// Bytes (x86; udmabuf wants whole pages).
+const PAGE: usize = 4096;
 /// `O_CLOEXEC | O_RDWR` (fcntl.h).
 const CLOEXEC_RDWR: u32 = 0o2_000_000 | 0o2;
 
@@ -51,21 +53,33 @@ enum Missing {
     Broken(String),
 }
 
-/// A descriptor to offer, or why there is none.
-type Made = Result<OwnedFd, Missing>;
+/// A descriptor to offer and its stride in bytes, or why there is none.
+type Made = Result<(OwnedFd, u32), Missing>;
+
+/// Where memory comes from that is not virtio-gpu's.
+#[derive(Clone, Copy, Debug)]
+pub enum Foreign {
+    /// Another driver's dumb buffer. The module vgem is there only when somebody loads it.
+    Vgem,
+    /// Pages of a memfd as a DMA-BUF.
+    Udmabuf,
+    /// Memory of the system heap.
+    Heap,
+    /// Plain shared memory, no DMA-BUF at all: what a confused peer might pass.
+    Memfd,
+}
 
 /// Offers each kind to virtio-gpu.
 pub fn show() -> Outcome<()> {
     let render = Node::open(VIRTIO_GPU, Kind::Render)?;
-    for name in ["vgem", "udmabuf", "heap", "memfd"] {
-        let made = match name {
-            "vgem" => from_vgem(),
-            "udmabuf" => from_udmabuf(),
-            "heap" => from_heap(),
-            _ => from_memfd(),
-        };
-        match made {
-            Ok(buffer) => match virtgpu::resource_of(&render, &buffer) {
+    for (name, kind) in [
+        ("vgem", Foreign::Vgem),
+        ("udmabuf", Foreign::Udmabuf),
+        ("heap", Foreign::Heap),
+        ("memfd", Foreign::Memfd),
+    ] {
+        match try_to_make(kind, SIZE.0, SIZE.1) {
+            Ok((buffer, _)) => match virtgpu::resource_of(&render, &buffer) {
                 Err(error) => println!("refused {name}: {error}"),
                 Ok(id) => return Err(format!("virtio-gpu took {name} for resource {id}").into()),
             },
@@ -76,28 +90,46 @@ pub fn show() -> Outcome<()> {
     Ok(())
 }
 
-/// Another driver's dumb buffer. The module vgem is there only when somebody loads it.
-fn from_vgem() -> Made {
+/// Memory for a picture of four bytes a pixel, and its stride in bytes.
+pub fn make(kind: Foreign, width: u32, height: u32) -> Outcome<(OwnedFd, u32)> {
+    try_to_make(kind, width, height).map_err(|missing| match missing {
+        Missing::Absent(why) | Missing::Broken(why) => format!("{kind:?} memory: {why}").into(),
+    })
+}
+
+fn try_to_make(kind: Foreign, width: u32, height: u32) -> Made {
+    let stride = 4 * width;
+    let size = (stride * height) as usize;
+    let size = size.next_multiple_of(PAGE);
+    let memory = match kind {
+        Foreign::Vgem => return from_vgem(width, height),
+        Foreign::Udmabuf => from_udmabuf(size),
+        Foreign::Heap => from_heap(size),
+        Foreign::Memfd => from_memfd(size),
+    };
+    Ok((memory?, stride))
+}
+
+fn from_vgem(width: u32, height: u32) -> Made {
     let node =
         Node::open(VGEM, Kind::Primary).map_err(|error| Missing::Absent(error.to_string()))?;
     let dumb = node
-        .create_dumb_buffer((640, 480), DrmFourcc::Xrgb8888, 32)
+        .create_dumb_buffer((width, height), DrmFourcc::Xrgb8888, 32)
         .map_err(broken)?;
-    node.buffer_to_prime_fd(dumb.handle(), CLOEXEC_RDWR)
-        .map_err(broken)
+    let dmabuf = node.buffer_to_prime_fd(dumb.handle(), CLOEXEC_RDWR);
+    Ok((dmabuf.map_err(broken)?, dumb.pitch()))
 }
 
-/// Pages of a memfd as a DMA-BUF.
-fn from_udmabuf() -> Made {
+fn from_udmabuf(size: usize) -> Result<OwnedFd, Missing> {
     let device = open_if_there("/dev/udmabuf")?;
-    let memory = from_memfd()?;
+    let memory = from_memfd(size)?;
     // Without this seal pages could go away under whoever uses the DMA-BUF; udmabuf refuses it.
     fcntl(&memory, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK)).map_err(broken)?;
     let create = UdmabufCreate {
         memfd: memory.as_raw_fd() as u32,
         flags: 1, // UDMABUF_FLAGS_CLOEXEC
         offset: 0,
-        size: SIZE as u64,
+        size: size as u64,
     };
     // SAFETY: the ioctl reads one structure of this layout, which lives through the call.
     let fd =
@@ -106,11 +138,10 @@ fn from_udmabuf() -> Made {
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Memory of the system heap.
-fn from_heap() -> Made {
+fn from_heap(size: usize) -> Result<OwnedFd, Missing> {
     let heap = open_if_there("/dev/dma_heap/system")?;
     let mut allocation = HeapAllocation {
-        len: SIZE as u64,
+        len: size as u64,
         fd: 0,
         fd_flags: CLOEXEC_RDWR,
         heap_flags: 0,
@@ -121,12 +152,11 @@ fn from_heap() -> Made {
     Ok(unsafe { OwnedFd::from_raw_fd(allocation.fd as i32) })
 }
 
-/// Plain shared memory, no DMA-BUF at all: what a confused peer might pass.
-fn from_memfd() -> Made {
+fn from_memfd(size: usize) -> Result<OwnedFd, Missing> {
     const NAME: &CStr = c"drmcheck";
     let memory =
         memfd_create(NAME, MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING).map_err(broken)?;
-    nix::unistd::ftruncate(memory.as_fd(), SIZE as i64).map_err(broken)?;
+    nix::unistd::ftruncate(memory.as_fd(), size as i64).map_err(broken)?;
     Ok(memory)
 }
 

@@ -16,6 +16,8 @@ mod dmabuf;
 mod foreign;
 mod node;
 mod outputs;
+mod pool;
+mod send;
 mod virtgpu;
 
 /// Shows what this kernel's DRM and DMA-BUF do with virtio-gpu.
@@ -34,6 +36,8 @@ enum Command {
     /// Offers virtio-gpu what is not its own, which it must refuse: "refused WHAT: ERROR", or
     /// "absent WHAT: REASON" where this kernel cannot make such a thing.
     Refusals,
+    /// Draws pictures into DMA-BUFs of one kind, sends them through vsockenc and records what comes back.
+    Send(send::Options),
     /// Waits until an output is connected with a size, and says which outputs there are.
     Output {
         /// The connector's name, for example Virtual-2.
@@ -52,6 +56,7 @@ fn main() -> ExitCode {
     let done = match Options::parse().command {
         Command::Buffers => buffers::show(),
         Command::Refusals => foreign::show(),
+        Command::Send(options) => send::show(&options),
         Command::Output {
             name,
             width,

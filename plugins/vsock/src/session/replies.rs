@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What the host says, and to which request it belongs.
+//!
+//! With request ids a reply names its request. Without them (legacy hosts) replies come in
+//! request order, but not for every request (quirk 3 of docs/protocol.md).
+//!
+//! Access units leave in the order of their requests, whatever the order in which replies come:
+//! the host's encoder took the frames in that order, so an access unit refers to those before it,
+//! and a decoder that gets them otherwise shows rubbish. A reply that comes early waits here.
+
+use helix_protocol::message::{Config, ErrorMessage, FrameResponse};
+use helix_protocol::{Connection, Message, Payload};
+
+use super::conversation::{Conversation, Open};
+use super::transfer::{Refusal, Way};
+use super::worker::{End, Worker};
+use crate::pixels::Pixels;
+
+/// Requests that were given up and whose late replies are still waited for. Older ones are
+/// forgotten.
+const ABANDONED: usize = 64;
+
+/// A host that refuses so many frames in a row, and has encoded none, will not encode any.
+const REFUSALS: u32 = 120;
+
+/// A PTS that went through a host may be off by this much (quirk 3 of docs/protocol.md).
+const PTS_TOLERANCE_NS: u64 = 1000;
+
+impl Conversation {
+    pub fn receive(
+        &mut self,
+        worker: &mut Worker,
+        connection: &mut Connection<Pixels>,
+        message: Message,
+    ) -> Result<(), End> {
+        match message {
+            Message::FrameResponse(response, data) if self.tagged => {
+                self.reply_by_id(worker, response, data);
+            }
+            Message::FrameResponse(response, data) => self.reply_in_order(worker, response, data),
+            Message::Error(error) => return self.error(worker, connection, &error),
+            Message::Pong => self.liveness.pong(),
+            Message::ConfigResp(in_force) if self.confirms => self.configured(worker, &in_force),
+            // A client need not answer PING, deployed hosts send none; and what was agreed on in
+            // the greeting stays.
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn configured(&self, worker: &Worker, in_force: &Config) {
+        if let Some(format) = &worker.format {
+            worker.client.configured(&format.config, in_force);
+        }
+    }
+
+    fn reply_by_id(&mut self, worker: &mut Worker, response: FrameResponse, data: Payload) {
+        let index = self
+            .open
+            .iter()
+            .position(|open| open.tag == response.tag && open.reply.is_none());
+        let Some(index) = index else {
+            // Said twice, or never asked.
+            worker.shared.state().counts.unmatched += 1;
+            return;
+        };
+        if self.open[index].abandoned {
+            // Nobody waits for it, so it is nobody's turn.
+            if let Some(open) = self.open.remove(index) {
+                self.finish(worker, &open, response, data);
+            }
+            return;
+        }
+        self.open[index].reply = Some((response, data));
+        self.finish_ready(worker);
+    }
+
+    /// Finishes the oldest frames, as far as their replies are there.
+    fn finish_ready(&mut self, worker: &mut Worker) {
+        loop {
+            let oldest = self.open.iter().position(|open| !open.abandoned);
+            let ready = oldest.filter(|index| self.open[*index].reply.is_some());
+            let Some(mut open) = ready.and_then(|index| self.open.remove(index)) else {
+                return;
+            };
+            if let Some((response, data)) = open.reply.take() {
+                self.finish(worker, &open, response, data);
+            }
+        }
+    }
+
+    /// Replies come in request order, but not for every request: one whose PTS fits a later
+    /// request says that those before it were skipped (quirk 3).
+    fn reply_in_order(&mut self, worker: &mut Worker, response: FrameResponse, data: Payload) {
+        let near = |pts: i64| pts.abs_diff(response.pts) <= PTS_TOLERANCE_NS;
+        let skipped = match self.open.iter().position(|open| near(open.pts)) {
+            Some(skipped) => skipped,
+            // The last reply once more.
+            None if self.last_answered.is_some_and(near) => {
+                worker.shared.state().counts.unmatched += 1;
+                return;
+            }
+            None => 0,
+        };
+        for _ in 0..skipped {
+            self.drop_open(worker, 0, "the host skipped it");
+        }
+        match self.open.pop_front() {
+            Some(open) => self.finish(worker, &open, response, data),
+            None => worker.shared.state().counts.unmatched += 1,
+        }
+    }
+
+    /// The reply to a request that is no longer open.
+    fn finish(&mut self, worker: &mut Worker, open: &Open, response: FrameResponse, data: Payload) {
+        if open.resource.is_some() {
+            self.choice.worked();
+        }
+        self.answered = true;
+        self.last_answered = Some(open.pts);
+        self.last_error = None;
+        self.refusals = 0;
+        worker.backoff = None;
+        worker.encoded_any = true;
+        self.liveness.start_waiting();
+        if open.abandoned {
+            // Too late. Later frames may refer to this one, which nobody has.
+            worker.force_keyframe = true;
+        } else if worker.is_flushed(open.submitted) {
+            worker.release();
+        } else if data.is_empty() {
+            worker.force_keyframe |= open.forced;
+            worker.report_dropped(open.frame, "the host sent an empty access unit");
+        } else {
+            let after_loss = std::mem::take(&mut self.after_loss);
+            worker
+                .client
+                .encoded(open.frame, response, data, after_loss);
+            worker.shared.update(|state| {
+                state.open -= 1;
+                state.counts.reply.add(open.submitted.at.elapsed());
+            });
+        }
+    }
+
+    /// An ERROR belongs to the request that it names, or to the oldest open one.
+    fn error(
+        &mut self,
+        worker: &mut Worker,
+        connection: &mut Connection<Pixels>,
+        error: &ErrorMessage,
+    ) -> Result<(), End> {
+        worker.shared.state().counts.errors += 1;
+        let reason = format!("the host says: {}: {}", error.code, error.text);
+        let unanswered = |open: &Open| open.reply.is_none();
+        let index = match error.tag.filter(|_| self.tagged) {
+            Some(tag) => self
+                .open
+                .iter()
+                .position(|open| open.tag == tag && unanswered(open)),
+            None => self.open.iter().position(unanswered),
+        };
+        let Some(index) = index else {
+            if self.open.is_empty() {
+                // About the connection, as from a host that takes no more clients.
+                return Err(End::Lost(reason));
+            }
+            self.last_error = Some(reason);
+            return Ok(());
+        };
+        self.answered = true;
+        if self.open[index].abandoned {
+            self.open.remove(index);
+            return Ok(());
+        }
+        if self.is_refusal_of_resource(worker, index, error)? {
+            return self.send_again(worker, connection, index);
+        }
+        self.refusals += 1;
+        if self.last_error.is_none() {
+            worker.client.refused(&reason);
+        }
+        self.drop_open(worker, index, &reason);
+        self.liveness.start_waiting();
+        if self.refusals >= REFUSALS && !worker.encoded_any {
+            return Err(End::Hopeless(format!(
+                "{} refused {REFUSALS} frames and encoded none; {reason}",
+                worker.address
+            )));
+        }
+        self.last_error = Some(reason);
+        self.finish_ready(worker);
+        Ok(())
+    }
+
+    /// Whether an open frame can be had as pixels after an ERROR.
+    fn is_refusal_of_resource(
+        &mut self,
+        worker: &Worker,
+        index: usize,
+        error: &ErrorMessage,
+    ) -> Result<bool, End> {
+        let Some(known) = &self.open[index].resource else {
+            return Ok(false);
+        };
+        let id = known.resource.id;
+        let text = format!(
+            "the host refuses resource {id}: {}: {}",
+            error.code, error.text
+        );
+        match self.choice.refused(known, error.code) {
+            Refusal::Frame => Ok(false),
+            Refusal::Resource { all } => {
+                if all {
+                    self.announced = Way::Pixels;
+                    worker.client.transfer(self.announced, &text);
+                }
+                Ok(true)
+            }
+            Refusal::OnlyWay => Err(End::Hopeless(format!(
+                "transfer=resource-id: {text}. Is it the host that has this machine's virtio-gpu \
+                 device? transfer=auto would send pixels"
+            ))),
+        }
+    }
+
+    fn drop_open(&mut self, worker: &mut Worker, index: usize, reason: &str) {
+        if let Some(open) = self.open.remove(index)
+            && !open.abandoned
+        {
+            worker.force_keyframe |= open.forced;
+            worker.drop_frame(open.frame, open.submitted, reason);
+        }
+    }
+
+    /// Gives the oldest open frame up, but remembers its request: should the reply come late, it
+    /// must not be taken for another's.
+    pub fn abandon_oldest(&mut self, worker: &mut Worker) {
+        if let Some(open) = self.open.iter_mut().find(|open| !open.abandoned) {
+            open.abandoned = true;
+            worker.force_keyframe |= open.forced;
+            let reason = "the host did not answer it in time";
+            worker.drop_frame(open.frame, open.submitted, reason);
+        }
+        if self.open.iter().filter(|open| open.abandoned).count() > ABANDONED
+            && let Some(oldest) = self.open.iter().position(|open| open.abandoned)
+        {
+            self.open.remove(oldest);
+        }
+        self.finish_ready(worker);
+    }
+}

@@ -1,0 +1,154 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What becomes of a frame before it is submitted: when it may be read, and as what it may go.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use gst::subclass::prelude::*;
+use helix_protocol::message::PixelFormat;
+use helix_protocol::wait::{Deadline, Wake};
+
+use super::Transfer;
+use super::imp::{CAT, VsockEnc, lock};
+use super::settings::Settings;
+use crate::dmabuf::{self, KnownResource};
+use crate::picture::{Picture, pixel_format};
+use crate::session::{Format, Session, Submission};
+use crate::virtgpu::{Node, Resources};
+
+/// What draws into a DMA-BUF is done by then, or never will be: a display's worst frame takes some
+/// hundred milliseconds.
+const WRITERS_LIMIT: Duration = Duration::from_secs(1);
+
+impl VsockEnc {
+    /// Who tells the resources behind DMA-BUFs, as far as the settings want any.
+    pub(super) fn find_resources(
+        &self,
+        settings: &Settings,
+    ) -> Result<Option<Arc<dyn Resources>>, gst::ErrorMessage> {
+        if settings.transfer == Transfer::Pixels {
+            return Ok(None);
+        }
+        #[cfg(test)]
+        if let Some(fake) = &*lock(&self.fake_resources) {
+            return Ok(Some(fake.clone()));
+        }
+        match Node::find(settings.render_node.as_deref()) {
+            Ok((node, path)) => {
+                gst::info!(CAT, imp = self, "resource ids by {}", path.display());
+                Ok(Some(Arc::new(node)))
+            }
+            Err(reason) if settings.transfer == Transfer::ResourceId => Err(gst::error_msg!(
+                gst::ResourceError::OpenReadWrite,
+                ["transfer=resource-id: {reason}; transfer=auto sends pixels here"]
+            )),
+            Err(reason) => {
+                gst::info!(CAT, imp = self, "no resource ids: {reason}");
+                Ok(None)
+            }
+        }
+    }
+
+    /// The resource as which a picture may be sent. An error where it must and there is none.
+    pub(super) fn resource(
+        &self,
+        picture: &Picture,
+        resources: Option<&dyn Resources>,
+    ) -> Result<Option<Arc<KnownResource>>, gst::FlowError> {
+        let Some(resources) = resources else {
+            return Ok(None);
+        };
+        match picture.resource(resources) {
+            Ok(resource) => Ok(Some(resource)),
+            Err(reason) if lock(&self.settings).transfer == Transfer::ResourceId => {
+                gst::element_imp_error!(
+                    self,
+                    gst::StreamError::Encode,
+                    [
+                        "transfer=resource-id: a picture cannot go that way: {reason}; transfer=auto \
+                      would send pixels"
+                    ]
+                );
+                Err(gst::FlowError::Error)
+            }
+            Err(reason) => {
+                gst::trace!(CAT, imp = self, "a picture goes as pixels: {reason}");
+                Ok(None)
+            }
+        }
+    }
+
+    /// Waits, cancellably, until what draws into a picture's DMA-BUFs is done: neither a mapping
+    /// nor, on the host, a resource shows the picture before.
+    pub(super) fn wait_for_writers(&self, picture: &Picture) -> Result<(), gst::FlowError> {
+        let deadline = Deadline::after(WRITERS_LIMIT);
+        while let Some(memory) = picture.unready_memory() {
+            if deadline.has_passed() {
+                gst::warning!(
+                    CAT,
+                    imp = self,
+                    "a picture was still drawn after {WRITERS_LIMIT:?}"
+                );
+                return Ok(());
+            }
+            let Some(dmabuf) = dmabuf::dmabuf(&memory) else {
+                return Ok(());
+            };
+            let fd = dmabuf::fd(dmabuf);
+            let ended = self.wait(|_, waiter| {
+                let ended = waiter.register(fd).and_then(|()| waiter.wait(deadline));
+                // Whatever came of it: the descriptor is not ours to watch any longer.
+                let _ = waiter.deregister(fd);
+                ended
+            });
+            match ended {
+                None | Some(Ok(Wake::Cancelled)) => return Err(gst::FlowError::Flushing),
+                Some(Ok(_)) => {}
+                Some(Err(error)) => {
+                    gst::debug!(CAT, imp = self, "wait for what draws a picture: {error}");
+                    return Ok(());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Bytes of pixels that a frame takes on its way; 0 where only resource ids may go.
+    pub(super) fn pixels_of(&self, info: &gst_video::VideoInfo) -> usize {
+        if lock(&self.settings).transfer == Transfer::ResourceId {
+            return 0;
+        }
+        match pixel_format(info.format()) {
+            Some(PixelFormat::Nv12) => nv12_size(info),
+            _ => info.width() as usize * info.height() as usize * 4,
+        }
+    }
+
+    /// Waits for the host and compares a frame with its limits. `None` = cancelled.
+    pub(super) fn check_limits(
+        &self,
+        info: &gst_video::VideoInfo,
+        format: &Format,
+    ) -> Option<Result<(), String>> {
+        let host = match self.wait(Session::host)? {
+            Ok(host) => host,
+            Err(Submission::Cancelled) => return None,
+            // The session has said why; the next frame returns the error.
+            Err(_) => return Some(Ok(())),
+        };
+        let Some(mut reason) = format.refused_by(&host) else {
+            return Some(Ok(()));
+        };
+        if format.pixels > nv12_size(info) && nv12_size(info) <= host.max_pixels() as usize {
+            reason.push_str(", or send NV12");
+        }
+        Some(Err(reason))
+    }
+}
+
+/// Odd sizes of NV12 are sent as the next even ones.
+fn nv12_size(info: &gst_video::VideoInfo) -> usize {
+    let even = |side: u32| side.next_multiple_of(2) as usize;
+    even(info.width()) * even(info.height()) * 3 / 2
+}

@@ -1,0 +1,415 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Pictures as resource ids, with descriptors and a device that are not real.
+
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+
+use gst::glib;
+use gst::prelude::*;
+use gst::subclass::prelude::*;
+use gst_check::Harness;
+use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, FrameRequest};
+use helix_protocol::{Envelope, Message, Payload, encode};
+use zerocopy_test_support::peer::{Greets, KEYFRAME, Link, Peer, Seen, Then, hello};
+
+use super::{Transfer, VsockEnc};
+use crate::fake::{self, Device};
+
+const SIZE: usize = 64 * 48 * 4;
+const FRAME: gst::ClockTime = gst::ClockTime::from_nseconds(16_666_667);
+
+struct Encoder {
+    element: VsockEnc,
+    harness: Harness,
+    bus: gst::Bus,
+    device: Arc<Device>,
+    frames: u64,
+}
+
+impl Drop for Encoder {
+    fn drop(&mut self) {
+        // Messages that nobody has read hold the element, which holds the bus.
+        self.bus.set_flushing(true);
+    }
+}
+
+impl Encoder {
+    fn new(peer: &Peer, transfer: Transfer) -> Self {
+        gst::init().unwrap();
+        let element: VsockEnc = glib::Object::builder()
+            .property("tcp-host", "127.0.0.1")
+            .property("tcp-port", peer.port())
+            .property("transfer", transfer)
+            .build();
+        let device = Arc::new(Device::new(1));
+        *super::imp::lock(&element.imp().fake_resources) = Some(device.clone());
+        let bus = gst::Bus::new();
+        element.set_bus(Some(&bus));
+        let mut harness = Harness::with_element(&element, Some("sink"), Some("src"));
+        harness.set_src_caps_str(
+            "video/x-raw(memory:DMABuf),format=BGRx,width=64,height=48,framerate=60/1",
+        );
+        Self {
+            element,
+            harness,
+            bus,
+            device,
+            frames: 0,
+        }
+    }
+
+    /// A buffer around a descriptor that is taken for a DMA-BUF.
+    fn dmabuf(fd: OwnedFd) -> gst::Buffer {
+        let mut buffer = gst::Buffer::new();
+        let memory = fake::dmabuf(fd, SIZE);
+        buffer.get_mut().unwrap().append_memory(memory);
+        buffer
+    }
+
+    /// One that the device knows by this id.
+    fn known(&self, id: u32) -> gst::Buffer {
+        let fd = fake::memfd(SIZE);
+        self.device.add(&fd, id, SIZE);
+        Self::dmabuf(fd)
+    }
+
+    /// Pushes a buffer with the next frame's time; it may be held by others, as in a pool.
+    fn push(&mut self, buffer: &gst::Buffer) -> Result<gst::FlowSuccess, gst::FlowError> {
+        let mut buffer = buffer.copy();
+        buffer.make_mut().set_pts(FRAME * self.frames);
+        self.frames += 1;
+        self.harness.push(buffer)
+    }
+
+    /// The PTS of the next access unit, in frames.
+    fn pull(&mut self) -> u64 {
+        let pts = self.harness.pull().expect("an encoded frame").pts();
+        pts.unwrap().nseconds() / FRAME.nseconds()
+    }
+
+    fn stat<T: for<'a> glib::value::FromValue<'a> + 'static>(&self, name: &str) -> T {
+        let stats: gst::Structure = self.element.property("stats");
+        stats.value(name).unwrap().get().unwrap()
+    }
+
+    /// The error on the bus.
+    fn error(&self) -> String {
+        let message = self
+            .bus
+            .timed_pop_filtered(gst::ClockTime::from_seconds(20), &[gst::MessageType::Error])
+            .expect("an error on the bus");
+        let gst::MessageView::Error(error) = message.view() else {
+            unreachable!()
+        };
+        format!("{} {:?}", error.error(), error.debug())
+    }
+
+    /// `transfer` of each message about the connection so far.
+    fn ways(&self) -> Vec<String> {
+        std::iter::from_fn(|| self.bus.pop_filtered(&[gst::MessageType::Element]))
+            .filter_map(|message| message.structure()?.get::<String>("transfer").ok())
+            .collect()
+    }
+}
+
+/// A host that says that it resolves ids.
+fn resolving_host(script: impl FnMut(&mut Link, &Envelope) -> Then + Send + 'static) -> Peer {
+    Peer::greeting(Greets::With(hello(Capabilities::RESOURCE_IDS)), script)
+}
+
+fn request(seen: Seen) -> Option<(FrameRequest, Option<Payload>)> {
+    match seen {
+        Seen::Message(envelope) => match envelope.message {
+            Message::FrameRequest(request, pixels) => Some((request, pixels)),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+fn refuse(link: &mut Link, code: ErrorCode) {
+    let text = "never heard of it".to_owned();
+    let tag = None;
+    link.send(encode::error(1, &ErrorMessage { code, text, tag }));
+}
+
+#[test]
+fn a_resource_goes_as_its_id_and_is_never_mapped() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(&peer, Transfer::ResourceId);
+    // A descriptor that cannot be mapped at all.
+    let (pipe, _other_end) = nix::unistd::pipe().unwrap();
+    encoder.device.add(&pipe, 77, SIZE);
+    let buffer = Encoder::dmabuf(pipe);
+    for number in 0..3 {
+        encoder.push(&buffer).unwrap();
+        assert_eq!(encoder.pull(), number);
+        let (request, pixels) = peer.wait_for(request);
+        assert_eq!(request.resource_id, 77);
+        assert!(pixels.is_none());
+        assert_eq!(
+            (
+                request.width,
+                request.height,
+                request.stride,
+                request.format
+            ),
+            (64, 48, 256, 0x3432_5241)
+        );
+    }
+    assert_eq!(encoder.stat::<u64>("resource-frames"), 3);
+    assert_eq!(encoder.stat::<u64>("pixel-bytes"), 0);
+    assert_eq!(encoder.stat::<String>("transfer"), "resource-id");
+    assert_eq!(encoder.ways(), ["pixels", "resource-id"]);
+}
+
+#[test]
+fn a_resource_stays_until_its_reply_even_after_a_flush() {
+    let (open, opened) = channel();
+    let mut first: Option<FrameRequest> = None;
+    let peer = Peer::new(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            match first.take() {
+                None if request.resource_id == 5 => {
+                    first = Some(*request);
+                    open.send(()).unwrap();
+                }
+                first => {
+                    for request in first.iter().chain([request]) {
+                        link.respond(1, request.pts, true, KEYFRAME);
+                    }
+                }
+            }
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(&peer, Transfer::ResourceId);
+    let watched = encoder.known(5);
+    // Nobody but the buffer that is pushed refers to it.
+    let memory = watched.memory(0).unwrap();
+    encoder.push(&watched).unwrap();
+    drop(watched);
+    opened.recv().unwrap();
+    encoder.harness.push_event(gst::event::FlushStart::new());
+    encoder.harness.push_event(gst::event::FlushStop::new(true));
+    let segment = gst::FormattedSegment::<gst::ClockTime>::new();
+    encoder
+        .harness
+        .push_event(gst::event::Segment::new(&segment));
+    assert!(is_shared(&memory), "the host may still look at it");
+    let other = encoder.known(6);
+    encoder.push(&other).unwrap();
+    assert_eq!(encoder.pull(), 1, "the first one was flushed");
+    assert!(!is_shared(&memory));
+}
+
+/// Whether others have this memory too.
+fn is_shared(memory: &gst::Memory) -> bool {
+    // SAFETY: the memory is alive, and the count is read atomically.
+    unsafe { (*memory.as_ptr()).mini_object.refcount > 1 }
+}
+
+#[test]
+fn a_picture_that_has_no_id_is_an_error_where_one_is_asked_for() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(&peer, Transfer::ResourceId);
+    let foreign = Encoder::dmabuf(fake::memfd(SIZE));
+    assert_eq!(encoder.push(&foreign), Err(gst::FlowError::Error));
+    let error = encoder.error();
+    assert!(
+        error.contains("not a resource of this virtio-gpu device"),
+        "{error}"
+    );
+    assert!(error.contains("transfer=auto would send pixels"), "{error}");
+}
+
+#[test]
+fn a_host_that_refuses_the_only_way_is_an_error() {
+    let peer = Peer::new(|link, envelope| {
+        if let Message::FrameRequest(..) = &envelope.message {
+            refuse(link, ErrorCode::RESOURCE_NOT_FOUND);
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(&peer, Transfer::ResourceId);
+    let buffer = encoder.known(31);
+    encoder.push(&buffer).unwrap();
+    let error = encoder.error();
+    assert!(error.contains("the host refuses resource 31"), "{error}");
+    assert!(error.contains("never heard of it"), "{error}");
+}
+
+#[test]
+fn a_legacy_host_gets_ids_only_when_they_are_asked_for() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(&peer, Transfer::Auto);
+    let buffer = encoder.known(8);
+    encoder.push(&buffer).unwrap();
+    encoder.pull();
+    let (request, pixels) = peer.wait_for(request);
+    assert_eq!(request.resource_id, 0);
+    assert_eq!(pixels.expect("pixels").len(), SIZE);
+    assert_eq!(encoder.stat::<String>("transfer"), "pixels");
+}
+
+#[test]
+fn pixels_are_all_that_transfer_pixels_sends() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(&peer, Transfer::Pixels);
+    let buffer = encoder.known(8);
+    encoder.push(&buffer).unwrap();
+    encoder.pull();
+    assert_eq!(peer.wait_for(request).0.resource_id, 0);
+    assert_eq!(
+        encoder
+            .device
+            .asked
+            .load(std::sync::atomic::Ordering::Relaxed),
+        0
+    );
+}
+
+#[test]
+fn dmabufs_are_preferred_where_they_may_have_ids() {
+    let peer = Peer::answering();
+    for (transfer, first) in [(Transfer::Auto, true), (Transfer::Pixels, false)] {
+        let encoder = Encoder::new(&peer, transfer);
+        let caps = encoder.element.static_pad("sink").unwrap().query_caps(None);
+        assert_eq!(
+            super::formats::is_dmabuf(&caps),
+            first,
+            "{transfer:?}: {caps}"
+        );
+    }
+}
+
+#[test]
+fn a_host_that_refuses_ids_gets_each_picture_as_pixels() {
+    for code in [
+        ErrorCode::RESOURCE_NOT_FOUND,
+        ErrorCode::NO_NATIVE_TEXTURE,
+        ErrorCode::NO_NATIVE_SURFACE,
+    ] {
+        let peer = resolving_host(move |link, envelope| {
+            match &envelope.message {
+                Message::FrameRequest(_, None) => refuse(link, code),
+                Message::FrameRequest(request, Some(_)) => link.answer(request),
+                _ => {}
+            }
+            link.pong(envelope);
+            Then::GoOn
+        });
+        let mut encoder = Encoder::new(&peer, Transfer::Auto);
+        let buffers = [encoder.known(1), encoder.known(2), encoder.known(3)];
+        for number in 0..8 {
+            encoder.push(&buffers[number % 3]).unwrap();
+        }
+        let numbers: Vec<_> = (0..8).map(|_| encoder.pull()).collect();
+        assert_eq!(numbers, [0, 1, 2, 3, 4, 5, 6, 7]);
+        assert_eq!(encoder.stat::<u64>("dropped"), 0);
+        assert_eq!(encoder.stat::<String>("transfer"), "pixels");
+        assert_eq!(encoder.ways(), ["pixels", "resource-id", "pixels"]);
+        assert!(
+            encoder
+                .bus
+                .pop_filtered(&[gst::MessageType::Warning])
+                .is_none()
+        );
+    }
+}
+
+#[test]
+fn what_was_sent_behind_a_refused_picture_comes_after_it() {
+    const GOOD: u32 = 1;
+    const BAD: u32 = 2;
+    let mut refusing = false;
+    let peer = resolving_host(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            // Refuses the bad one when the next has come too.
+            if std::mem::take(&mut refusing) {
+                refuse(link, ErrorCode::NO_NATIVE_SURFACE);
+            }
+            if request.resource_id == BAD {
+                refusing = true;
+            } else {
+                link.answer(request);
+            }
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(&peer, Transfer::Auto);
+    let (good, bad) = (encoder.known(GOOD), encoder.known(BAD));
+    encoder.push(&good).unwrap();
+    assert_eq!(encoder.pull(), 0);
+    for buffer in [&bad, &good, &bad, &good] {
+        encoder.push(buffer).unwrap();
+    }
+    let numbers: Vec<_> = (0..4).map(|_| encoder.pull()).collect();
+    assert_eq!(numbers, [1, 2, 3, 4]);
+    assert_eq!(encoder.stat::<u64>("dropped"), 0);
+    let sent: Vec<_> = (0..7)
+        .map(|_| {
+            let (request, _) = peer.wait_for(request);
+            let number = request.pts as u64 / FRAME.nseconds();
+            (number, request.resource_id, request.force_keyframe)
+        })
+        .collect();
+    let again = [(1, 0, true), (2, GOOD, false)];
+    assert_eq!(
+        sent[..5],
+        [
+            &[(0, GOOD, true), (1, BAD, false), (2, GOOD, false)][..],
+            &again
+        ]
+        .concat()
+    );
+    // The bad one is known for it now; the good one is not.
+    let after: Vec<_> = sent[5..]
+        .iter()
+        .map(|(number, id, _)| (*number, *id))
+        .collect();
+    assert_eq!(after, [(3, 0), (4, GOOD)]);
+}
+
+#[test]
+fn a_refused_picture_arrives_with_its_pixels() {
+    let peer = resolving_host(|link, envelope| {
+        match &envelope.message {
+            Message::FrameRequest(_, None) => refuse(link, ErrorCode::RESOURCE_NOT_FOUND),
+            Message::FrameRequest(request, Some(_)) => link.answer(request),
+            _ => {}
+        }
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(&peer, Transfer::Auto);
+    let fd = fake::memfd(SIZE);
+    let picture: Vec<u8> = (0..SIZE).map(|i| (i % 251) as u8).collect();
+    assert_eq!(nix::unistd::write(&fd, &picture), Ok(SIZE));
+    encoder.device.add(&fd, 4, SIZE);
+    let buffer = Encoder::dmabuf(fd);
+    encoder.push(&buffer).unwrap();
+    encoder.pull();
+    assert_eq!(peer.wait_for(request).0.resource_id, 4);
+    let (request, pixels) = peer.wait_for(request);
+    assert_eq!(request.resource_id, 0);
+    assert!(request.force_keyframe, "it still is the first one");
+    assert_eq!(*pixels.unwrap(), *picture);
+}
+
+#[test]
+fn memory_that_can_neither_be_named_nor_read_is_an_error() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(&peer, Transfer::Auto);
+    let (pipe, _other_end) = nix::unistd::pipe().unwrap();
+    encoder.push(&Encoder::dmabuf(pipe)).unwrap();
+    let error = encoder.error();
+    assert!(
+        error.contains("its memory cannot be mapped for reading"),
+        "{error}"
+    );
+}

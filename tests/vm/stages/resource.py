@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""DMA-BUFs through vsockenc: as the ids of virtio-gpu's resources, and as pixels where they are none.
+
+`drmcheck send` draws the known picture into three buffers of one kind, used in turn. The ids that reach
+the host must be those in QEMU's trace. No host of this project resolves ids of a stock QEMU, so what a
+host makes of them is not in question here: tests/peers/host.py notes them and answers something. Where
+pixels go, the film that comes back is compared with the picture.
+"""
+
+import json
+import re
+import shlex
+
+import gi
+
+gi.require_version("Gst", "1.0")
+from gi.repository import Gst  # noqa: E402
+
+import pattern  # noqa: E402
+import verify  # noqa: E402
+from programs import Fault  # noqa: E402
+from stages.drm import TRACED  # noqa: E402
+
+WIDTH, HEIGHT, FPS = 320, 240, 30
+FRAMES = 20
+BUFFERS = 3
+# In dB, as in tests/demo.py.
+MIN_PSNR = 30
+HOST = "/run/user/host.sock"
+LIMIT = 60
+NODE_OF = {"created": "renderD128", "dumb": "card0"}
+
+
+def run(stage):
+    Gst.init(None)
+    known = verify.Pattern(WIDTH, HEIGHT)
+    trace = stage.folder / "qemu.trace"
+    gpu = ["-device", "virtio-gpu-pci", "-trace", "virtio_gpu_cmd_res_create_2d", "-D", trace]
+    with stage.guest("guest", "6.12", gpu) as guest:
+        stage.say(f"guest with Linux {guest.kernel} up after {guest.boot_seconds:.1f} s")
+        # Without vgem yet: the nodes that there are belong to virtio-gpu.
+        guest.run("modules", "modprobe virtio-gpu && ls /dev/dri", 10)
+        host = start_host(guest, "notes", "--resources wrong")
+        for memory in ("dumb", "created"):
+            with stage.part(f"{memory} buffers, as resource ids"):
+                send_ids(stage, guest, host, trace, memory, f"ids-{memory}", "")
+        for memory, node in NODE_OF.items():
+            with stage.part(f"only {node} is there"):
+                send_ids(stage, guest, host, trace, memory, f"only-{node.lower()}", only(node))
+        with stage.part("no node at all"):
+            send_without_node(stage, guest, known)
+        host.signal("TERM")
+        with stage.part("memory that is not virtio-gpu's, encoded by helix-host"):
+            guest.run("vgem", "modprobe vgem", 10)
+            helix_host = guest.start("helix-host", f"rm -f {HOST}; exec helix-host --listen unix:{HOST}", 300)
+            helix_host.wait_for("listening on", LIMIT)
+            for memory in ("vgem", "udmabuf", "heap"):
+                send_pixels(stage, guest, known, memory, f"pixels-{memory}", "")
+
+
+def start_host(guest, name, options):
+    """tests/peers/host.py in the guest, which says what it sees in JSON lines."""
+    script = f"rm -f {HOST}; exec /usr/bin/python3 /src/tests/peers/host.py --listen unix:{HOST} {options}"
+    job = guest.start(name, script, 300)
+    job.wait_for('"listening"', LIMIT)
+    return job
+
+
+def only(node):
+    """A shell command's beginning: /dev/dri has that node and no other for what follows."""
+    return (
+        f"set -e; numbers=$(stat -c '0x%t 0x%T' /dev/dri/{node}); mount -t tmpfs nodes /dev/dri;"
+        f" mknod /dev/dri/{node} c $numbers; "
+    )
+
+
+def start_sending(stage, guest, memory, name, transfer, nodes=""):
+    """Starts `drmcheck send` in a mount namespace of its own, where `nodes` has prepared /dev/dri."""
+    pictures = pattern.description(WIDTH, HEIGHT, FPS, live=False)
+    pictures = pictures.replace("videotestsrc", f"videotestsrc num-buffers={FRAMES}")
+    encoder = f"socket-path={HOST} transfer={transfer}"
+    command = shlex.join(
+        ["drmcheck", "send", memory, "--pictures", pictures, "--encoder", encoder]
+        + ["--film", f"/share/{stage.name}/{name}.mp4"]
+    )
+    return guest.start(name, f"exec unshare --mount bash -c {shlex.quote(f'{nodes}exec {command}')}", LIMIT)
+
+
+def send(stage, guest, memory, name, transfer, nodes=""):
+    """Runs `drmcheck send` to its end. Returns what it said and its statistics."""
+    job = start_sending(stage, guest, memory, name, transfer, nodes)
+    status = job.wait()
+    if status != 0:
+        raise Fault(f"{name} ended with {status}")
+    return job.output(), statistics(job.output())
+
+
+def statistics(said):
+    """The element's statistics as text by name."""
+    line = re.search(r"^stats .*$", said, re.MULTILINE)
+    return dict(re.findall(r"([\w-]+)=\(\w+\)([\w-]+)", line[0])) if line else {}
+
+
+def requests(job):
+    """The FRAME_REQUESTs that host.py has noted so far."""
+    events = [json.loads(line) for line in job.output().splitlines() if line.startswith("{")]
+    return [event for event in events if event.get("message") == "FRAME_REQUEST"]
+
+
+def send_ids(stage, guest, host, trace, memory, name, nodes):
+    """Each picture must arrive as the id of its buffer, which QEMU knows, and no pixel with it."""
+    before = len(requests(host))
+    said, stats = send(stage, guest, memory, name, "resource-id", nodes)
+    made = {int(number) for number in re.findall(r"^resource (\d+) ", said, re.MULTILINE)}
+    traced = {
+        int(number, 16)
+        for number, width, height in TRACED.findall(trace.read_text())
+        if int(width) == WIDTH and int(height) >= HEIGHT
+    }
+    seen = requests(host)[before:]
+    ids = [request["resource_id"] for request in seen]
+    stage.check(len(made) == BUFFERS and made <= traced, f"{memory}: resources {sorted(made)} are in QEMU's trace")
+    stage.check(len(ids) == FRAMES and set(ids) == made, f"{len(ids)} requests, of resources {sorted(set(ids))}")
+    stage.check(not any("pixels" in request for request in seen), "no request has pixels")
+    sizes = {(request["width"], request["height"], request["stride"]) for request in seen}
+    stage.check(sizes == {(WIDTH, HEIGHT, 4 * WIDTH)}, f"each of {WIDTH}x{HEIGHT}, whatever its buffer has")
+    counted = (stats.get("resource-frames"), stats.get("pixel-bytes"), stats.get("transfer"))
+    stage.check(counted == (str(FRAMES), "0", "resource-id"), f"statistics: {', '.join(map(str, counted))}")
+    stage.check("transfer resource-id: " in said, "a message says so")
+
+
+def send_pixels(stage, guest, known, memory, name, nodes):
+    """Pictures in memory that has no id must come back as they were."""
+    said, stats = send(stage, guest, memory, name, "auto", nodes)
+    film = verify.examine(stage.folder / f"{name}.mp4", known)
+    worst = min(film.psnr, default=0)
+    stage.check(film.frames == FRAMES, f"{memory}: {film.frames} of {FRAMES} frames decoded")
+    stage.check(film.distinct == FRAMES and film.went_back == 0, f"{film.distinct} different pictures, in order")
+    stage.check(worst >= MIN_PSNR, f"PSNR {worst:.1f} dB or more")
+    counted = (stats.get("resource-frames"), stats.get("pixel-bytes"), stats.get("transfer"))
+    expected = ("0", str(FRAMES * WIDTH * HEIGHT * 4), "pixels")
+    stage.check(counted == expected, f"statistics: {', '.join(map(str, counted))}")
+
+
+def send_without_node(stage, guest, known):
+    """Nobody to ask for ids: pixels, or an error where they were not allowed."""
+    nobody = "set -e; mount -t tmpfs nodes /dev/dri; "
+    send_pixels(stage, guest, known, "udmabuf", "no-node", nobody)
+    job = start_sending(stage, guest, "udmabuf", "no-node-strict", "resource-id", nobody)
+    stage.check(job.wait() == 1, "transfer=resource-id ends with an error")
+    error = re.search(r"transfer=resource-id: [^\"]*", job.output())
+    stage.check(error is not None and "/dev/dri" in error[0], error[0] if error else "it says nothing")
