@@ -7,8 +7,10 @@ use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::pin::Pin;
+use std::time::{Duration, Instant};
 
 use futures_core::Stream;
+use tokio::time::sleep;
 use zbus::connection::Builder;
 use zbus::fdo::{PropertiesChangedStream, PropertiesProxy};
 use zbus::proxy::CacheProperties;
@@ -24,6 +26,17 @@ const SERVICE: &str = "org.qemu";
 
 /// Messages of a listener that are read ahead. Each may be a picture.
 const READ_AHEAD: NonZeroUsize = NonZeroUsize::new(4).unwrap();
+
+/// QEMU's answer to a listener too many (`DBUS_DISPLAY_ERROR_INVALID` in its ui/dbus-error.c).
+const TAKEN: &str = "org.qemu.Display1.Error.Invalid";
+
+/// Answers of QEMU's to wait for after a listener was closed: one, and one that was asked for after
+/// it had come.
+const ANSWERS: u32 = 2;
+
+/// How often, and for how long, to try when QEMU still has the listener before.
+const AGAIN_PAUSE: Duration = Duration::from_millis(5);
+const AGAIN_LIMIT: Duration = Duration::from_secs(5);
 
 /// A console.
 pub struct Console {
@@ -88,6 +101,32 @@ impl Console {
         Ok(messages)
     }
 
+    /// Has QEMU begin anew, with a whole picture, instead of going on with `messages`.
+    ///
+    /// QEMU 7.2 has room for one listener of each client. Over a bus it refuses another one until it
+    /// has noticed that the one before is closed. Without a bus it takes that one's place, and is
+    /// closed in its stead when that is noticed. One thread of QEMU's reads all sockets, in the order
+    /// in which something happens to them: who has been answered has been noticed before.
+    async fn listen_anew(&self, messages: MessageStream) -> zbus::Result<MessageStream> {
+        // It may be closed already.
+        let _ = Connection::from(&messages).close().await;
+        drop(messages);
+        for _ in 0..ANSWERS {
+            self.proxy.width().await?;
+        }
+        let end = Instant::now() + AGAIN_LIMIT;
+        loop {
+            match self.listen().await {
+                Err(zbus::Error::MethodError(name, ..))
+                    if name == TAKEN && Instant::now() < end =>
+                {
+                    sleep(AGAIN_PAUSE).await;
+                }
+                done => return done,
+            }
+        }
+    }
+
     /// Puts into `screen` what QEMU says, until the connection ends. Returns why it did.
     /// `changes` are those since before QEMU was first listened to.
     ///
@@ -102,10 +141,10 @@ impl Console {
     ) -> Error {
         loop {
             tokio::select! {
-                error = serve(messages, screen, &self.address) => return error,
+                error = serve(&mut messages, screen, &self.address) => return error,
                 () = self.other_size(&mut changes, screen) => screen.forget(),
             }
-            messages = match self.listen().await {
+            messages = match self.listen_anew(messages).await {
                 Ok(messages) => messages,
                 Err(error) => {
                     return Error::Gone {

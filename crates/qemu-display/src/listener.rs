@@ -48,10 +48,10 @@ enum Answer {
 }
 
 /// Puts into `screen` what QEMU says, until the connection ends. Returns why it did.
-pub async fn serve(mut messages: MessageStream, screen: &Screen, address: &str) -> Error {
-    let connection = Connection::from(&messages);
+pub async fn serve(messages: &mut MessageStream, screen: &Screen, address: &str) -> Error {
+    let connection = Connection::from(&*messages);
     loop {
-        let message = match poll_fn(|context| Pin::new(&mut messages).poll_next(context)).await {
+        let message = match poll_fn(|context| Pin::new(&mut *messages).poll_next(context)).await {
             Some(Ok(message)) => message,
             Some(Err(error)) => return gone(address, &error.to_string()),
             None => return gone(address, "it closed the connection"),

@@ -54,12 +54,12 @@ fn a_killed_qemu_is_an_error_and_the_next_one_is_found_after_ready() {
         error.contains("has gone") && error.contains("READY"),
         "{error}"
     );
-    rig.pipeline.set_state(gst::State::Ready).unwrap();
+    rig.ready();
     // Nobody is there yet.
     assert!(rig.pipeline.set_state(gst::State::Playing).is_err());
     let error = rig.error();
     assert!(error.contains("-display dbus"), "{error}");
-    rig.pipeline.set_state(gst::State::Ready).unwrap();
+    rig.ready();
     let qemu = Qemu::with_vga(&bus.display());
     rig.play();
     shows_the_same(&rig, &qemu);
@@ -67,8 +67,8 @@ fn a_killed_qemu_is_an_error_and_the_next_one_is_found_after_ready() {
 
 #[test]
 fn a_size_that_qemu_cannot_ask_for_is_a_warning_and_the_picture_comes() {
-    // A console of text has no size to be told.
-    let qemu = Qemu::start("dbus,p2p=on", &["-vga", "none", "-serial", "vc"]);
+    // An old card has no way to be told.
+    let qemu = Qemu::start("dbus,p2p=on", &["-vga", "cirrus"]);
     let rig = Rig::over(&qemu.qmp(), "width=1024 height=768");
     rig.play();
     let bus = rig.pipeline.bus().unwrap();

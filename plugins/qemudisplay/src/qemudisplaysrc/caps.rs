@@ -204,7 +204,7 @@ pub(super) fn caps_for(
             return None;
         }
         caps.truncate();
-        let structure = caps.get_mut()?.structure_mut(0)?;
+        let structure = caps.make_mut().structure_mut(0)?;
         structure.fixate_field_nearest_fraction("framerate", gst::Fraction::new(0, 1));
         let variable = structure
             .get::<gst::Fraction>("framerate")

@@ -7,10 +7,8 @@
 use std::sync::Once;
 
 use gst::prelude::*;
+use zerocopy_plugin_common::DAMAGE_META;
 use zerocopy_test_qemu::LIMIT;
-
-/// Name of the meta (elements' contract, "Damage").
-const DAMAGE: &str = "GstDesktopDamage";
 
 pub fn init() {
     static INIT: Once = Once::new();
@@ -47,6 +45,16 @@ impl Rig {
         let sink = pipeline.by_name("sink").unwrap();
         let sink = sink.downcast::<gst_app::AppSink>().unwrap();
         sink.set_caps(Some(&caps.parse::<gst::Caps>().unwrap()));
+        // It says nothing by itself of the metas that it keeps.
+        let pad = sink.static_pad("sink").unwrap();
+        pad.add_probe(gst::PadProbeType::QUERY_DOWNSTREAM, |_, info| {
+            let query = info.query_mut().map(gst::QueryRef::view_mut);
+            let Some(gst::QueryViewMut::Allocation(query)) = query else {
+                return gst::PadProbeReturn::Ok;
+            };
+            query.add_allocation_meta::<gst_video::VideoMeta>(None);
+            gst::PadProbeReturn::Handled
+        });
         Self {
             src: pipeline.by_name("src").unwrap(),
             sink,
@@ -65,7 +73,17 @@ impl Rig {
     }
 
     pub fn play(&self) {
-        self.pipeline.set_state(gst::State::Playing).unwrap();
+        if self.pipeline.set_state(gst::State::Playing).is_err() {
+            panic!("{}", self.error());
+        }
+    }
+
+    /// To READY, and everything is forgotten that was said before.
+    pub fn ready(&self) {
+        self.pipeline.set_state(gst::State::Ready).unwrap();
+        let bus = self.pipeline.bus().unwrap();
+        bus.set_flushing(true);
+        bus.set_flushing(false);
     }
 
     /// The next frame, or the error that came instead.
@@ -88,7 +106,8 @@ impl Rig {
         let bus = self.pipeline.bus().unwrap();
         let message = bus.timed_pop_filtered(limit(), &[gst::MessageType::Error]);
         match message.expect("an error").view() {
-            gst::MessageView::Error(error) => error.error().message().to_owned(),
+            // What the element says is beside GStreamer's own words.
+            gst::MessageView::Error(error) => error.debug().unwrap_or_default().to_string(),
             _ => unreachable!("only errors were asked for"),
         }
     }
@@ -134,7 +153,7 @@ impl Frame {
 
     /// The damage, or none where everything may have changed.
     pub fn damage(&self) -> Option<Vec<Vec<i32>>> {
-        let meta = gst::meta::CustomMeta::from_buffer(&self.buffer, DAMAGE).ok()?;
+        let meta = gst::meta::CustomMeta::from_buffer(&self.buffer, DAMAGE_META).ok()?;
         let rects = meta.structure().get::<gst::Array>("rects").unwrap();
         let numbers = |rect: &gst::glib::SendValue| {
             let rect = rect.get::<gst::Array>().unwrap();
