@@ -6,6 +6,7 @@ mod common;
 
 use common::Rig;
 use gst::prelude::*;
+use zerocopy_test_qemu::eventually;
 use zerocopy_test_qemu::ppm::Rgb;
 use zerocopy_test_qemu::real::{Bus, Qemu};
 use zerocopy_test_support::process::{open_fds, threads};
@@ -61,6 +62,12 @@ fn a_killed_qemu_is_an_error_and_the_next_one_is_found_after_ready() {
     assert!(error.contains("-display dbus"), "{error}");
     rig.ready();
     let qemu = Qemu::with_vga(&bus.display());
+    rig.play();
+    // Counted at the source: appsink gives nothing out after an error before it was in NULL.
+    eventually("frames of the new QEMU", || {
+        (rig.stat("frames") > 1).then_some(())
+    });
+    rig.pipeline.set_state(gst::State::Null).unwrap();
     rig.play();
     shows_the_same(&rig, &qemu);
 }
