@@ -169,6 +169,6 @@ impl Console {
             }
         }
         // Nobody can be asked any more; the listener goes on, or knows what has happened.
-        pending().await
+        pending::<()>().await;
     }
 }

@@ -10,14 +10,14 @@ use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::statfs::fstatfs;
+use nix::sys::statfs::{FsType, fstatfs};
 use tokio::sync::oneshot;
 use zbus::Message;
 
 use crate::error::Error;
 
 /// What `fstatfs` says of a DMA-BUF (`DMA_BUF_MAGIC` in linux/magic.h).
-const DMA_BUF_MAGIC: i64 = 0x444d_4142;
+const DMA_BUF_MAGIC: FsType = FsType(0x444d_4142);
 
 /// Canvases kept for reuse: one that is drawn on while downstream has two more.
 const SPARES: usize = 3;
@@ -189,7 +189,7 @@ pub struct Plane {
 impl Plane {
     /// A plane as QEMU says it, if `fd` is a DMA-BUF.
     pub(crate) fn checked(fd: OwnedFd, offset: u32, stride: u32) -> Result<Self, Error> {
-        let kind = fstatfs(&fd).map(|info| info.filesystem_type().0 as i64);
+        let kind = fstatfs(&fd).map(|info| info.filesystem_type());
         if kind != Ok(DMA_BUF_MAGIC) {
             return Err(Error::Nonsense(
                 "a file as a DMA-BUF that is none".to_owned(),

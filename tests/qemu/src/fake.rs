@@ -300,6 +300,7 @@ impl Commands {
 
 struct Vm(Vec<u32>);
 
+#[expect(clippy::unused_self, reason = "the interface macro wants it")]
 #[interface(name = "org.qemu.Display1.VM")]
 impl Vm {
     #[zbus(property)]
@@ -320,6 +321,11 @@ struct Console {
     handle: Handle,
 }
 
+#[expect(
+    clippy::needless_pass_by_value,
+    clippy::unused_self,
+    reason = "the interface macro wants it"
+)]
 #[interface(name = "org.qemu.Display1.Console")]
 impl Console {
     fn register_listener(&self, listener: Fd<'_>) {
@@ -344,13 +350,15 @@ impl Console {
     #[zbus(name = "SetUIInfo")]
     fn set_ui_info(
         &self,
-        _width_mm: u16,
-        _height_mm: u16,
-        _xoff: i32,
-        _yoff: i32,
+        width_mm: u16,
+        height_mm: u16,
+        xoff: i32,
+        yoff: i32,
         width: u32,
         height: u32,
     ) {
+        // Clients do not know these.
+        assert_eq!((width_mm, height_mm, xoff, yoff), (0, 0, 0, 0));
         let sizes = self.sizes.lock().unwrap();
         let _ = sizes.send((self.id, width, height));
     }

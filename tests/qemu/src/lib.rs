@@ -14,7 +14,7 @@ pub mod real;
 use std::time::{Duration, Instant};
 
 /// Generous: catches a hang, measures nothing.
-pub const LIMIT: Duration = Duration::from_secs(60);
+pub const LIMIT: Duration = Duration::from_mins(1);
 
 /// Calls `ready` until it gives something. For what gives no sign of its own.
 ///

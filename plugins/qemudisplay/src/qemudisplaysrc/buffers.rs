@@ -74,13 +74,13 @@ impl Buffers {
         terms: &Terms,
         cursor: Option<&VideoOverlayComposition>,
     ) -> Result<Made, String> {
-        let lend = |layout: &Layout, info: &VideoInfo| {
+        let as_it_is = |layout: &Layout, info: &VideoInfo| {
             let as_usual = usize::try_from(info.stride()[0]) == Ok(layout.stride as usize);
             cursor.is_none() && (terms.any_layout || as_usual)
         };
         let (mut buffer, copied, lease) = match (pixels, &terms.info) {
             (Pixels::Bytes { layout, canvas }, Some(info)) => {
-                let lent = lend(layout, info);
+                let lent = as_it_is(layout, info);
                 let buffer = if lent {
                     let mut memory = gst::Memory::from_slice(Bytes(canvas.clone()));
                     memory
@@ -108,7 +108,7 @@ impl Buffers {
                 },
                 Some(info),
             ) => {
-                let lent = lend(layout, info) && !busy;
+                let lent = as_it_is(layout, info) && !busy;
                 let buffer = if lent {
                     with_layout(self.share(file, *offset as usize, layout.bytes())?, layout)?
                 } else {
@@ -174,35 +174,27 @@ impl Buffers {
         offset: usize,
         bytes: usize,
     ) -> Result<gst::Memory, String> {
-        let known = self.shared.as_ref();
-        let whole = match known.filter(|(known, _)| Arc::ptr_eq(known, file)) {
-            Some((_, whole)) => whole,
-            None => {
-                let fd = file
-                    .as_fd()
-                    .try_clone_to_owned()
-                    .map_err(|error| format!("no descriptor: {error}"))?;
-                let flags = gst_allocators::FdMemoryFlags::KEEP_MAPPED;
-                let allocator = gst_allocators::FdAllocator::new();
-                // SAFETY: the descriptor is open, and belongs to the memory from here on.
-                let memory = unsafe { allocator.alloc_fd(fd.into_raw_fd(), offset + bytes, flags) };
-                let memory = memory.map_err(|error| error.to_string())?;
-                &self.shared.insert((file.clone(), memory)).1
-            }
+        let known = self.shared.take();
+        let same = |(known, _): &(Arc<SharedFile>, _)| Arc::ptr_eq(known, file);
+        let shared = if let Some(shared) = known.filter(same) {
+            shared
+        } else {
+            (file.clone(), wrap_file(file, offset + bytes)?)
         };
+        let whole = &self.shared.insert(shared).1;
         // A share is read-only: nobody downstream draws on the guest's screen.
         Ok(whole.share(offset..offset + bytes))
     }
 
     fn dmabuf(&mut self, buffer: &Arc<DmaBuf>) -> Result<gst::Buffer, String> {
-        let known = self.dmabuf.as_ref();
-        let planes = match known.filter(|(known, _)| Arc::ptr_eq(known, buffer)) {
-            Some((_, planes)) => planes,
-            None => {
-                let planes = wrap_planes(buffer)?;
-                &self.dmabuf.insert((buffer.clone(), planes)).1
-            }
+        let known = self.dmabuf.take();
+        let same = |(known, _): &(Arc<DmaBuf>, _)| Arc::ptr_eq(known, buffer);
+        let wrapped = if let Some(wrapped) = known.filter(same) {
+            wrapped
+        } else {
+            (buffer.clone(), wrap_planes(buffer)?)
         };
+        let planes = &self.dmabuf.insert(wrapped).1;
         let mut made = gst::Buffer::new();
         let inner = made.get_mut().ok_or("a new buffer is shared")?;
         let (mut offsets, mut strides, mut before) = (Vec::new(), Vec::new(), 0);
@@ -239,6 +231,19 @@ fn with_layout(memory: gst::Memory, layout: &Layout) -> Result<gst::Buffer, Stri
     )
     .map_err(|error| error.to_string())?;
     Ok(buffer)
+}
+
+/// The first `bytes` of a memfd.
+fn wrap_file(file: &SharedFile, bytes: usize) -> Result<gst::Memory, String> {
+    let fd = file
+        .as_fd()
+        .try_clone_to_owned()
+        .map_err(|error| format!("no descriptor: {error}"))?;
+    let flags = gst_allocators::FdMemoryFlags::KEEP_MAPPED;
+    let allocator = gst_allocators::FdAllocator::new();
+    // SAFETY: the descriptor is open, and belongs to the memory from here on.
+    let memory = unsafe { allocator.alloc_fd(fd.into_raw_fd(), bytes, flags) };
+    memory.map_err(|error| error.to_string())
 }
 
 fn wrap_planes(buffer: &DmaBuf) -> Result<Vec<gst::Memory>, String> {

@@ -30,19 +30,18 @@ impl Overlays {
     pub fn of(&mut self, cursor: &Cursor, size: (u32, u32)) -> Option<VideoOverlayComposition> {
         cursor.covers(size)?;
         let shape = cursor.shape.as_ref()?;
-        let known = self.shape.as_ref();
-        let pixels = match known.filter(|(known, _)| Arc::ptr_eq(known, shape)) {
-            Some((_, pixels)) => pixels.clone(),
-            None => {
-                let pixels = wrap(shape)?;
-                self.shape = Some((shape.clone(), pixels.clone()));
-                pixels
-            }
+        let known = self.shape.take();
+        let known = known.filter(|(known, _)| Arc::ptr_eq(known, shape));
+        let wrapped = if let Some(known) = known {
+            known
+        } else {
+            (shape.clone(), wrap(shape)?)
         };
+        let pixels = &self.shape.insert(wrapped).1;
         let flags = VideoOverlayFormatFlags::empty();
         let (width, height) = (shape.width, shape.height);
         let rectangle =
-            VideoOverlayRectangle::new_raw(&pixels, cursor.x, cursor.y, width, height, flags);
+            VideoOverlayRectangle::new_raw(pixels, cursor.x, cursor.y, width, height, flags);
         VideoOverlayComposition::new([&rectangle]).ok()
     }
 }

@@ -73,9 +73,8 @@ impl Rig {
     }
 
     pub fn play(&self) {
-        if self.pipeline.set_state(gst::State::Playing).is_err() {
-            panic!("{}", self.error());
-        }
+        let played = self.pipeline.set_state(gst::State::Playing);
+        assert!(played.is_ok(), "{}", self.error());
     }
 
     /// To READY, and everything is forgotten that was said before.
