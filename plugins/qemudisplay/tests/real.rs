@@ -23,6 +23,8 @@ fn shows_the_same(rig: &Rig, qemu: &Qemu) {
             break;
         }
     }
+    let stats = rig.src.property::<gst::Structure>("stats");
+    println!("{stats}");
 }
 
 #[test]
