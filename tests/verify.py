@@ -38,7 +38,7 @@ class Film:
     darkest: float = 255.0  # least mean luma of a picture, 16 is black
     flattest: float = 255.0  # least spread of luma in a picture, 0 is one colour
     psnr: list = field(default_factory=list)
-    distinct: int = 0  # how many different pictures of the pattern
+    distinct: int = 0  # how many pictures differ from the one before; the first counts
     went_back: int = 0  # how often an older picture followed a newer one
 
 

@@ -56,7 +56,10 @@ class Result:
         return 1 if self.problems else 0
 
 
-def greet(connection, token=None, capabilities=7):
+CAPABILITIES = wire.CAP_REQUEST_IDS | wire.CAP_CONFIG_RESP | wire.CAP_KEYFRAME_REQ | wire.CAP_RESOURCE_IDS
+
+
+def greet(connection, token=None, capabilities=CAPABILITIES):
     """HELLO and at once PING: the HELLO_RESP, or None for a legacy peer (PONG alone)."""
     tlvs = [(wire.TLV_NAME, b"tests/peers/client.py")]
     if token is not None:
@@ -73,7 +76,11 @@ def greet(connection, token=None, capabilities=7):
         return None
     if answer.type != wire.HELLO_RESP:
         raise PeerClosed(f"HELLO answered with {wire.describe(answer)}")
-    connection.receive_only(wire.PONG)
+    if not 1 <= answer.version <= fields["version"]:
+        raise PeerClosed(f"HELLO_RESP: version {answer.version} for {fields['version']}")
+    pong = connection.receive()
+    if pong.type != wire.PONG:
+        raise PeerClosed(f"HELLO_RESP is followed by {wire.describe(pong)}, not by PONG")
     connection.decoder.tagged = bool(answer.capabilities & capabilities & wire.CAP_REQUEST_IDS)
     return answer
 
@@ -111,6 +118,8 @@ class Encode:
         self.units = collections.defaultdict(list)  # segment: [(picture number, bytes)]
         self.delays = []
         self.error_texts = collections.Counter()
+        self.epoch = 0
+        self.flushed = set()  # tags of requests whose replies are not wanted any more
         self.pongs = 0
         self.greeting = None
 
@@ -140,7 +149,7 @@ class Encode:
     def _exchange(self):
         options, number = self.options, 0
         if options.hello:
-            self.greeting = greet(self.connection, options.token)
+            self.greeting = greet(self.connection, options.token, options.capabilities)
             self.result.fields["peer"] = "hello" if self.greeting else "legacy"
         start = time.monotonic()
         for segment, (width, height, name) in enumerate(options.picture):
@@ -150,8 +159,11 @@ class Encode:
                     time.sleep(max(start + number / options.fps - time.monotonic(), 0))
                 while len(self.open) >= options.in_flight:
                     self._take()
+                flush = options.flush_every and number and number % options.flush_every == 0
+                if flush:
+                    self._flush()
                 self._request(number, segment, width, height, name,
-                              options.gop and index % options.gop == 0)
+                              flush or options.gop and index % options.gop == 0)
                 if options.ping_every and number % options.ping_every == 0:
                     self.connection.send(wire.Message(wire.PING, session_id=number & 0xFFFF))
                 number += 1
@@ -165,9 +177,24 @@ class Encode:
                   "framerate_num": options.fps, "framerate_den": 1, "profile": 66, "level": 42,
                   "realtime": 1}
         self.connection.send(wire.Message(wire.CONFIG_REQ, fields, session_id=1))
-        if self.greeting and self.greeting.capabilities & wire.CAP_CONFIG_RESP:
+        if self.greeting and self.greeting.capabilities & options.capabilities & wire.CAP_CONFIG_RESP:
             answer = self.connection.receive_only(wire.CONFIG_RESP)
             self.result.fields["config"] = answer.fields
+
+    def _flush(self):
+        """What is open is not wanted any more; its replies may come all the same."""
+        self.flushed |= {(self.epoch, asked.request_id) for asked in self.open}
+        self.open.clear()
+        self.epoch = (self.epoch + 1) & 0xFF
+
+    def _stale(self, message):
+        """Whether a message belongs to a request from before a flush; then it is counted."""
+        tag = (message.fields.get("epoch"), message.fields.get("request_id"))
+        if tag not in self.flushed:
+            return False
+        self.flushed.remove(tag)
+        self.result.fields["stale"] = self.result.fields.get("stale", 0) + 1
+        return True
 
     def _request(self, number, segment, width, height, name, force):
         options = self.options
@@ -185,7 +212,7 @@ class Encode:
         request_id = None
         if self.connection.decoder.tagged:
             request_id = number & 0xFFFF
-            fields |= {"epoch": 0, "request_id": request_id}
+            fields |= {"epoch": self.epoch, "request_id": request_id}
         self.open.append(Open(pts, number, time.monotonic(), request_id, force, segment))
         self.connection.send(wire.Message(wire.FRAME_REQUEST, fields, session_id=1))
         self.result.fields["requests"] += 1
@@ -201,10 +228,16 @@ class Encode:
             if not self.options.allow_missing:
                 self._explain_silence(lost)
             return
+        if self._stale(message):
+            return
         if message.type == wire.FRAME_RESPONSE:
             self._reply(message)
         elif message.type == wire.ERROR:
             fields["errors"] += 1
+            if self.open and "request_id" in message.fields:
+                tag, wanted = (message.epoch, message.request_id), (self.epoch, self.open[0].request_id)
+                if tag != wanted:
+                    self.result.problem(f"ERROR with tag {tag}, the oldest open request has {wanted}")
             self.error_texts[f"{message.error_code}: {message.message}"] += 1
             asked = self.open.popleft() if self.open else None
             if not self.options.allow_errors:
@@ -248,7 +281,7 @@ class Encode:
         """The request that a reply belongs to; those before it were skipped."""
         tagged = "request_id" in reply.fields
         for index, asked in enumerate(self.open):
-            if tagged and (reply.epoch, reply.request_id) != (0, asked.request_id):
+            if tagged and (reply.epoch, reply.request_id) != (self.epoch, asked.request_id):
                 continue
             if abs(reply.pts - asked.pts) > PTS_TOLERANCE:
                 continue
@@ -269,7 +302,7 @@ class Encode:
                 return
             if message.type == wire.PONG:
                 self.pongs += 1
-            elif not message.name.startswith("0x"):
+            elif not self._stale(message) and not message.name.startswith("0x"):
                 self.result.problem(f"{message.name} that nobody asked for")
 
     def _verify(self):
@@ -514,6 +547,9 @@ def parse(arguments=None):
     add("--bitrate", type=int, default=4_000_000, help="bit/s, in CONFIG_REQ")
     add("--pts-start", type=int, default=0, help="ns")
     add("--resource", type=int, default=0, help="send this resource id and no pixels")
+    add("--flush-every", type=int, default=0,
+        help="a new epoch every so many pictures: replies to older ones are not wanted (with tags only)")
+    add("--capabilities", type=int, default=CAPABILITIES, help="announced in HELLO")
     add("--ping-every", type=int, default=0, help="PING between the requests")
     add("--allow-missing", action="store_true", help="replies may be missing (quirk 3)")
     add("--allow-errors", action="store_true", help="ERRORs are fine")

@@ -250,8 +250,88 @@ def crowd(options):
     return options.result.finish()
 
 
+def hello_faults(options):
+    """HELLOs that break the description, each on its own connection: ERROR and an end."""
+    def hello(msg_type=wire.HELLO, tlvs=b"", **changes):
+        fields = {"version": 1, "max_in_flight": 2, "capabilities": 7, "codecs": wire.CODEC_H264,
+                  "max_message": wire.MIB, "max_width": 64, "max_height": 64,
+                  "fixed_size": wire.HELLO_FIXED_SIZE, "tlvs": []} | changes
+        data = wire.pack(wire.Message(msg_type, fields))
+        return wire.pack_header(msg_type, 0, 0, len(data) - wire.HEADER.size + len(tlvs)) + data[
+            wire.HEADER.size :] + tlvs
+
+    ping = wire.pack(wire.Message(wire.PING, session_id=3))
+    faults = {
+        "version 0": hello(version=0),
+        "fixed_size over the payload": hello(fixed_size=0xFFFF),
+        "fixed_size under 32": hello(fixed_size=16),
+        "half a TLV head": hello(tlvs=b"\1\0\4"),
+        "a TLV longer than the payload": hello(tlvs=b"\1\0\xff\xff" + b"name"),
+        "4 GiB announced": wire.pack_header(wire.HELLO, 0, 0, 0xFFFFFFFF),
+        "1 MiB of TLVs": hello(tlvs=b"\x63\0\xfc\0" * (wire.MIB // 256)),
+        "twice": hello() + hello(),
+        "after a PING": ping + hello(),
+    }
+    for name, data in faults.items():
+        try:
+            with Connection(options.address, options.timeout) as connection:
+                try:
+                    connection.send(data)
+                except PeerClosed:
+                    pass  # it may close before it took them all
+                if name == "twice":  # the first was good, so ERROR has its tag
+                    connection.receive_only(wire.HELLO_RESP)
+                    connection.decoder.tagged = True
+                how = refusal(connection, options.timeout)
+                if how != "error":
+                    options.result.problem(f"{name}: {how or 'ignored'}, not an ERROR")
+                elif not connection.wait_closed(options.timeout):
+                    options.result.problem(f"{name}: still open after the ERROR")
+        except TROUBLE as error:
+            options.result.problem(f"{name}: {error}")
+    still_serves(options, "after broken HELLOs")
+    options.result.fields["faults"] = len(faults)
+    return options.result.finish()
+
+
+def stranger(options):
+    """A host with a token: whoever does not begin with it gets one ERROR that says so, and an end."""
+    def hello(*tlvs):
+        fields = {"version": 1, "max_in_flight": 2, "capabilities": 7, "codecs": wire.CODEC_H264,
+                  "max_message": wire.MIB, "max_width": 64, "max_height": 64, "tlvs": list(tlvs)}
+        return wire.pack(wire.Message(wire.HELLO, fields))
+
+    firsts = {
+        "PING": wire.pack(wire.Message(wire.PING)),
+        "FRAME_REQUEST": wire.pack(sample_request()),
+        "SUBSCRIBE": wire.pack(wire.Message(wire.SUBSCRIBE, {"scanout_id": 0})),
+        "an unknown message": wire.pack_header(0x7F, 0, 0, 3) + b"???",
+        "HELLO without a token": hello(),
+        "HELLO with an empty token": hello((wire.TLV_AUTH_TOKEN, b"")),
+        "HELLO with another token": hello((wire.TLV_AUTH_TOKEN, b"not it")),
+        "HELLO with 3000 bytes of token": hello((wire.TLV_AUTH_TOKEN, b"x" * 3000)),
+    }
+    for name, data in firsts.items():
+        try:
+            with Connection(options.address, options.timeout) as connection:
+                connection.send(data + wire.pack(wire.Message(wire.PING, session_id=9)))
+                answer = connection.receive()
+                if answer.type != wire.ERROR or "token" not in answer.message:
+                    options.result.problem(f"{name}: answered with {wire.describe(answer)}")
+                elif connection.messages or not connection.wait_closed(options.timeout):
+                    options.result.problem(f"{name}: still open after the ERROR")
+        except TROUBLE as error:
+            options.result.problem(f"{name}: {error}")
+    options.result.fields["refused"] = len(firsts)
+    return options.result.finish()
+
+
 def vectors(options):
     """Every malformed vector for hosts, each on its own connection, then every good one."""
+    def may_skip(entry):
+        # A HELLO is an unknown message to a legacy host, which skips it.
+        return "hello" in entry["name"] and not options.hello
+
     result = options.result
     data = json.loads(pathlib.Path(options.file).read_text())
     counts = collections.Counter()
@@ -262,8 +342,7 @@ def vectors(options):
             with Connection(options.address, options.timeout) as connection:
                 connection.send(bytes.fromhex(entry["hex"]))
                 if entry["level"] == "framing":
-                    # A HELLO is an unknown message to a legacy host, which skips it.
-                    how = refusal(connection, options.timeout if "hello" not in entry["name"] else 0.3)
+                    how = refusal(connection, 0.3 if may_skip(entry) else options.timeout)
                 else:
                     how = connection.receive_only(wire.ERROR) and "error"
                     connection.send(wire.Message(wire.PING, session_id=5))
@@ -272,7 +351,7 @@ def vectors(options):
             result.problem(f"{entry['name']}: {error}")
             continue
         counts[f"{entry['level']}: {how or 'ignored'}"] += 1
-        if how is None and "hello" not in entry["name"]:
+        if how is None and not may_skip(entry):
             result.problem(f"{entry['name']}: neither ERROR nor closed")
     for entry in data["messages"] + data["decode_only"]:
         if entry["direction"] == wire.TO_CLIENT or "tagged" in entry["name"]:
@@ -322,5 +401,9 @@ def add_commands(command):
     add("--clients", type=int, default=17)
     add("--served", type=int, help="so many must be served, no more and no less")
 
+    command("hello-faults", hello_faults, "HELLOs that break the rules; the host must refuse and go on")
+    command("stranger", stranger, "a host with a token must refuse all who do not know it")
+
     add = command("vectors", vectors, "send the host every byte vector that is for hosts")
     add("file", help="crates/helix-protocol/vectors/vectors.json")
+    add("--hello", action="store_true", help="the host speaks HELLO, so it must refuse broken ones")

@@ -64,6 +64,17 @@ def parse(arguments=None):
         help="capability bits to announce of 1 ids, 2 CONFIG_RESP, 4 KEYFRAME_REQ (7)")
     add("--max-in-flight", metavar="N", type=int, default=16, help="requests open at once (16)")
     add("--token", metavar="TEXT", help="refuse clients without this auth token; implies --hello")
+    add("--codecs", metavar="N", type=lambda text: int(text, 0), default=1,
+        help="codec bits to announce (1 = H.264)")
+    add("--max-message", metavar="BYTES", type=int, default=12 + 44 + (64 << 20),
+        help="the largest message to announce")
+    add("--hello-late", action="store_true", help="HELLO_RESP comes after the PONG: as a legacy host")
+    add("--hello-twice", action="store_true",
+        help="a second HELLO_RESP, which announces nothing, follows the first")
+    add("--reorder", metavar="N", type=int, default=0,
+        help="with request ids: hold N replies and send them in reverse")
+    add("--stray", action="store_true",
+        help="with request ids: before each reply one of another epoch and one of another id")
     add("--split-nals", action="store_true",
         help="nal_count = number of NAL units; else 1 with the whole access unit")
 
@@ -111,5 +122,5 @@ def parse(arguments=None):
     add("--chatter", action="store_true", help="an unknown message before each of ours")
 
     options = parser.parse_args(arguments)
-    options.hello = options.hello or options.token is not None
+    options.hello = options.hello or options.token is not None or options.hello_late
     return options

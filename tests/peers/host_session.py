@@ -53,6 +53,8 @@ class Session:
         self.lock = asyncio.Lock()
         self.scanout = None
         self.encoder = None
+        self.held = []  # replies, for --reorder
+        self.late_hello = None  # HELLO_RESP, for --hello-late
         self.configured = self.force_keyframe = False
         self.capabilities = 0
         self.greeted = self.awaits_ping = False
@@ -120,7 +122,7 @@ class Session:
                 self.max_open = max(self.max_open, self.open)
                 if self.capabilities and self.open > self.options.max_in_flight:
                     self.violation(f"{self.open} requests open, {self.options.max_in_flight} allowed")
-            if message.type == wire.HELLO and self.options.hello:
+            if message.type == wire.HELLO and self.options.hello and not self.options.hello_late:
                 self.capabilities = self.options.capabilities & message.capabilities
                 self.decoder.tagged = bool(self.capabilities & wire.CAP_REQUEST_IDS)
             await self.inbox.put(message)
@@ -221,7 +223,21 @@ class Session:
         }
         reply = wire.Message(wire.FRAME_RESPONSE, fields | self._tags(request), request.session_id)
         for _ in range(2 if self.options.reply_twice else 1):
-            await self.send(reply)
+            await self._send_reply(reply)
+
+    async def _send_reply(self, reply):
+        if not self.decoder.tagged:
+            return await self.send(reply)
+        if self.options.stray:
+            for name, other in (("epoch", 0xA5), ("request_id", 0xA5A5)):
+                fields = reply.fields | {name: reply.fields[name] ^ other}
+                await self.send(wire.Message(wire.FRAME_RESPONSE, fields, reply.session_id))
+        self.held.append(reply)
+        if len(self.held) >= self.options.reorder:
+            for held in reversed(self.held):
+                await self.send(held)
+            self.held = []
+        return None
 
     def _encode(self, request):
         width, height = request.width, request.height
@@ -260,6 +276,9 @@ class Session:
 
     async def _ping(self, ping):
         await self.send(wire.Message(wire.PONG, {}, ping.session_id))
+        if self.late_hello:
+            await self.send(self.late_hello)
+            self.late_hello = None
 
     async def _keyframe_req(self, _):
         if self.capabilities & wire.CAP_KEYFRAME_REQ:  # deployed hosts skip it
@@ -323,13 +342,20 @@ class Session:
             "version": min(hello.version, 1),
             "max_in_flight": self.options.max_in_flight,
             "capabilities": self.options.capabilities,
-            "codecs": wire.CODEC_H264,
-            "max_message": 12 + 44 + 64 * wire.MIB,
+            "codecs": self.options.codecs,
+            "max_message": self.options.max_message,
             "max_width": MAX_SIDE,
             "max_height": MAX_SIDE,
             "tlvs": [(wire.TLV_NAME, b"tests/peers/host.py"), (wire.TLV_ENCODER, b"I_PCM")],
         }
-        await self.send(wire.Message(wire.HELLO_RESP, fields, hello.session_id))
+        answer = wire.Message(wire.HELLO_RESP, fields, hello.session_id)
+        if self.options.hello_late:
+            self.late_hello = answer
+            return
+        await self.send(answer)
+        if self.options.hello_twice:
+            nothing = fields | {"capabilities": 0, "max_in_flight": 0, "codecs": 0, "max_message": 0}
+            await self.send(wire.Message(wire.HELLO_RESP, nothing, hello.session_id))
 
     _HANDLERS = {
         wire.FRAME_REQUEST: _frame_request,

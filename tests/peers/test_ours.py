@@ -239,6 +239,43 @@ class EncoderAgainstForeignHost(unittest.TestCase):
     def test_a_host_that_wants_its_configuration_first(self):
         self.exact("--need-config")
 
+    def test_request_ids_and_epochs(self):
+        self.exact("--hello", options="max-in-flight=4")
+        self.exact("--hello", "--capabilities", "1", "--stray", options="max-in-flight=4")
+        self.exact("--hello", "--reply-twice", "--pts", "micros", options="max-in-flight=4")
+
+    def test_replies_out_of_order(self):
+        self.exact("--hello", "--reorder", "4", options="max-in-flight=4")
+
+    def test_fewer_requests_where_the_host_wants_fewer(self):
+        # More than two at once would be a violation.
+        self.exact("--hello", "--max-in-flight", "2", "--late", "5", options="max-in-flight=16")
+
+    def test_hello_resp_twice_or_late(self):
+        self.exact("--hello", "--hello-twice")
+        self.exact("--hello-late")
+
+    def test_hosts_of_no_use_are_named(self):
+        for text, switches in {
+            "encodes no H.264": ["--codecs", "2"],
+            "takes no requests": ["--max-in-flight", "0"],
+            "limit of 1000 bytes": ["--max-message", "1056"],
+        }.items():
+            with self.subTest(text), python_host("--hello", *switches) as host:
+                self.assertIn(text, encode(host.address, decode=False).error)
+
+    def test_a_token_is_wanted_or_not(self):
+        self.exact("--token", "secret", options="auth-token=secret")
+        self.exact("--hello", options="auth-token=secret")
+        self.exact(options="auth-token=secret")
+        for option, advice in {"": "Set auth-token", "auth-token=guess": "is auth-token the one"}.items():
+            with self.subTest(advice), python_host("--token", "secret") as host:
+                begin = time.monotonic()
+                result = encode(host.address, f"{option} reconnect-timeout=60000", decode=False)
+                self.assertIn("the auth token is missing or wrong", result.error)
+                self.assertIn(advice, result.error)
+                self.assertLess(time.monotonic() - begin, LONG)
+
     def test_a_missing_reply_loses_its_own_frame_only(self):
         with python_host("--drop-reply", "5", "--gop", "1") as host:
             result = encode(host.address, "timeout=500 max-in-flight=4", decode=False)
@@ -333,6 +370,13 @@ class SourceAgainstForeignHost(unittest.TestCase):
                 self.assertIsNone(result.error)
                 self.assertGreaterEqual(result.stats["reconnects"], 1)
 
+    def test_a_token_is_wanted(self):
+        with python_host("--token", "secret", "--push", "1=64x48@30") as host:
+            base = f"scanoutsrc name=e scanout-id=1 {properties(host.address)}"
+            self.assertIn("Set auth-token", run(f"{base} ! appsink name=sink").error)
+            result = run(f"{base} auth-token=secret ! appsink name=sink sync=false", frames=3)
+            self.assertIsNone(result.error)
+
     def test_a_still_screen_is_no_error(self):
         with python_host("--push", "1=160x120@60", "--push-gop", "5", "--push-still", "10") as host:
             began = time.monotonic()
@@ -349,7 +393,7 @@ class SourceAgainstForeignHost(unittest.TestCase):
 
     def test_a_dead_host_is_an_error_where_that_is_wanted(self):
         # The first PING comes when the screen stands still, and gets no answer any more.
-        switches = ("--push", "1=160x120@60", "--push-gop", "5", "--push-still", "10", "--silent-after", "2")
+        switches = ("--push", "1=160x120@60", "--push-gop", "5", "--push-still", "10", "--silent-after", "4")
         with python_host(*switches) as host:
             result = self.watch(host, "timeout=200 reconnect-timeout=0", frames=100000, decode=False)
         self.assertIn("not even to a PING", result.error)
@@ -358,6 +402,34 @@ class SourceAgainstForeignHost(unittest.TestCase):
         with python_host("--generation", "1") as host:
             result = self.watch(host, "timeout=300")
         self.assertIn("does not answer", result.error)
+
+
+class ElementsAgainstHelixHost(unittest.TestCase):
+    """What only both of ours do with each other: greetings that find more than a legacy peer."""
+
+    def test_a_token_lets_both_elements_in_and_nobody_else(self):
+        with tempfile.NamedTemporaryFile("w", suffix=".token") as file:
+            file.write("open sesame\n")
+            file.flush()
+            os.chmod(file.name, 0o600)
+            screen = "1=videotestsrc is-live=true ! video/x-raw,width=64,height=48"
+            with helix_host("--token-file", file.name, "--scanout", screen) as host:
+                watch = f"scanoutsrc name=e scanout-id=1 {properties(host.address)}"
+                sink = "! appsink name=sink sync=false"
+                for token in ("", 'auth-token="close sesame"'):
+                    error = encode(host.address, token, decode=False).error
+                    self.assertIn("auth-token", error)
+                    self.assertNotIn("sesame", error)
+                    self.assertIn("auth-token", run(f"{watch} {token} {sink}").error)
+                token = 'auth-token="open sesame"'
+                result = encode(host.address, f"{token} max-in-flight=4", decode=False)
+                self.assertEqual((result.error, len(result.buffers)), (None, FRAMES))
+                self.assertEqual(result.stats["unmatched"], 0)
+                self.assertIsNone(run(f"{watch} {token} {sink}", frames=3).error)
+
+    def test_the_limit_of_this_host_is_named(self):
+        with helix_host("--max-frame-bytes", "4000") as host:
+            self.assertIn("limit of 4000 bytes", encode(host.address, decode=False).error)
 
 
 class ForeignClientAgainstHelixHost(unittest.TestCase):
@@ -409,7 +481,77 @@ class ForeignClientAgainstHelixHost(unittest.TestCase):
 
     def test_every_byte_vector(self):
         with helix_host() as host:
-            self.client(host, "vectors", str(VECTORS))
+            self.client(host, "vectors", "--hello", str(VECTORS))
+
+    def test_hello_says_what_the_host_is_and_can(self):
+        with helix_host() as host:
+            peer = self.client(host, "ping", "--hello", "--probe")["peer"]
+        self.assertEqual((peer["version"], peer["codecs"], peer["max_in_flight"]), (1, 1, 16))
+        self.assertEqual((peer["max_width"], peer["max_height"]), (8192, 8192))
+        self.assertEqual(peer["max_message"], 12 + 44 + 64 * 2**20)
+        # Request ids, CONFIG_RESP, KEYFRAME_REQ, capture time.
+        self.assertEqual(peer["capabilities"], 0b1_0000_0111)
+        tlvs = {kind: bytes.fromhex(value) for kind, value in peer["tlvs"]}
+        self.assertTrue(tlvs[1].startswith(b"helix-host "), tlvs)
+        self.assertEqual((tlvs[2], tlvs[4]), (b"x264enc", b"CLOCK_MONOTONIC"))
+        self.assertNotIn("remarks", peer)
+
+    def test_request_ids_epochs_and_config_resp(self):
+        with helix_host() as host:
+            result = self.client(
+                host, "encode", "--hello", "--picture", "320x240:BGRA", "--frames", "40", "--in-flight", "8",
+                "--flush-every", "12", "--bitrate", "2345678", "--verify-psnr", "30",
+            )  # fmt: skip
+        self.assertEqual(result["replies"] + result["stale"], 40)
+        # x264enc counts in kbit/s.
+        expected = {
+            "width": 320, "height": 240, "bitrate": 2345000, "framerate_num": 60, "framerate_den": 1,
+            "profile": 66, "level": 0, "realtime": 1,
+        }  # fmt: skip
+        self.assertEqual(result["config"], expected)
+
+    def test_errors_carry_the_tag_of_their_request(self):
+        with helix_host() as host:
+            for greeting in (["--hello"], ["--hello", "--capabilities", "2"], []):
+                with self.subTest(greeting):
+                    result = self.client(
+                        host, "encode", *greeting, "--resource", "7", "--allow-errors", "--frames", "20",
+                        "--in-flight", "4",
+                    )  # fmt: skip
+                    self.assertEqual(result["errors"], 20)
+                    self.assertIn("send pixels", str(result["error_texts"]))
+
+    def test_a_screen_is_pushed_after_hello_too(self):
+        screen = "1=videotestsrc is-live=true ! video/x-raw,width=320,height=240,framerate=30/1"
+        with helix_host("--scanout", screen) as host:
+            self.client(host, "subscribe", "1", "--frames", "20", "--hello", "--bitrate", "500000")
+
+    def test_broken_hellos_are_refused(self):
+        with helix_host() as host:
+            self.client(host, "hello-faults")
+            before = host.rss()
+            for _ in range(10):
+                self.client(host, "hello-faults")
+            self.assertLess(host.rss() - before, 16 * 1024, "KiB more than before")
+
+    def test_only_who_knows_the_token_gets_in(self):
+        with tempfile.TemporaryDirectory() as folder:
+            file = pathlib.Path(folder) / "token"
+            file.touch(0o600)
+            file.write_text("open sesame\n", encoding="ascii")
+            with helix_host("--token-file", str(file)) as host:
+                knows = ("--hello", "--token", "open sesame")
+                self.client(host, "stranger")
+                self.client(host, "encode", *knows, "--picture", "320x240:NV12", "--frames", "10")
+                before = host.rss()
+                for _ in range(20):
+                    self.client(host, "stranger")
+                self.assertLess(host.rss() - before, 16 * 1024, "KiB more than before")
+                self.client(host, "ping", *knows)
+
+    def test_a_client_that_offers_a_token_nobody_asked_for_gets_in(self):
+        with helix_host() as host:
+            self.client(host, "ping", "--hello", "--token", "whatever")
 
     def test_misbehaviour_hurts_nobody_else_and_memory_stays_flat(self):
         screen = "1=videotestsrc is-live=true ! video/x-raw,width=320,height=240,framerate=30/1"

@@ -178,6 +178,13 @@ class Normal(unittest.TestCase):
         self.assertEqual([e["request_id"] for e in host.of("sent") if "request_id" in e],
                          list(range(10)))
 
+    @hosted("--hello", "--late", "20")
+    def test_replies_of_an_older_epoch_are_told_from_others(self, host):
+        result = host.run_client("encode", "--hello", "--frames", "20", "--in-flight", "4",
+                                 "--flush-every", "6", "--verify-psnr", "40")
+        self.assertGreater(result["stale"], 0)
+        self.assertEqual(result["replies"] + result["stale"], 20)
+
     @hosted("--hello")
     def test_keyframe_req_is_honoured_after_hello(self, host):
         with Connection(host.address) as connection:

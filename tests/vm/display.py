@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """A private D-Bus, and the display that QEMU offers there (its docs/interop/dbus-display)."""
 
+import threading
+
 from gi.repository import Gio, GLib
 
 from programs import Fault
@@ -24,7 +26,16 @@ class Display:
             Gio.DBusConnectionFlags.AUTHENTICATION_CLIENT
             | Gio.DBusConnectionFlags.MESSAGE_BUS_CONNECTION
         )
-        self.bus = Gio.DBusConnection.new_for_address_sync(address, flags, None, None)
+        # The connection and its handshake know no limit of their own.
+        too_late = Gio.Cancellable()
+        timer = threading.Timer(START_LIMIT, too_late.cancel)
+        timer.start()
+        try:
+            self.bus = Gio.DBusConnection.new_for_address_sync(address, flags, None, too_late)
+        except GLib.Error as error:
+            raise Fault(f"connect to {address} ({START_LIMIT} s at most): {error.message}") from error
+        finally:
+            timer.cancel()
         self.bus.set_exit_on_close(False)
         self.arguments = ["-display", f"dbus,addr={address}"]
 

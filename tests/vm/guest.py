@@ -20,18 +20,19 @@ from programs import Fault, Program, contains, wait_until
 
 QEMU = "qemu-system-x86_64"
 MEMORY = "1024M"
-BOOT_LIMIT = 60
+BOOT_LIMIT = 180
 # What the word of a job's end may take beyond the job's own limit, which the guest watches.
 GRACE = 15
 
 
 @dataclass
 class System:
-    """Where everything lies: what ci/room made, the source tree, and the share."""
+    """Where everything lies: what ci/room made, the source tree, the share, and the host's sockets."""
 
     room: pathlib.Path
     source: pathlib.Path
     share: pathlib.Path
+    sockets: pathlib.Path | None = None  # none for a shell
 
     def arguments(self, kernel, command_line):
         """QEMU's, for everything but a stage's own devices and how to talk to the guest."""
@@ -43,12 +44,15 @@ class System:
         # Shared, for devices whose back end is another process (vhost-user).
         arguments += ["-object", f"memory-backend-memfd,id=memory,size={MEMORY},share=on"]
         arguments += ["-kernel", boot / "vmlinuz", "-initrd", boot / "initramfs"]
-        arguments += ["-append", f"console=ttyS0 quiet panic=-1 mitigations=off {command_line}"]
+        # A busy host may give an emulated timer no tick while the kernel tries it, which would be a panic.
+        arguments += ["-append", f"console=ttyS0 quiet panic=-1 mitigations=off no_timer_check {command_line}"]
         for tag, path, access in (
             ("system", self.room / "root", ",readonly=on"),
             ("source", self.source, ",readonly=on"),
             ("share", self.share, ""),
         ):
+            # A comma ends an option, two are one.
+            path = str(path).replace(",", ",,")
             options = f"local,id={tag},path={path},security_model=none,multidevs=remap{access}"
             arguments += ["-fsdev", options, "-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
         return arguments
@@ -63,6 +67,7 @@ class Job:
         self.limit = limit
         self.log = guest.jobs / f"{name}.log"
         self.status = None  # None while it runs
+        self.killed = False
 
     def alive(self):
         """Whether the guest has not reported its end."""
@@ -82,7 +87,7 @@ class Job:
         wait_until(condition, limit, self.alive, f"{self.name} (in the guest)", what)
 
     def wait(self):
-        """Returns its exit status; 124 is that of a job that ran into its limit."""
+        """Returns its exit status, once it has ended; `ending` says it in words."""
         deadline = time.monotonic() + self.limit + GRACE
         while self.status is None:
             if time.monotonic() > deadline:
@@ -90,12 +95,19 @@ class Job:
             self.guest.listen(deadline - time.monotonic())
         return self.status
 
+    def ending(self):
+        """How it ended. timeout(1) gives 124, or 137 where it had to use SIGKILL."""
+        if self.status == 124 or (self.status == 137 and not self.killed):
+            return f"was still running after {self.limit} s"
+        return f"ended with {self.status}"
+
     def signal(self, name):
         """Sends a signal ("TERM") to all its processes."""
         self.guest.tell(f"signal {self.name} {name}")
 
     def kill(self):
         """SIGKILL: it gets no chance to say goodbye. Returns when it is gone."""
+        self.killed = True
         self.signal("KILL")
         self.wait()
 
@@ -153,15 +165,17 @@ class Guest:
     def run(self, name, script, limit):
         """Runs a shell script to its end; one that fails is a Fault. Returns what it wrote."""
         job = self.start(name, script, limit)
-        status = job.wait()
-        if status != 0:
-            reason = f"was still running after {limit} s" if status == 124 else f"ended with {status}"
-            raise Fault(f"{name} (in the guest) {reason}")
+        if job.wait() != 0:
+            raise Fault(f"{name} (in the guest) {job.ending()}")
         return job.output()
 
     def tell(self, line):
         """Sends the guest a line."""
-        self.channel.sendall(f"{line}\n".encode())
+        self.channel.settimeout(GRACE)
+        try:
+            self.channel.sendall(f"{line}\n".encode())
+        except OSError as error:
+            raise Fault(f'tell {self.name} "{line}" ({GRACE} s at most): {error}') from error
 
     def listen(self, limit):
         """Waits for the next words of the guest, at most `limit` seconds, and heeds all there are."""

@@ -8,6 +8,7 @@ through the `Stage` that it is given, and says what it found with `stage.check`.
 
 import argparse
 import contextlib
+import fcntl
 import importlib
 import os
 import pathlib
@@ -44,9 +45,8 @@ class Stage:
         self.passed = 0
         self.faults = []
         self.programs = contextlib.ExitStack()
-        # For sockets: the path of one may have 107 bytes, and a source tree may lie deep.
-        self.sockets = pathlib.Path(tempfile.mkdtemp(prefix="vm-"))
-        self.programs.callback(shutil.rmtree, self.sockets)
+        self.sockets = system.sockets / name
+        self.sockets.mkdir()
 
     def say(self, text):
         """A line for whoever watches."""
@@ -81,14 +81,15 @@ class Stage:
 
     def built(self, program):
         """The path of a program that cargo built."""
-        return SOURCE / "target" / "release" / program
+        return SOURCE / "target" / "debug" / program
 
     def finish(self):
         """Ends what was started and shows the logs of a stage that failed."""
         self.programs.close()
         if not self.faults:
             return
-        for log in sorted(self.folder.rglob("*.log")):
+        logs = [*self.folder.rglob("*.log"), *self.folder.rglob("*.trace")]
+        for log in sorted(logs):
             lines = log.read_text(errors="replace").splitlines()
             left_out = f", {len(lines) - TAIL} lines before these" if len(lines) > TAIL else ""
             print(f"\n--- {log.relative_to(SOURCE)}{left_out}")
@@ -103,6 +104,8 @@ def run_stage(name, system, began):
     stage.say(f"{name}: {summary(name)}")
     try:
         module.run(stage)
+        if not stage.passed and not stage.faults:
+            stage.check(False, "it checked nothing")
     except Fault as fault:
         stage.check(False, str(fault))
     except Exception:  # the other stages are run all the same
@@ -131,6 +134,29 @@ def summary(name):
     return importlib.import_module(f"stages.{name}").__doc__.splitlines()[0]
 
 
+@contextlib.contextmanager
+def sockets_folder(lock):
+    """A short path for sockets: that of one may have 107 bytes, and a source tree may lie deep.
+
+    `lock` is a file beside the share. It is locked while the rig runs, and names the folder, so that one
+    that was left by a rig that was killed goes with the next run.
+    """
+    with open(lock, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"ci/vm: another one runs in this source tree ({lock} is locked)")
+        file.seek(0)
+        if left := file.read():
+            shutil.rmtree(left, ignore_errors=True)
+        with tempfile.TemporaryDirectory(prefix="vm-") as folder:
+            file.truncate(0)
+            file.write(folder)
+            file.flush()
+            yield pathlib.Path(folder)
+        file.truncate(0)
+
+
 def shell(system, kernel):
     """Becomes QEMU, with the guest's shell on this terminal."""
     size = shutil.get_terminal_size()
@@ -157,13 +183,17 @@ def main():
         parser.error(f"no stage {', '.join(unknown)}; there are {', '.join(known)}")
     share = SOURCE / "target" / "vm"
     share.mkdir(parents=True, exist_ok=True)
-    system = System(options.room, SOURCE, share)
     if options.shell:
-        shell(system, options.kernel)
+        shell(System(options.room, SOURCE, share), options.kernel)
+    names = options.stages or known
+    if not names:
+        sys.exit(f"ci/vm: no stages in {HERE / 'stages'}")
     # Ends what was started, as an interrupt does.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     began = time.monotonic()
-    failed = [name for name in options.stages or known if not run_stage(name, system, began)]
+    with sockets_folder(share.with_suffix(".lock")) as sockets:
+        system = System(options.room, SOURCE, share, sockets)
+        failed = [name for name in names if not run_stage(name, system, began)]
     if failed:
         sys.exit(f"FAILED: {', '.join(failed)}")
 

@@ -134,7 +134,7 @@ mod tests {
             assert!(reason(empty, 0o600).contains("is empty"));
         }
         assert!(reason(&[b'x'; TOKEN_SIZE + 1], 0o600).contains("over 1024 bytes"));
-        assert!(reason(&[b'x'; 100_000], 0o600).contains("over 1024 bytes"));
+        assert!(reason(&vec![b'x'; 100_000], 0o600).contains("over 1024 bytes"));
         for mode in [0o644, 0o602, 0o666] {
             assert!(reason(b"secret", mode).contains("chmod 600"));
         }

@@ -188,15 +188,16 @@ impl Server {
             let address = listener.address();
             let guarded = matches!(address, Address::Vsock { .. }) && !allow_cids.is_empty();
             if !is_local(address) && !guarded {
-                match host.token {
-                    None => tracing::warn!(
-                        %address,
-                        "reachable from outside this machine, by anybody: no --token-file is given"
-                    ),
-                    Some(_) => tracing::info!(
+                if host.token.is_some() {
+                    tracing::info!(
                         %address,
                         "reachable from outside this machine; token and pictures travel unencrypted"
-                    ),
+                    );
+                } else {
+                    tracing::warn!(
+                        %address,
+                        "reachable from outside this machine, by anybody: no --token-file is given"
+                    );
                 }
             }
             listeners.push(listener);

@@ -12,8 +12,8 @@ use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 
 use common::Peer;
-use helix_protocol::Address;
-use helix_protocol::message::{FrameRequest, PixelFormat};
+use helix_protocol::message::{AuthToken, FrameRequest, Hello, PixelFormat};
+use helix_protocol::{Address, encode};
 
 fn helix_host(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_helix-host"));
@@ -151,6 +151,8 @@ fn help_names_every_option_and_teaches_by_example() {
         "--listen",
         "--encoder",
         "--scanout",
+        "--token-file",
+        "--allow-cid",
         "--max-clients",
         "--max-frame-bytes",
         "--verbose",
@@ -215,6 +217,24 @@ fn wrong_arguments_are_explained() {
             assert!(text.contains(part), "{arguments:?}: no '{part}' in: {text}");
         }
     }
+    let folder = tempfile::tempdir().unwrap();
+    let token = folder.path().join("token");
+    let with_token = |bytes: &str, mode| {
+        std::fs::write(&token, bytes).unwrap();
+        std::fs::set_permissions(&token, PermissionsExt::from_mode(mode)).unwrap();
+        outcome(&["--token-file", token.to_str().unwrap()])
+    };
+    for ((code, text), part) in [
+        (with_token("secret", 0o644), "chmod 600"),
+        (with_token("\n", 0o600), "empty"),
+        (with_token(&"x".repeat(2000), 0o600), "1024"),
+        (outcome(&["--token-file", "/nonexistent"]), "/nonexistent"),
+        (outcome(&["--allow-cid", "3"]), "--listen vsock:PORT"),
+    ] {
+        assert_eq!(code, Some(1), "{text}");
+        assert!(text.contains(part), "no '{part}' in: {text}");
+    }
+    assert_eq!(outcome(&["--allow-cid", "x"]).0, Some(2));
     let (code, text) = outcome(&["--encoder", "x264enc no-such-property=1"]);
     assert_eq!(code, Some(1));
     assert!(text.contains("no-such-property"), "{text}");
@@ -241,6 +261,45 @@ fn the_log_can_be_json_and_warns_of_open_doors() {
     );
     assert!(log.contains("reachable from outside"), "{log}");
     assert!(log.contains("encoder chosen"), "{log}");
+}
+
+#[test]
+fn a_token_is_never_logged() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("token");
+    std::fs::write(&file, "open sesame").unwrap();
+    std::fs::set_permissions(&file, PermissionsExt::from_mode(0o600)).unwrap();
+    let mut host = Running::start(&[
+        "-vv",
+        "--listen",
+        "tcp:0.0.0.0:0",
+        "--encoder",
+        "x264enc",
+        "--token-file",
+        file.to_str().unwrap(),
+    ]);
+    let Address::Tcp { port, .. } = host.address() else {
+        panic!("not TCP");
+    };
+    let address = format!("tcp:127.0.0.1:{port}").parse().unwrap();
+    let greeting = |token: &str| Hello {
+        auth_token: Some(AuthToken(token.into())),
+        ..common::hello()
+    };
+    Peer::connect(&address).greet(&greeting("open sesame"));
+    let mut wrong = Peer::connect(&address);
+    let (head, tlvs) = encode::hello(1, &greeting("open barley"));
+    wrong.connection.send_with(head, tlvs);
+    wrong.next_error();
+    wrong.expect_end();
+    let (code, log) = host.end_by(libc::SIGTERM);
+    assert_eq!(code, Some(0));
+    assert!(
+        log.contains("HELLO") && log.contains("unencrypted"),
+        "{log}"
+    );
+    assert!(log.contains("the auth token is wrong"), "{log}");
+    assert!(!log.contains("sesame") && !log.contains("barley"), "{log}");
 }
 
 #[test]
@@ -273,7 +332,7 @@ fn too_few_descriptors_turn_clients_away_and_nothing_spins() {
     let until = std::time::Instant::now() + common::LONG;
     loop {
         let mut peer = Peer::connect(&address);
-        peer.send(helix_protocol::encode::ping(1));
+        peer.send(encode::ping(1));
         if peer.try_next().is_ok() {
             break;
         }

@@ -227,11 +227,14 @@ fn who_reads_nothing_while_data_waits_loses_its_place() {
     while pinging.write_all(&encode::ping(1)).is_ok() {}
     let mut reading = Peer::connect(&server.addresses()[0]);
     reading.subscribe(0);
+    let reader = std::thread::spawn(move || {
+        for _ in 0..120 {
+            reading.next_frame();
+        }
+    });
     wait_for_end(&subscriber);
     wait_for_end(&pinging);
-    for _ in 0..120 {
-        reading.next_frame();
-    }
+    reader.join().unwrap();
 }
 
 /// Waits until the other side has closed, without reading, which would help it.

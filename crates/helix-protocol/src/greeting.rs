@@ -17,15 +17,9 @@
 use crate::connection::{Body, Connection, ConnectionError, Event};
 use crate::encode::{self, Head};
 use crate::limits::Limits;
-use crate::message::{Capabilities, ErrorMessage, Hello, Message};
+use crate::message::{CODEC_H264, Capabilities, ErrorMessage, Hello, Message};
 use crate::wait::{Deadline, Waiter};
 use crate::wire;
-
-/// The version of HELLO that this crate speaks.
-pub const VERSION: u16 = 1;
-
-/// [`Hello::codecs`]: H.264.
-pub const CODEC_H264: u32 = 1 << 0;
 
 /// What the host takes, and what both ends can do. For a legacy host, what those are known for.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -68,7 +62,7 @@ impl Agreement {
 
     fn with(mine: &Hello, theirs: Hello) -> Self {
         Self {
-            capabilities: Some(Capabilities(mine.capabilities.0 & theirs.capabilities.0)),
+            capabilities: Some(mine.capabilities.and(theirs.capabilities)),
             codecs: theirs.codecs,
             max_in_flight: theirs.max_in_flight,
             max_message: theirs.max_message,

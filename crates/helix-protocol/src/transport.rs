@@ -47,7 +47,7 @@ pub enum ConnectError {
         source: io::Error,
     },
     /// Anything else the system said.
-    #[error("connect to {address}: {source}{}", hint(.source))]
+    #[error("connect to {address}: {source}{}", hint(.address, .source))]
     Io {
         /// Whom.
         address: Address,
@@ -56,11 +56,17 @@ pub enum ConnectError {
     },
 }
 
-fn hint(error: &io::Error) -> &'static str {
+fn hint(address: &Address, error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::ConnectionRefused
         | io::ErrorKind::NotFound
         | io::ErrorKind::ConnectionReset => " (is helix-host listening there?)",
+        // What a guest's kernel says after 2 s when the host's side of AF_VSOCK leaves a request for a
+        // port that nobody listens on without an answer, as vhost-device-vsock does.
+        io::ErrorKind::TimedOut if matches!(address, Address::Vsock { .. }) => {
+            " (is helix-host listening on that port?)"
+        }
+        io::ErrorKind::TimedOut => " (is the machine reachable and helix-host running?)",
         io::ErrorKind::PermissionDenied => " (may this user open it?)",
         io::ErrorKind::Unsupported => " (does this machine have AF_VSOCK?)",
         _ => "",

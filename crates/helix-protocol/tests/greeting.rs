@@ -3,15 +3,16 @@
 //! The client's greeting, message by message.
 
 use helix_protocol::encode;
-use helix_protocol::greeting::{CODEC_H264, Greeting, GreetingError, VERSION};
+use helix_protocol::greeting::{Greeting, GreetingError};
 use helix_protocol::message::{
-    AuthToken, Capabilities, ErrorCode, ErrorMessage, FrameResponse, Hello,
+    AuthToken, CODEC_H264, Capabilities, ErrorCode, ErrorMessage, FrameResponse, HELLO_VERSION,
+    Hello,
 };
 use helix_protocol::{Agreement, Decoder, Limits, Message};
 
 fn mine() -> Hello {
     Hello {
-        version: VERSION,
+        version: HELLO_VERSION,
         max_in_flight: 16,
         capabilities: Capabilities(0b1011),
         codecs: CODEC_H264,

@@ -503,3 +503,25 @@ fn local_addresses_are_told_from_others() {
         assert_eq!(is_local(&address.parse().unwrap()), local, "{address}");
     }
 }
+
+#[test]
+fn a_silent_port_is_explained_by_what_the_address_is() {
+    let said = |address: &str| {
+        let error = ConnectError::Io {
+            address: address.parse().unwrap(),
+            source: io::ErrorKind::TimedOut.into(),
+        };
+        error.to_string()
+    };
+    let vsock = said("vsock:2:5000");
+    assert!(vsock.starts_with("connect to vsock:2:5000: "), "{vsock}");
+    assert!(
+        vsock.ends_with(" (is helix-host listening on that port?)"),
+        "{vsock}"
+    );
+    let tcp = said("tcp:192.0.2.1:5000");
+    assert!(
+        tcp.ends_with(" (is the machine reachable and helix-host running?)"),
+        "{tcp}"
+    );
+}

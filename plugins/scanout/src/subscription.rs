@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use helix_protocol::connection::{ConnectionError, Event};
 use helix_protocol::greeting::{self, GreetingError};
 use helix_protocol::message::{
-    AuthToken, Capabilities, Config, EnableScanout, ErrorCode, ErrorMessage, FrameResponse, Hello,
+    AuthToken, CODEC_H264, Capabilities, Config, EnableScanout, ErrorCode, ErrorMessage,
+    FrameResponse, HELLO_VERSION, Hello,
 };
 use helix_protocol::transport::ConnectError;
 use helix_protocol::wait::{Deadline, Waiter};
@@ -336,14 +337,12 @@ fn greet(
     waiter: &mut Waiter,
 ) -> Result<Agreement, SubscriptionError> {
     let hello = Hello {
-        version: greeting::VERSION,
+        version: HELLO_VERSION,
         max_in_flight: 1,
-        capabilities: Capabilities(
-            Capabilities::KEYFRAME_REQ.0
-                | Capabilities::CONFIG_RESP.0
-                | Capabilities::CAPTURE_PTS.0,
-        ),
-        codecs: greeting::CODEC_H264,
+        capabilities: Capabilities::KEYFRAME_REQ
+            .or(Capabilities::CONFIG_RESP)
+            .or(Capabilities::CAPTURE_PTS),
+        codecs: CODEC_H264,
         max_message: Limits::client().access_unit,
         max_width: u16::MAX,
         max_height: u16::MAX,

@@ -7,9 +7,11 @@ use std::time::{Duration, Instant};
 
 use gst::prelude::*;
 use gst_check::Harness;
-use helix_protocol::message::{ErrorCode, ErrorMessage, ScanoutResp};
+use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, ScanoutResp};
 use helix_protocol::{Message, encode};
-use zerocopy_test_support::peer::{DELTA, KEYFRAME, LONG, Link, Peer, Seen, Then};
+use zerocopy_test_support::peer::{
+    DELTA, Greets, Hello, KEYFRAME, LONG, Link, Peer, Seen, Then, hello,
+};
 
 fn init() {
     static INIT: Once = Once::new();
@@ -461,4 +463,67 @@ fn a_profile_that_downstream_does_not_take_is_named() {
     );
     pipeline.set_state(gst::State::Null).unwrap();
     bus.set_flushing(true);
+}
+
+#[test]
+fn a_host_that_greets_nobody_is_an_error_within_the_timeout() {
+    let peer = Peer::greeting(Greets::Script, |_, _| Then::GoOn);
+    let error = Source::new(peer.port(), "scanout-id=1 timeout=200").error();
+    assert!(error.contains("neither HELLO nor PING"), "{error}");
+}
+
+/// A host that lets the first `clients` in, pushes one frame to each and closes, and then wants
+/// another token.
+fn host_that_changes_its_token(clients: u32) -> Peer {
+    let mut seen = 0;
+    Peer::greeting(Greets::Script, move |link, envelope| {
+        match &envelope.message {
+            Message::Hello(hello) => {
+                assert_eq!(hello.auth_token.as_ref().unwrap().0, b"s3cret");
+                seen += 1;
+                if seen > clients {
+                    let (code, text) = (ErrorCode::INVALID_MESSAGE, "wrong token".to_owned());
+                    let tag = None;
+                    link.send(encode::error(0, &ErrorMessage { code, text, tag }));
+                    return Then::CloseAfterSending;
+                }
+                link.hello_resp(&hello_resp());
+            }
+            Message::Subscribe { scanout_id } => {
+                link.send(encode::subscribe_resp(*scanout_id, true));
+                push(link, &[true]);
+                return Then::CloseAfterSending;
+            }
+            _ => {}
+        }
+        link.pong(envelope);
+        Then::GoOn
+    })
+}
+
+fn hello_resp() -> Hello {
+    // A host that only pushes takes no requests.
+    Hello {
+        max_in_flight: 0,
+        ..hello(Capabilities::KEYFRAME_REQ)
+    }
+}
+
+#[test]
+fn a_wrong_token_is_an_error_at_once_even_while_reconnecting() {
+    for clients in [0, 1] {
+        let peer = host_that_changes_its_token(clients);
+        let mut source = Source::new(
+            peer.port(),
+            "scanout-id=1 auth-token=s3cret reconnect-timeout=3600000",
+        );
+        if clients > 0 {
+            source.pull();
+        }
+        let error = source.error();
+        for part in ["wrong token", "is auth-token the one"] {
+            assert!(error.contains(part), "{error}");
+        }
+        assert!(!error.contains("s3cret"), "{error}");
+    }
 }

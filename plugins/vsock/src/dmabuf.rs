@@ -222,4 +222,14 @@ mod tests {
         gst::init().unwrap();
         assert!(dmabuf(&gst::Memory::with_size(16)).is_none());
     }
+
+    #[test]
+    fn memory_is_ready_when_its_writers_are_done() {
+        let (reader, writer) = nix::unistd::pipe().unwrap();
+        let memory = fake::dmabuf(reader, SIZE);
+        let ready = || is_ready(fd(dmabuf(&memory).unwrap()));
+        assert!(!ready());
+        assert_eq!(nix::unistd::write(&writer, b"!"), Ok(1));
+        assert!(ready());
+    }
 }

@@ -81,8 +81,8 @@ pub enum Unnamed {
     Foreign,
     /// The host could not use it before.
     Refused,
-    /// The protocol says neither where in a resource a picture begins, nor where its second plane
-    /// is, nor an odd size of NV12.
+    /// The protocol says neither where in a resource a picture begins, nor the strides and planes
+    /// of NV12, nor an odd size of it.
     Unsayable,
     /// The resource is smaller than the picture.
     TooSmall,
@@ -241,8 +241,10 @@ impl Picture {
         let [first, second] = &self.planes;
         match self.format {
             PixelFormat::Bgra | PixelFormat::Rgba => true,
+            // Hosts take NV12 as tight, whatever the stride field says (quirk 4).
             PixelFormat::Nv12 => {
                 self.width % 2 + self.height % 2 == 0
+                    && first.stride == first.row
                     && second.stride == first.stride
                     && second.offset == first.offset + first.stride * first.rows
                     && self.memory_of(first).map(|(index, _)| index)
@@ -494,7 +496,7 @@ mod tests {
     }
 
     #[test]
-    fn nv12_has_an_id_where_its_planes_follow_each_other() {
+    fn nv12_has_an_id_where_it_is_tight() {
         let even = info(V::Nv12, 16, 8);
         let nv12 = |size, offsets: &[usize], strides: &[i32], info: &gst_video::VideoInfo| {
             let (device, buffer) = resource_of(size);
@@ -505,12 +507,13 @@ mod tests {
                 &device,
             )
         };
-        assert_eq!(nv12(4096, &[0, 32 * 8], &[32, 32], &even), Ok(9));
+        assert_eq!(nv12(4096, &[0, 16 * 8], &[16, 16], &even), Ok(9));
         let unsayable = Err(Unnamed::Unsayable);
-        assert_eq!(nv12(4096, &[0, 32 * 16], &[32, 32], &even), unsayable);
-        assert_eq!(nv12(4096, &[0, 32 * 8], &[32, 16], &even), unsayable);
+        assert_eq!(nv12(4096, &[0, 16 * 16], &[16, 16], &even), unsayable);
+        assert_eq!(nv12(4096, &[0, 16 * 8], &[16, 32], &even), unsayable);
+        assert_eq!(nv12(4096, &[0, 32 * 8], &[32, 32], &even), unsayable);
         let odd = info(V::Nv12, 15, 8);
-        assert_eq!(nv12(4096, &[0, 32 * 8], &[32, 32], &odd), unsayable);
+        assert_eq!(nv12(4096, &[0, 16 * 8], &[16, 16], &odd), unsayable);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use zerocopy_test_support::peer::{Peer, Seen};
 use zerocopy_test_support::process;
 
 #[test]
-fn starting_and_stopping_leaves_no_descriptor_and_no_thread() {
+fn starting_and_stopping_leaves_no_descriptor_no_thread_and_no_memory() {
     gst::init().unwrap();
     gstvsock::plugin_register_static().unwrap();
     let peer = Peer::answering();
@@ -29,16 +29,20 @@ fn starting_and_stopping_leaves_no_descriptor_and_no_thread() {
         drop(pipeline);
         peer.wait_for(|seen| matches!(seen, Seen::Closed).then_some(()));
     };
-    // The first ones start GStreamer's own pools of threads.
-    for _ in 0..5 {
-        cycle();
-    }
-    let before = (process::open_fds(), process::threads());
+    // The first ones start GStreamer's own pools of threads, and fill those of memory.
     for _ in 0..50 {
         cycle();
     }
+    let before = (process::open_fds(), process::threads());
+    let memory = process::resident_memory();
+    for _ in 0..1000 {
+        cycle();
+    }
     let after = (process::open_fds(), process::threads());
-    // GLib's pool may keep an idle thread more or less; a leak would show as 50.
+    let grown = process::resident_memory().saturating_sub(memory);
+    // A picture that stayed would be 4.6 kB each time, and a thread's stack at least 8.
+    assert!(grown < 4 << 20, "{grown} bytes of memory");
+    // GLib's pool may keep an idle thread more or less; a leak would show as 1000.
     assert!(
         after.0 <= before.0 && after.1 <= before.1 + 2,
         "{before:?} became {after:?}"

@@ -9,7 +9,8 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use helix_protocol::connection::{ConnectionError, Event};
-use helix_protocol::message::{Capabilities, FrameRequest, FrameResponse, Hello};
+pub use helix_protocol::message::Hello;
+use helix_protocol::message::{Capabilities, FrameRequest, FrameResponse};
 use helix_protocol::wait::{Deadline, Waiter, Waker};
 use helix_protocol::{Address, Connection, Envelope, Limits, Listener, Message, encode};
 

@@ -2,9 +2,9 @@
 """DMA-BUFs through vsockenc: as the ids of virtio-gpu's resources, and as pixels where they are none.
 
 `drmcheck send` draws the known picture into three buffers of one kind, used in turn. The ids that reach
-the host must be those in QEMU's trace. No host of this project resolves ids of a stock QEMU, so what a
-host makes of them is not in question here: tests/peers/host.py notes them and answers something. Where
-pixels go, the film that comes back is compared with the picture.
+the host must be those in QEMU's trace. A stock QEMU lets nobody resolve its ids, so hosts stand in that
+do as if: tests/peers/host.py notes or refuses them, helix-host's example resolving-host makes a picture
+of nothing but the id. Where pixels go, the film that comes back is compared with the picture.
 """
 
 import json
@@ -12,6 +12,7 @@ import re
 import shlex
 
 import gi
+import numpy
 
 gi.require_version("Gst", "1.0")
 from gi.repository import Gst  # noqa: E402
@@ -26,6 +27,8 @@ FRAMES = 20
 BUFFERS = 3
 # In dB, as in tests/demo.py.
 MIN_PSNR = 30
+# Of 255; coded colours are rounded twice.
+MAX_COLOUR_ERROR = 6
 HOST = "/run/user/host.sock"
 LIMIT = 60
 NODE_OF = {"created": "renderD128", "dumb": "card0"}
@@ -50,6 +53,12 @@ def run(stage):
         with stage.part("no node at all"):
             send_without_node(stage, guest, known)
         host.signal("TERM")
+        with stage.part("resolved by a helix-host"):
+            send_to_resolver(stage, guest)
+        with stage.part("a host that announces ids and refuses them"):
+            host = start_host(guest, "refuses", "--hello --capabilities 9 --resources error")
+            send_refused(stage, guest, known)
+            host.signal("TERM")
         with stage.part("memory that is not virtio-gpu's, encoded by helix-host"):
             guest.run("vgem", "modprobe vgem", 10)
             helix_host = guest.start("helix-host", f"rm -f {HOST}; exec helix-host --listen unix:{HOST}", 300)
@@ -129,14 +138,51 @@ def send_ids(stage, guest, host, trace, memory, name, nodes):
     stage.check("transfer resource-id: " in said, "a message says so")
 
 
-def send_pixels(stage, guest, known, memory, name, nodes):
-    """Pictures in memory that has no id must come back as they were."""
-    said, stats = send(stage, guest, memory, name, "auto", nodes)
+def send_to_resolver(stage, guest):
+    """With `auto`, a host that announces that it resolves ids gets them, and its pictures come back."""
+    # It ends with its standard input.
+    script = f"rm -f {HOST}; sleep 300 | /src/target/debug/examples/resolving-host unix:{HOST}"
+    resolver = guest.start("resolver", script, 300)
+    resolver.wait_for("listening on", LIMIT)
+    said, stats = send(stage, guest, "created", "resolved", "auto")
+    resolver.signal("TERM")
+    made = {int(number) for number in re.findall(r"^resource (\d+) ", said, re.MULTILINE)}
+    ids = [int(number) for number in re.findall(r"^resource (\d+) ", resolver.output(), re.MULTILINE)]
+    stage.check(len(ids) == FRAMES and set(ids) == made, f"{len(ids)} resolved, of resources {sorted(set(ids))}")
+    film = verify.decoded(stage.folder / "resolved.mp4", "video/x-raw,format=BGRx")
+    # Blue, green and red of the whole picture, as resolving-host paints an id.
+    colours = [numpy.frombuffer(data, numpy.uint8).reshape(-1, 4)[:, :3].mean(axis=0) for _, data, *_ in film]
+    painted = [[64 + 16 * (number >> shift & 7) for shift in (6, 3, 0)] for number in ids]
+    stage.check(len(colours) == FRAMES, f"{len(colours)} of {FRAMES} frames decoded")
+    worst = max(abs(numpy.subtract(seen, wanted)).max() for seen, wanted in zip(colours, painted))
+    stage.check(worst <= MAX_COLOUR_ERROR, f"each the picture of its resource, at most {worst:.1f} of 255 off")
+    counted = (stats.get("resource-frames"), stats.get("pixel-bytes"))
+    stage.check(counted == (str(FRAMES), "0"), f"statistics: {', '.join(map(str, counted))}")
+
+
+def send_refused(stage, guest, known):
+    """Each picture that was refused as a resource must come as pixels, and none be lost."""
+    said, stats = send(stage, guest, "dumb", "refused", "auto")
+    check_film(stage, known, "refused")
+    counted = (stats.get("transfer"), stats.get("dropped"))
+    stage.check(counted == ("pixels", "0"), f"statistics: transfer {counted[0]}, dropped {counted[1]}")
+    reason = re.search(r"^transfer pixels: (.+)$", said, re.MULTILINE)
+    stage.check(reason is not None, reason[1] if reason else "no message says why")
+
+
+def check_film(stage, known, name):
+    """A film must show the known picture, all of it and in order."""
     film = verify.examine(stage.folder / f"{name}.mp4", known)
     worst = min(film.psnr, default=0)
-    stage.check(film.frames == FRAMES, f"{memory}: {film.frames} of {FRAMES} frames decoded")
+    stage.check(film.frames == FRAMES, f"{name}: {film.frames} of {FRAMES} frames decoded")
     stage.check(film.distinct == FRAMES and film.went_back == 0, f"{film.distinct} different pictures, in order")
     stage.check(worst >= MIN_PSNR, f"PSNR {worst:.1f} dB or more")
+
+
+def send_pixels(stage, guest, known, memory, name, nodes):
+    """Pictures in memory that has no id must come back as they were."""
+    _, stats = send(stage, guest, memory, name, "auto", nodes)
+    check_film(stage, known, name)
     counted = (stats.get("resource-frames"), stats.get("pixel-bytes"), stats.get("transfer"))
     expected = ("0", str(FRAMES * WIDTH * HEIGHT * 4), "pixels")
     stage.check(counted == expected, f"statistics: {', '.join(map(str, counted))}")

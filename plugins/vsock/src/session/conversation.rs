@@ -46,11 +46,11 @@ pub(super) struct Conversation {
     /// Oldest first.
     pub open: VecDeque<Open>,
     pub choice: Choice,
-    /// Requests have ids and epochs.
-    pub tagged: bool,
+    /// What both ends can do.
+    agreed: Capabilities,
     last_id: u16,
-    /// CONFIG_REQ is answered.
-    pub confirms: bool,
+    /// CONFIG_REQs without CONFIG_RESP.
+    pub unconfirmed: u32,
     /// How the last picture was sent.
     way: Way,
     /// What the client was told of it.
@@ -78,9 +78,9 @@ impl Conversation {
         Self {
             open: VecDeque::new(),
             choice,
-            tagged: host.can(Capabilities::REQUEST_IDS),
+            agreed: host.capabilities.unwrap_or_default(),
             last_id: 0,
-            confirms: host.can(Capabilities::CONFIG_RESP),
+            unconfirmed: 0,
             way: Way::default(),
             announced: Way::default(),
             after_loss,
@@ -99,8 +99,8 @@ impl Conversation {
     pub fn run(&mut self, worker: &mut Worker, connection: &mut Connection<Pixels>) -> End {
         // Frames come only after set_format(), and its settings with them; after a loss they are
         // known already.
-        if let Some(format) = &worker.format {
-            connection.send(encode::config_req(SESSION_ID, &format.config));
+        if let Some(format) = worker.format {
+            self.send_format(connection, format);
         }
         let end = loop {
             if let Err(end) = self.send_queued(worker, connection) {
@@ -151,7 +151,10 @@ impl Conversation {
             };
             self.liveness.spoke();
             match item {
-                Item::Format(format) => self.send_format(worker, connection, format),
+                Item::Format(format) => {
+                    worker.format = Some(format);
+                    self.send_format(connection, format);
+                }
                 Item::Frame(request, submitted) => {
                     let interval = worker.settings.keyframe_interval;
                     let due = interval > 0 && worker.since_keyframe >= interval;
@@ -180,19 +183,24 @@ impl Conversation {
         }
     }
 
-    fn send_format(
-        &mut self,
-        worker: &mut Worker,
-        connection: &mut Connection<Pixels>,
-        format: Format,
-    ) {
+    fn send_format(&mut self, connection: &mut Connection<Pixels>, format: Format) {
         connection.send(encode::config_req(SESSION_ID, &format.config));
-        worker.format = Some(format);
+        self.unconfirmed += 1;
+    }
+
+    /// Whether requests have ids and epochs.
+    pub fn is_tagged(&self) -> bool {
+        self.agreed.contains(Capabilities::REQUEST_IDS)
+    }
+
+    /// Whether CONFIG_REQ is answered.
+    pub fn is_confirmed(&self) -> bool {
+        self.agreed.contains(Capabilities::CONFIG_RESP)
     }
 
     /// A name for the next request. No request is 0: that is what an ERROR about none has.
     fn next_tag(&mut self, epoch: u32) -> RequestTag {
-        if !self.tagged {
+        if !self.is_tagged() {
             return RequestTag::default();
         }
         self.last_id = self.last_id.checked_add(1).unwrap_or(1);

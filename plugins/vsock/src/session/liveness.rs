@@ -99,7 +99,8 @@ impl Liveness {
     /// What is to be done. `waiting`: a reply is waited for; `sending`: not all is sent.
     pub fn due(&mut self, waiting: bool, sending: bool) -> Due {
         if self.spoke.elapsed() >= self.sign_of_life {
-            if !waiting {
+            // An idle connection begins to wait with its PING, unless it waits for a PONG already.
+            if !waiting && self.ping != Some(false) {
                 self.start_waiting();
             }
             return Due::Ping;

@@ -37,6 +37,8 @@ use crate::vsockenc::Transfer;
 mod conversation;
 mod liveness;
 mod replies;
+#[cfg(test)]
+mod tests;
 mod transfer;
 mod worker;
 
@@ -46,9 +48,8 @@ pub trait Client: Send + 'static {
     fn connected(&self, peer: &str, host: &Agreement);
     /// The host says which settings are in force, in answer to those that it was `given`.
     fn configured(&self, given: &Config, in_force: &Config);
-    /// The frame's access unit. `after_loss` is set on the first one of a new connection that
-    /// followed another.
-    fn encoded(&self, frame: u32, response: FrameResponse, data: Payload, after_loss: bool);
+    /// The frame's access unit.
+    fn encoded(&self, frame: u32, access_unit: AccessUnit);
     /// The frame will have no access unit.
     fn dropped(&self, frame: u32, reason: &str);
     /// Pictures travel another way from now on; `reason` is empty where nothing went wrong.
@@ -59,6 +60,18 @@ pub trait Client: Send + 'static {
     fn reconnecting(&self, reason: &str);
     /// The session has ended: what was tried, on what, and what to do.
     fn failed(&self, reason: &str);
+}
+
+/// A frame, encoded.
+pub struct AccessUnit {
+    /// What the host said of it.
+    pub response: FrameResponse,
+    /// Annex B.
+    pub data: Payload,
+    /// The first one of a connection that followed another.
+    pub after_loss: bool,
+    /// Time since the frame was submitted.
+    pub took: Duration,
 }
 
 /// A frame to encode.

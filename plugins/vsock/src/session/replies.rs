@@ -12,6 +12,7 @@
 use helix_protocol::message::{Config, ErrorMessage, FrameResponse};
 use helix_protocol::{Connection, Message, Payload};
 
+use super::AccessUnit;
 use super::conversation::{Conversation, Open};
 use super::transfer::{Refusal, Way};
 use super::worker::{End, Worker};
@@ -35,13 +36,15 @@ impl Conversation {
         message: Message,
     ) -> Result<(), End> {
         match message {
-            Message::FrameResponse(response, data) if self.tagged => {
+            Message::FrameResponse(response, data) if self.is_tagged() => {
                 self.reply_by_id(worker, response, data);
             }
             Message::FrameResponse(response, data) => self.reply_in_order(worker, response, data),
             Message::Error(error) => return self.error(worker, connection, &error),
             Message::Pong => self.liveness.pong(),
-            Message::ConfigResp(in_force) if self.confirms => self.configured(worker, &in_force),
+            Message::ConfigResp(in_force) if self.is_confirmed() => {
+                self.configured(worker, &in_force);
+            }
             // A client need not answer PING, deployed hosts send none; and what was agreed on in
             // the greeting stays.
             _ => {}
@@ -49,8 +52,12 @@ impl Conversation {
         Ok(())
     }
 
-    fn configured(&self, worker: &Worker, in_force: &Config) {
-        if let Some(format) = &worker.format {
+    /// What is in force after the last CONFIG_REQ; answers to those before it are old news.
+    fn configured(&mut self, worker: &Worker, in_force: &Config) {
+        self.unconfirmed = self.unconfirmed.saturating_sub(1);
+        if self.unconfirmed == 0
+            && let Some(format) = &worker.format
+        {
             worker.client.configured(&format.config, in_force);
         }
     }
@@ -133,13 +140,17 @@ impl Conversation {
             worker.force_keyframe |= open.forced;
             worker.report_dropped(open.frame, "the host sent an empty access unit");
         } else {
-            let after_loss = std::mem::take(&mut self.after_loss);
-            worker
-                .client
-                .encoded(open.frame, response, data, after_loss);
+            let took = open.submitted.at.elapsed();
+            let access_unit = AccessUnit {
+                response,
+                data,
+                after_loss: std::mem::take(&mut self.after_loss),
+                took,
+            };
+            worker.client.encoded(open.frame, access_unit);
             worker.shared.update(|state| {
                 state.open -= 1;
-                state.counts.reply.add(open.submitted.at.elapsed());
+                state.counts.reply.add(took);
             });
         }
     }
@@ -154,7 +165,7 @@ impl Conversation {
         worker.shared.state().counts.errors += 1;
         let reason = format!("the host says: {}: {}", error.code, error.text);
         let unanswered = |open: &Open| open.reply.is_none();
-        let index = match error.tag.filter(|_| self.tagged) {
+        let index = match error.tag.filter(|_| self.is_tagged()) {
             Some(tag) => self
                 .open
                 .iter()

@@ -110,7 +110,9 @@ impl Choice {
     /// The host answered a picture that was sent as this resource with an ERROR.
     pub fn refused(&mut self, known: &KnownResource, code: ErrorCode) -> Refusal {
         match code {
-            ErrorCode::RESOURCE_NOT_FOUND
+            // The first where the host has the resource, but of another size or layout.
+            ErrorCode::INVALID_MESSAGE
+            | ErrorCode::RESOURCE_NOT_FOUND
             | ErrorCode::NO_NATIVE_TEXTURE
             | ErrorCode::NO_NATIVE_SURFACE => {}
             _ => return Refusal::Frame,
@@ -165,6 +167,7 @@ mod tests {
     #[test]
     fn a_host_that_takes_no_id_gets_no_more_of_them() {
         for code in [
+            ErrorCode::INVALID_MESSAGE,
             ErrorCode::RESOURCE_NOT_FOUND,
             ErrorCode::NO_NATIVE_TEXTURE,
             ErrorCode::NO_NATIVE_SURFACE,

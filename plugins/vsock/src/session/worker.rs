@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use helix_protocol::connection::ConnectionError;
 use helix_protocol::greeting::{self, Agreement, GreetingError};
-use helix_protocol::message::{Capabilities, ErrorCode, Hello};
+use helix_protocol::message::{CODEC_H264, Capabilities, ErrorCode, HELLO_VERSION, Hello};
 use helix_protocol::wait::{Deadline, Waiter, Wake};
 use helix_protocol::{Address, Connection, Limits, Stream};
 use zerocopy_plugin_common::Backoff;
@@ -18,9 +18,9 @@ use super::{Client, Format, Item, SessionSettings, Shared, Status, Submitted};
 use crate::pixels::Pixels;
 
 /// What this side can make use of.
-const CAPABILITIES: Capabilities = Capabilities(
-    Capabilities::REQUEST_IDS.0 | Capabilities::CONFIG_RESP.0 | Capabilities::RESOURCE_IDS.0,
-);
+const CAPABILITIES: Capabilities = Capabilities::REQUEST_IDS
+    .or(Capabilities::CONFIG_RESP)
+    .or(Capabilities::RESOURCE_IDS);
 
 /// Why a conversation ended.
 pub(super) enum End {
@@ -147,10 +147,10 @@ impl Worker {
     fn hello(&self) -> Hello {
         let limits = Limits::client();
         Hello {
-            version: greeting::VERSION,
+            version: HELLO_VERSION,
             max_in_flight: self.settings.max_in_flight,
             capabilities: CAPABILITIES,
-            codecs: greeting::CODEC_H264,
+            codecs: CODEC_H264,
             max_message: limits.access_unit,
             max_width: u16::MAX,
             max_height: u16::MAX,
@@ -185,7 +185,7 @@ impl Worker {
 
     /// Why nothing can come of a host, if so.
     fn is_of_use(&self, host: &Agreement) -> Result<(), String> {
-        if host.codecs & greeting::CODEC_H264 == 0 {
+        if host.codecs & CODEC_H264 == 0 {
             return Err(format!(
                 "the host encodes no H.264 (codecs {:#x} in its HELLO_RESP); give it an H.264 \
                  encoder, or use another host",

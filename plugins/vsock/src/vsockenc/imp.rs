@@ -36,6 +36,7 @@ use helix_protocol::wait::{Waiter, Waker};
 
 use super::Transfer;
 use super::formats;
+use super::latency::Latency;
 use super::output::{Handle, Output};
 use super::settings::Settings;
 use super::stream_lock::StreamUnlocked;
@@ -67,7 +68,7 @@ pub(super) struct Streaming {
     waiter: Option<Waiter>,
     pub input: Option<Input>,
     /// Who tells the resources behind DMA-BUFs; `None` = all pictures go as pixels.
-    resources: Option<Arc<dyn Resources>>,
+    pub resources: Option<Arc<dyn Resources>>,
 }
 
 #[derive(Clone)]
@@ -234,12 +235,8 @@ impl VideoEncoderImpl for VsockEnc {
     }
 
     fn caps(&self, filter: Option<&gst::Caps>) -> gst::Caps {
-        // Who can have either memory should give the one that may spare the pixels their way.
-        let named = lock(&self.streaming)
-            .as_ref()
-            .is_some_and(|streaming| streaming.resources.is_some());
-        self.obj()
-            .proxy_getcaps(Some(&formats::sink_caps(named)), filter)
+        let caps = formats::sink_caps(self.prefers_dmabufs());
+        self.obj().proxy_getcaps(Some(&caps), filter)
     }
 
     fn set_format(
@@ -283,9 +280,9 @@ impl VideoEncoderImpl for VsockEnc {
             .mul_div_ceil(den.into(), num.into())
             .unwrap_or(gst::ClockTime::ZERO);
         let in_flight = lock(&self.settings).max_in_flight;
-        // A reply comes within a frame's time, or frames pile up until `max-in-flight`.
         self.obj()
             .set_latency(duration, duration * u64::from(in_flight));
+        lock(&self.output).latency = Latency::new(duration.into(), in_flight);
         gst::debug!(CAT, imp = self, "{config:?}");
         if let Some(streaming) = &mut *lock(&self.streaming) {
             streaming.session.configure(format);
@@ -312,8 +309,14 @@ impl VideoEncoderImpl for VsockEnc {
         let force_keyframe = frame
             .flags()
             .contains(gst_video::VideoCodecFrameFlags::FORCE_KEYFRAME);
+        let is_late = self.obj().is_qos_enabled() && self.obj().max_encode_time(&frame) < 0;
         // It holds the stream lock (L24); its number finds it again.
         drop(frame);
+        if is_late && !force_keyframe {
+            // Raw frames may go, encoded ones may not (L26).
+            self.finish_without_output(number, "it is too late for the sink (qos)");
+            return Ok(gst::FlowSuccess::Ok);
+        }
 
         let (info, resources) = lock(&self.streaming)
             .as_ref()

@@ -5,7 +5,9 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use gst::prelude::*;
 use gst::subclass::prelude::*;
+use gst_video::prelude::*;
 use helix_protocol::message::PixelFormat;
 use helix_protocol::wait::{Deadline, Wake};
 
@@ -47,6 +49,29 @@ impl VsockEnc {
                 gst::info!(CAT, imp = self, "no resource ids: {reason}");
                 Ok(None)
             }
+        }
+    }
+
+    /// Whether who can have either memory should give DMA-BUFs. Where their pixels are read after
+    /// all, their source would only wait longer for getting them back (L4).
+    pub(super) fn prefers_dmabufs(&self) -> bool {
+        let has_resources = lock(&self.streaming)
+            .as_ref()
+            .is_some_and(|streaming| streaming.resources.is_some());
+        let asked = lock(&self.settings).transfer == Transfer::ResourceId;
+        has_resources && (asked || lock(&self.output).resolves)
+    }
+
+    /// Takes down whether the host resolves resource ids. Upstream asked for caps before this was
+    /// known, and may want to ask again.
+    pub(super) fn set_resolves(&self, resolves: bool) {
+        let before = self.prefers_dmabufs();
+        lock(&self.output).resolves = resolves;
+        if self.prefers_dmabufs() != before {
+            // Fails where nobody is upstream yet: then nobody has asked.
+            self.obj()
+                .sink_pad()
+                .push_event(gst::event::Reconfigure::new());
         }
     }
 

@@ -6,6 +6,7 @@ use gst::prelude::*;
 mod formats;
 mod imp;
 mod input;
+mod latency;
 mod output;
 mod settings;
 mod stream_lock;

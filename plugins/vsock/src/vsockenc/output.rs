@@ -2,16 +2,19 @@
 
 //! What comes back from the session, on the session's thread: frames to finish, things to tell.
 
+use std::time::Duration;
+
 use gst::glib;
 use gst::prelude::*;
 use gst::subclass::prelude::*;
 use gst_video::prelude::*;
-use helix_protocol::message::{Config, FrameResponse};
-use helix_protocol::{Address, Agreement, Payload};
+use helix_protocol::message::{Capabilities, Config};
+use helix_protocol::{Address, Agreement};
 use zerocopy_plugin_common::{ConnectionState, H264Caps, accepted_downstream, connection_message};
 
 use super::imp::{CAT, VsockEnc, lock};
-use crate::session::{Client, Way};
+use super::latency::Latency;
+use crate::session::{AccessUnit, Client, Way};
 
 /// A bitrate that differs by more than a tenth is worth a warning (L28).
 const NOTABLE: u32 = 10;
@@ -24,8 +27,11 @@ pub(super) struct Output {
     pub flow: Option<gst::FlowError>,
     /// Frames that were dropped before there were caps; the base class still holds them.
     unfinished: Vec<u32>,
+    /// The host said that it resolves resource ids.
+    pub resolves: bool,
     pub frames: u64,
     pub dropped: u64,
+    pub latency: Latency,
 }
 
 impl Output {
@@ -69,6 +75,9 @@ impl Client for Handle {
                 "connected to {} ({peer}), {host:?}",
                 self.address
             );
+            element
+                .imp()
+                .set_resolves(host.can(Capabilities::RESOURCE_IDS));
         }
         self.post(ConnectionState::Connected, peer, Way::default(), "");
     }
@@ -79,7 +88,8 @@ impl Client for Handle {
         };
         gst::info!(CAT, obj = element, "the host has in force: {in_force:?}");
         let (wanted, got) = (given.bitrate, in_force.bitrate);
-        if wanted.abs_diff(got) > wanted / NOTABLE {
+        // 0 = the host does not know yet.
+        if got != 0 && wanted.abs_diff(got) > wanted / NOTABLE {
             gst::warning!(
                 CAT,
                 obj = element,
@@ -101,11 +111,10 @@ impl Client for Handle {
         self.post(ConnectionState::Connected, "", way, reason);
     }
 
-    fn encoded(&self, frame: u32, response: FrameResponse, data: Payload, after_loss: bool) {
+    fn encoded(&self, frame: u32, access_unit: AccessUnit) {
         if let Some(element) = self.element.upgrade() {
-            element
-                .imp()
-                .finish_with_output(frame, &response, data, after_loss);
+            element.imp().see_latency(access_unit.took);
+            element.imp().finish_with_output(frame, access_unit);
         }
     }
 
@@ -160,13 +169,13 @@ impl VsockEnc {
     }
 
     /// Finishes a frame with its access unit, with new caps before it where the stream changed.
-    fn finish_with_output(
-        &self,
-        number: u32,
-        response: &FrameResponse,
-        data: Payload,
-        after_loss: bool,
-    ) {
+    fn finish_with_output(&self, number: u32, access_unit: AccessUnit) {
+        let AccessUnit {
+            response,
+            data,
+            after_loss,
+            ..
+        } = access_unit;
         let obj = self.obj();
         // None after a flush. Holds the stream lock.
         let Some(mut frame) = obj.frame(number as i32) else {
@@ -209,6 +218,21 @@ impl VsockEnc {
         if let Err(error) = result {
             self.see_flow(error);
         }
+    }
+
+    /// Reports more latency where a host takes longer than was reported.
+    fn see_latency(&self, took: Duration) {
+        let (least, most) = {
+            let mut output = lock(&self.output);
+            if !output.latency.took(took) {
+                return;
+            }
+            output.latency.range()
+        };
+        gst::info!(CAT, imp = self, "latency is {least:?} to {most:?} now");
+        let time = |duration: Duration| gst::ClockTime::from_nseconds(duration.as_nanos() as u64);
+        // Posts a latency message, too.
+        self.obj().set_latency(time(least), time(most));
     }
 
     /// Finishes the frames that were dropped before there were caps.

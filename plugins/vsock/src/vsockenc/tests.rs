@@ -10,7 +10,7 @@ use gst::glib;
 use gst::prelude::*;
 use gst::subclass::prelude::*;
 use gst_check::Harness;
-use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, FrameRequest};
+use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, FrameRequest, RequestTag};
 use helix_protocol::{Envelope, Message, Payload, encode};
 use zerocopy_test_support::peer::{Greets, KEYFRAME, Link, Peer, Seen, Then, hello};
 
@@ -114,9 +114,15 @@ impl Encoder {
     }
 }
 
-/// A host that says that it resolves ids.
+/// A host that says that it resolves resource ids.
 fn resolving_host(script: impl FnMut(&mut Link, &Envelope) -> Then + Send + 'static) -> Peer {
     Peer::greeting(Greets::With(hello(Capabilities::RESOURCE_IDS)), script)
+}
+
+/// The same, and that it takes request ids.
+fn naming_host(script: impl FnMut(&mut Link, &Envelope) -> Then + Send + 'static) -> Peer {
+    let capabilities = Capabilities::RESOURCE_IDS.or(Capabilities::REQUEST_IDS);
+    Peer::greeting(Greets::With(hello(capabilities)), script)
 }
 
 fn request(seen: Seen) -> Option<(FrameRequest, Option<Payload>)> {
@@ -130,17 +136,26 @@ fn request(seen: Seen) -> Option<(FrameRequest, Option<Payload>)> {
 }
 
 fn refuse(link: &mut Link, code: ErrorCode) {
+    refuse_named(link, code, None);
+}
+
+fn refuse_named(link: &mut Link, code: ErrorCode, tag: Option<RequestTag>) {
     let text = "never heard of it".to_owned();
-    let tag = None;
     link.send(encode::error(1, &ErrorMessage { code, text, tag }));
+}
+
+/// A descriptor that cannot be mapped, and whose writers are done; it stays so with the other one.
+fn unmappable() -> (OwnedFd, OwnedFd) {
+    let (reader, writer) = nix::unistd::pipe().unwrap();
+    assert_eq!(nix::unistd::write(&writer, b"!"), Ok(1));
+    (reader, writer)
 }
 
 #[test]
 fn a_resource_goes_as_its_id_and_is_never_mapped() {
     let peer = Peer::answering();
     let mut encoder = Encoder::new(&peer, Transfer::ResourceId);
-    // A descriptor that cannot be mapped at all.
-    let (pipe, _other_end) = nix::unistd::pipe().unwrap();
+    let (pipe, _other_end) = unmappable();
     encoder.device.add(&pipe, 77, SIZE);
     let buffer = Encoder::dmabuf(pipe);
     for number in 0..3 {
@@ -273,18 +288,27 @@ fn pixels_are_all_that_transfer_pixels_sends() {
     );
 }
 
+/// Whether the element would rather have DMA-BUFs than other memory.
+fn prefers_dmabufs(encoder: &Encoder) -> bool {
+    let caps = encoder.element.static_pad("sink").unwrap().query_caps(None);
+    super::formats::is_dmabuf(&caps)
+}
+
 #[test]
-fn dmabufs_are_preferred_where_they_may_have_ids() {
-    let peer = Peer::answering();
-    for (transfer, first) in [(Transfer::Auto, true), (Transfer::Pixels, false)] {
-        let encoder = Encoder::new(&peer, transfer);
-        let caps = encoder.element.static_pad("sink").unwrap().query_caps(None);
-        assert_eq!(
-            super::formats::is_dmabuf(&caps),
-            first,
-            "{transfer:?}: {caps}"
-        );
-    }
+fn dmabufs_are_preferred_where_their_ids_are_of_use() {
+    let legacy = Peer::answering();
+    assert!(prefers_dmabufs(&Encoder::new(
+        &legacy,
+        Transfer::ResourceId
+    )));
+    assert!(!prefers_dmabufs(&Encoder::new(&legacy, Transfer::Auto)));
+    assert!(!prefers_dmabufs(&Encoder::new(&legacy, Transfer::Pixels)));
+
+    let resolving = resolving_host(|_, _| Then::GoOn);
+    let mut encoder = Encoder::new(&resolving, Transfer::Auto);
+    // It is known when upstream is told to ask.
+    while encoder.harness.pull_upstream_event().unwrap().type_() != gst::EventType::Reconfigure {}
+    assert!(prefers_dmabufs(&encoder));
 }
 
 #[test]
@@ -322,27 +346,51 @@ fn a_host_that_refuses_ids_gets_each_picture_as_pixels() {
     }
 }
 
+/// Two resources, of which the host can use one.
+const GOOD: u32 = 1;
+const BAD: u32 = 2;
+
 #[test]
 fn what_was_sent_behind_a_refused_picture_comes_after_it() {
-    const GOOD: u32 = 1;
-    const BAD: u32 = 2;
-    let mut refusing = false;
-    let peer = resolving_host(move |link, envelope| {
+    let mut refused = false;
+    behind_a_refused_picture(&resolving_host(move |link, envelope| {
         if let Message::FrameRequest(request, _) = &envelope.message {
             // Refuses the bad one when the next has come too.
-            if std::mem::take(&mut refusing) {
+            if std::mem::take(&mut refused) {
                 refuse(link, ErrorCode::NO_NATIVE_SURFACE);
             }
             if request.resource_id == BAD {
-                refusing = true;
+                refused = true;
             } else {
                 link.answer(request);
             }
         }
         link.pong(envelope);
         Then::GoOn
-    });
-    let mut encoder = Encoder::new(&peer, Transfer::Auto);
+    }));
+}
+
+#[test]
+fn what_was_answered_before_the_refusal_comes_after_it_too() {
+    let mut refused = None;
+    behind_a_refused_picture(&naming_host(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            if request.resource_id == BAD {
+                refused = Some(request.tag);
+            } else {
+                link.answer(request);
+                if let Some(tag) = refused.take() {
+                    refuse_named(link, ErrorCode::NO_NATIVE_SURFACE, Some(tag));
+                }
+            }
+        }
+        link.pong(envelope);
+        Then::GoOn
+    }));
+}
+
+fn behind_a_refused_picture(peer: &Peer) {
+    let mut encoder = Encoder::new(peer, Transfer::Auto);
     let (good, bad) = (encoder.known(GOOD), encoder.known(BAD));
     encoder.push(&good).unwrap();
     assert_eq!(encoder.pull(), 0);
@@ -355,25 +403,46 @@ fn what_was_sent_behind_a_refused_picture_comes_after_it() {
     let sent: Vec<_> = (0..7)
         .map(|_| {
             let (request, _) = peer.wait_for(request);
-            let number = request.pts as u64 / FRAME.nseconds();
-            (number, request.resource_id, request.force_keyframe)
+            (request.pts as u64 / FRAME.nseconds(), request.resource_id)
         })
         .collect();
-    let again = [(1, 0, true), (2, GOOD, false)];
+    let again = [(1, 0), (2, GOOD)];
     assert_eq!(
         sent[..5],
-        [
-            &[(0, GOOD, true), (1, BAD, false), (2, GOOD, false)][..],
-            &again
-        ]
-        .concat()
+        [&[(0, GOOD), (1, BAD), (2, GOOD)][..], &again].concat()
     );
     // The bad one is known for it now; the good one is not.
-    let after: Vec<_> = sent[5..]
-        .iter()
-        .map(|(number, id, _)| (*number, *id))
+    assert_eq!(sent[5..], [(3, 0), (4, GOOD)]);
+}
+
+#[test]
+fn a_stream_goes_on_from_a_keyframe_where_answers_are_not_used() {
+    let mut refused = false;
+    let peer = resolving_host(move |link, envelope| {
+        match &envelope.message {
+            Message::FrameRequest(request, _) if request.resource_id == BAD => refused = true,
+            Message::FrameRequest(request, _) => {
+                if std::mem::take(&mut refused) {
+                    refuse(link, ErrorCode::NO_NATIVE_SURFACE);
+                }
+                link.answer(request);
+            }
+            _ => {}
+        }
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(&peer, Transfer::Auto);
+    let (good, bad) = (encoder.known(GOOD), encoder.known(BAD));
+    for buffer in [&good, &bad, &good] {
+        encoder.push(buffer).unwrap();
+    }
+    for number in 0..3 {
+        assert_eq!(encoder.pull(), number);
+    }
+    let forced: Vec<_> = (0..5)
+        .map(|_| peer.wait_for(request).0.force_keyframe)
         .collect();
-    assert_eq!(after, [(3, 0), (4, GOOD)]);
+    assert_eq!(forced, [true, false, false, true, false]);
 }
 
 #[test]
@@ -405,11 +474,46 @@ fn a_refused_picture_arrives_with_its_pixels() {
 fn memory_that_can_neither_be_named_nor_read_is_an_error() {
     let peer = Peer::answering();
     let mut encoder = Encoder::new(&peer, Transfer::Auto);
-    let (pipe, _other_end) = nix::unistd::pipe().unwrap();
+    let (pipe, _other_end) = unmappable();
     encoder.push(&Encoder::dmabuf(pipe)).unwrap();
     let error = encoder.error();
     assert!(
         error.contains("its memory cannot be mapped for reading"),
         "{error}"
     );
+}
+
+#[test]
+fn a_picture_is_sent_when_what_draws_it_is_done() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(&peer, Transfer::ResourceId);
+    let (reader, writer) = nix::unistd::pipe().unwrap();
+    encoder.device.add(&reader, 3, SIZE);
+    let buffer = Encoder::dmabuf(reader);
+    let done = std::thread::spawn(move || {
+        assert_eq!(nix::unistd::write(&writer, b"!"), Ok(1));
+        writer
+    });
+    encoder.push(&buffer).unwrap();
+    assert_eq!(encoder.pull(), 0);
+    done.join().unwrap();
+}
+
+#[cfg(feature = "v1_24")]
+#[test]
+fn dma_drm_caps_say_what_the_pixels_are() {
+    for (drm_format, fourcc) in [("XR24", 0x3432_5241), ("AB24", 0x3432_4241)] {
+        let peer = Peer::answering();
+        let mut encoder = Encoder::new(&peer, Transfer::Auto);
+        encoder.harness.set_src_caps_str(&format!(
+            "video/x-raw(memory:DMABuf),format=DMA_DRM,drm-format={drm_format},width=64,height=48,\
+             framerate=60/1"
+        ));
+        let buffer = Encoder::dmabuf(fake::memfd(SIZE));
+        encoder.push(&buffer).unwrap();
+        encoder.pull();
+        let (request, pixels) = peer.wait_for(request);
+        assert_eq!((request.format, request.stride), (fourcc, 256));
+        assert_eq!(pixels.expect("pixels").len(), SIZE);
+    }
 }

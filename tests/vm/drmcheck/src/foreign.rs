@@ -9,11 +9,12 @@ use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
 
 use drm::buffer::{Buffer, DrmFourcc};
 use drm::control::Device;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 
+use crate::Outcome;
 use crate::node::{Kind, Node, VGEM, VIRTIO_GPU};
-use crate::{Outcome, virtgpu};
 
 /// Pixels of four bytes; whole pages, as udmabuf wants them.
 const SIZE: (u32, u32) = (640, 480);
@@ -79,9 +80,10 @@ pub fn show() -> Outcome<()> {
         ("memfd", Foreign::Memfd),
     ] {
         match try_to_make(kind, SIZE.0, SIZE.1) {
-            Ok((buffer, _)) => match virtgpu::resource_of(&render, &buffer) {
-                Err(error) => println!("refused {name}: {error}"),
-                Ok(id) => return Err(format!("virtio-gpu took {name} for resource {id}").into()),
+            // The import itself must be refused: an error of a later call would mean that it was not.
+            Ok((buffer, _)) => match render.prime_fd_to_buffer(buffer.as_fd()) {
+                Err(error) => println!("refused {name}: {:?}", errno(&error)),
+                Ok(_) => return Err(format!("virtio-gpu imported {name} as its own").into()),
             },
             Err(Missing::Absent(why)) => println!("absent {name}: {why}"),
             Err(Missing::Broken(why)) => return Err(format!("make a buffer, {name}: {why}").into()),
@@ -168,6 +170,10 @@ fn open_if_there(path: &str) -> Result<File, Missing> {
         }
         Err(error) => Err(Missing::Broken(format!("open {path}: {error}"))),
     }
+}
+
+fn errno(error: &io::Error) -> Errno {
+    Errno::from_raw(error.raw_os_error().unwrap_or_default())
 }
 
 fn broken(error: impl Into<io::Error>) -> Missing {

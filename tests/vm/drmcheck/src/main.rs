@@ -33,7 +33,7 @@ enum Command {
     /// Makes buffers in each way there is, exports them as DMA-BUFs and says which resource of the
     /// host each one is: "resource ID WIDTHxHEIGHT HOW".
     Buffers,
-    /// Offers virtio-gpu what is not its own, which it must refuse: "refused WHAT: ERROR", or
+    /// Offers virtio-gpu what is not its own, which it must not import: "refused WHAT: ERRNO", or
     /// "absent WHAT: REASON" where this kernel cannot make such a thing.
     Refusals,
     /// Draws pictures into DMA-BUFs of one kind, sends them through vsockenc and records what comes back.

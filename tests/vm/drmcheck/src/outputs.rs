@@ -6,6 +6,7 @@ use std::os::fd::{AsFd, AsRawFd};
 use std::time::{Duration, Instant};
 
 use drm::control::{Device, connector};
+use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{
     AddressFamily, MsgFlags, NetlinkAddr, SockFlag, SockProtocol, SockType, bind, recv, socket,
@@ -52,8 +53,12 @@ pub fn wait_for(name: &str, size: (u16, u16), limit: Duration) -> Outcome<()> {
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
         let mut wanted = [PollFd::new(events.as_fd(), PollFlags::POLLIN)];
         if poll(&mut wanted, timeout)? > 0 {
-            // What it says does not matter: the outputs are looked at again.
-            recv(events.as_raw_fd(), &mut [0; 8192], MsgFlags::MSG_DONTWAIT)?;
+            match recv(events.as_raw_fd(), &mut [0; 8192], MsgFlags::MSG_DONTWAIT) {
+                // What it says does not matter, nor does how much of it was lost (netlink(7), ENOBUFS):
+                // the outputs are looked at again.
+                Ok(_) | Err(Errno::ENOBUFS) => {}
+                Err(error) => return Err(format!("read the kernel's events: {error}").into()),
+            }
         }
     }
 }

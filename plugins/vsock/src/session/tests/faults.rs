@@ -1,0 +1,358 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! A fault at every byte of an exchange, in both directions; and numbers that lie.
+//!
+//! The exchange has all parts: greeting, settings, four frames, of which the host refuses one,
+//! with request ids and without. Whatever happens, a session must come to an end that somebody
+//! can understand: each frame encoded as it should be, or dropped, or the session failed with a
+//! reason that names the host.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread;
+
+use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, FrameRequest};
+use helix_protocol::{Decoder, Limits, Message, encode};
+use zerocopy_test_support::peer::{DELTA, KEYFRAME, Link, Peer, Then, hello};
+use zerocopy_test_support::process::peak_memory;
+
+use super::*;
+
+const FRAMES: u32 = 4;
+/// The one that the host refuses.
+const REFUSED: u32 = 2;
+/// ms; for what can only be found out by waiting.
+const SHORT: u32 = 60;
+/// Sessions at once: most of them wait.
+const PARALLEL: usize = 32;
+
+/// Bytes that the process may grow by: these tests take 10 MB, others beside them 150.
+const MEMORY: u64 = 512 << 20;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Fault {
+    /// The connection ends.
+    Cut,
+    /// Nothing goes on, and the connection stays.
+    Stall,
+    /// One byte is another.
+    Corrupt,
+    /// The stream comes in two pieces.
+    Split,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Case {
+    ids: bool,
+    fault: Fault,
+    /// Which byte of a direction.
+    at: usize,
+    /// The direction: the host's output or the client's.
+    from_host: bool,
+}
+
+/// The host's end of the connection; every byte passes here.
+struct Wire {
+    stream: UnixStream,
+    case: Case,
+    sent: usize,
+    received: usize,
+}
+
+impl Wire {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<()> {
+        let at = self.case.at.checked_sub(self.sent);
+        self.sent += bytes.len();
+        let mut bytes = bytes.to_vec();
+        if let Some(at) = at.filter(|at| self.case.from_host && *at < bytes.len()) {
+            match self.case.fault {
+                Fault::Corrupt => bytes[at] ^= 0xff,
+                Fault::Split => {
+                    self.stream.write_all(&bytes[..at])?;
+                    thread::yield_now();
+                    bytes.drain(..at);
+                }
+                Fault::Cut | Fault::Stall => {
+                    self.stream.write_all(&bytes[..at])?;
+                    return self.give_up();
+                }
+            }
+        }
+        self.stream.write_all(&bytes)
+    }
+
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let limit = match self.case.at.checked_sub(self.received) {
+            Some(left) if !self.case.from_host => left.min(buffer.len()),
+            _ => buffer.len(),
+        };
+        if limit == 0 {
+            self.give_up()?;
+        }
+        let count = self.stream.read(&mut buffer[..limit])?;
+        self.received += count;
+        Ok(count)
+    }
+
+    fn give_up(&mut self) -> io::Result<()> {
+        if self.case.fault == Fault::Stall {
+            // Until the client has had enough. What it says is not looked at.
+            io::copy(&mut self.stream, &mut io::sink())?;
+        }
+        Err(io::ErrorKind::ConnectionAborted.into())
+    }
+}
+
+/// What the host answers.
+fn answer(message: &Message, session_id: u16, ids: bool) -> Vec<u8> {
+    match message {
+        Message::Hello(_) if ids => {
+            let capabilities = Capabilities::REQUEST_IDS.0 | Capabilities::CONFIG_RESP.0;
+            let (head, tlvs) = encode::hello_resp(session_id, &hello(Capabilities(capabilities)));
+            [&head[..], &tlvs].concat()
+        }
+        Message::Ping => encode::pong(session_id).to_vec(),
+        Message::ConfigReq(config) if ids => encode::config_resp(session_id, config).to_vec(),
+        Message::FrameRequest(request, _) if number(request) == REFUSED => {
+            let (code, text) = (ErrorCode::ENCODE_FAILED, "no luck".to_owned());
+            let tag = ids.then_some(request.tag);
+            encode::error(session_id, &ErrorMessage { code, text, tag }).to_vec()
+        }
+        Message::FrameRequest(request, _) => {
+            let data = data(number(request));
+            let response = FrameResponse {
+                pts: request.pts,
+                is_keyframe: number(request) == 0,
+                tag: request.tag,
+                ..FrameResponse::default()
+            };
+            let head = encode::frame_response(session_id, &response, data.len() as u32);
+            [&head[..], data].concat()
+        }
+        _ => Vec::new(),
+    }
+}
+
+fn number(request: &FrameRequest) -> u32 {
+    (request.pts / 1_000_000) as u32
+}
+
+fn data(frame: u32) -> &'static [u8] {
+    if frame == 0 { KEYFRAME } else { DELTA }
+}
+
+/// Serves one client; how many bytes went each way.
+fn serve(listener: &UnixListener, case: Case) -> (usize, usize) {
+    let (stream, _) = listener.accept().unwrap();
+    let mut wire = Wire {
+        stream,
+        case,
+        sent: 0,
+        received: 0,
+    };
+    let mut decoder = Decoder::new(Limits::default());
+    let mut exchange = || -> io::Result<()> {
+        loop {
+            let space = decoder.space();
+            let count = wire.read(space)?;
+            if count == 0 {
+                return Ok(());
+            }
+            decoder.advance(count);
+            while let Ok(Some(envelope)) = decoder.next() {
+                let bytes = answer(&envelope.message, envelope.session_id, case.ids);
+                wire.write(&bytes)?;
+            }
+        }
+    };
+    // Either the client has gone or the fault has happened.
+    let _ = exchange();
+    (wire.sent, wire.received)
+}
+
+/// Runs one exchange and judges it.
+fn exchange(folder: &Path, case: Case) -> (usize, usize) {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    let path = folder.join(NEXT.fetch_add(1, Ordering::Relaxed).to_string());
+    let listener = UnixListener::bind(&path).unwrap();
+    let host = thread::spawn(move || serve(&listener, case));
+    let timeout = match case.fault {
+        Fault::Cut | Fault::Split => 20_000,
+        Fault::Stall | Fault::Corrupt => SHORT,
+    };
+    let mut run = Run::new(&[
+        ("socket-path", &path.to_str().unwrap()),
+        ("timeout", &timeout),
+        ("reconnect-timeout", &0u32),
+    ]);
+    run.configure();
+    let accepted = (0..FRAMES)
+        .take_while(|number| run.submit(*number) == Submission::Accepted)
+        .count();
+    let mut outcomes = BTreeMap::new();
+    let mut failure = None;
+    while failure.is_none() && outcomes.len() < accepted {
+        let (frame, encoded) = match run.next() {
+            Told::Encoded { frame, data, .. } => (frame, Some(data)),
+            Told::Dropped(frame) => (frame, None),
+            Told::Failed(reason) => {
+                failure = Some(reason);
+                continue;
+            }
+            _ => continue,
+        };
+        assert!(outcomes.insert(frame, encoded).is_none(), "{case:?}: twice");
+    }
+    if accepted < FRAMES as usize && failure.is_none() {
+        failure = Some(run.failure());
+    }
+    match &failure {
+        Some(reason) => assert!(
+            reason.contains(path.to_str().unwrap()) && reason.len() > path.as_os_str().len() + 20,
+            "{case:?}: {reason}"
+        ),
+        None => assert_eq!(outcomes.len(), FRAMES as usize, "{case:?}"),
+    }
+    if case.fault != Fault::Corrupt {
+        for (frame, encoded) in &outcomes {
+            if let Some(encoded) = encoded {
+                assert_eq!(encoded, data(*frame), "{case:?}");
+                assert_ne!(*frame, REFUSED, "{case:?}");
+            }
+        }
+    }
+    if case.fault == Fault::Split {
+        assert_eq!(failure, None, "{case:?}");
+        let encoded: Vec<_> = outcomes.values().map(Option::is_some).collect();
+        assert_eq!(encoded, [true, true, false, true], "{case:?}");
+    }
+    drop(run);
+    let bytes = host.join().unwrap();
+    std::fs::remove_file(path).unwrap();
+    bytes
+}
+
+#[test]
+fn a_fault_at_any_byte_ends_in_frames_or_in_a_reason() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut cases = Vec::new();
+    for ids in [false, true] {
+        let whole = Case {
+            ids,
+            fault: Fault::Split,
+            at: usize::MAX,
+            from_host: true,
+        };
+        let (sent, received) = exchange(folder.path(), whole);
+        assert!(sent > 400 && received > 400, "{sent} and {received} bytes");
+        for at in 0..sent {
+            for fault in [Fault::Cut, Fault::Stall, Fault::Corrupt, Fault::Split] {
+                cases.push(Case { fault, at, ..whole });
+            }
+        }
+        for at in 0..received {
+            for fault in [Fault::Cut, Fault::Stall] {
+                let from_host = false;
+                cases.push(Case {
+                    fault,
+                    at,
+                    from_host,
+                    ..whole
+                });
+            }
+        }
+    }
+    let memory = peak_memory();
+    let next = AtomicUsize::new(0);
+    thread::scope(|scope| {
+        for _ in 0..PARALLEL {
+            scope.spawn(|| {
+                while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    exchange(folder.path(), *case);
+                }
+            });
+        }
+    });
+    let grown = peak_memory() - memory;
+    assert!(grown < MEMORY, "{grown} bytes of memory");
+}
+
+#[test]
+fn numbers_that_lie_cost_neither_memory_nor_the_session() {
+    // A FRAME_RESPONSE, and what stands where in it: payload_size, nal_count, the NAL unit's size.
+    let response = |link: &mut Link, request: &FrameRequest| {
+        let response = FrameResponse {
+            pts: request.pts,
+            is_keyframe: true,
+            ..FrameResponse::default()
+        };
+        let mut bytes = encode::frame_response(1, &response, KEYFRAME.len() as u32).to_vec();
+        bytes.extend_from_slice(KEYFRAME);
+        link.raw(&bytes).unwrap();
+        bytes
+    };
+    let memory = peak_memory();
+    for (at, value, said) in [
+        (8, u32::MAX, "payload_size"),
+        (8, 25, "payload_size"),
+        (32, 4096, "nal_count"),
+        (32, u32::MAX, "nal_count"),
+        (36, u32::MAX, "NAL size"),
+    ] {
+        let peer = Peer::new(move |link, envelope| {
+            if let Message::FrameRequest(request, _) = &envelope.message {
+                if request.pts == 0 {
+                    response(link, request);
+                } else {
+                    let mut bytes = response(link, request);
+                    bytes[at..at + 4].copy_from_slice(&value.to_le_bytes());
+                    link.raw(&bytes).unwrap();
+                }
+            }
+            Then::GoOn
+        });
+        let mut run = Run::new(&[
+            ("tcp-host", &"127.0.0.1"),
+            ("tcp-port", &peer.port()),
+            ("timeout", &20_000u32),
+            ("reconnect-timeout", &0u32),
+        ]);
+        run.configure();
+        run.submit(0);
+        run.submit(1);
+        let reason = run.failure();
+        assert!(
+            reason.contains("FRAME_RESPONSE") && reason.contains(said),
+            "{value} at {at}: {reason}"
+        );
+    }
+    let grown = peak_memory() - memory;
+    assert!(grown < MEMORY, "{grown} bytes of memory");
+}
+
+#[test]
+fn an_access_unit_of_no_nal_units_drops_its_frame() {
+    let peer = Peer::new(|link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            if number(request) == 1 {
+                let response = FrameResponse {
+                    pts: request.pts,
+                    ..FrameResponse::default()
+                };
+                link.send(encode::frame_response_parts(1, &response, &[]).0);
+            } else {
+                link.answer(request);
+            }
+        }
+        Then::GoOn
+    });
+    let mut run = Run::new(&[("tcp-host", &"127.0.0.1"), ("tcp-port", &peer.port())]);
+    run.configure();
+    for (number, encoded) in [(0, true), (1, false), (2, true)] {
+        run.submit(number);
+        assert_eq!(run.outcome(), (number, encoded));
+    }
+}

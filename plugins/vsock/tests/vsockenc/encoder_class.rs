@@ -1,0 +1,328 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What GstVideoEncoder asks of its subclasses: flushes, states, caps, the end, keyframes.
+
+use std::time::{Duration, Instant};
+
+use gst::prelude::*;
+use gst_check::Harness;
+use helix_protocol::Message;
+use helix_protocol::message::{Capabilities, FrameRequest};
+use zerocopy_test_support::peer::{Greets, Peer, Seen, Then, hello};
+
+use super::*;
+
+#[test]
+fn keyframes_are_asked_for_at_the_interval_and_on_request() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(peer.port(), "keyframe-interval=4");
+    for number in 0..10 {
+        if number == 6 {
+            let event = gst::event::CustomUpstream::builder(
+                gst::Structure::builder("GstForceKeyUnit")
+                    .field("all-headers", true)
+                    .build(),
+            );
+            assert!(encoder.harness.push_upstream_event(event.build()));
+        }
+        encoder.push().unwrap();
+        encoder.pull();
+    }
+    let forced: Vec<_> = (0..10)
+        .filter(|_| peer.wait_for(request).force_keyframe)
+        .collect();
+    assert_eq!(forced.len(), 3, "0, 4 and 6 of 10");
+}
+
+#[test]
+fn every_frame_is_out_before_eos() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=16");
+    for _ in 0..40 {
+        encoder.push().unwrap();
+    }
+    assert!(encoder.harness.push_event(gst::event::Eos::new()));
+    assert_eq!(encoder.harness.buffers_received(), 40);
+}
+
+#[test]
+fn a_change_of_size_drains_and_tells_the_host() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(peer.port(), "");
+    encoder.push().unwrap();
+    encoder
+        .harness
+        .set_src_caps_str("video/x-raw,format=NV12,width=32,height=32,framerate=30/1");
+    let buffer = encoder.buffer(32 * 32 * 3 / 2, 9);
+    encoder.harness.push(buffer).unwrap();
+    encoder.pull();
+    encoder.pull();
+    assert_eq!(peer.wait_for(config).width, 64);
+    assert_eq!(peer.wait_for(request).width, 64);
+    let config = peer.wait_for(config);
+    assert_eq!((config.width, config.framerate_num), (32, 30));
+    let request = peer.wait_for(request);
+    assert_eq!(
+        (request.width, request.stride, request.format),
+        (32, 32, 0x3231_564e)
+    );
+}
+
+/// Runs `end` while a frame waits for a silent host, and expects that it is over soon.
+fn ends_a_wait(end: impl FnOnce(&mut Harness)) {
+    let peer = Peer::new(|_, _| Then::GoOn);
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=1 timeout=0");
+    encoder.push().unwrap();
+    let pad = encoder.harness.srcpad().unwrap().clone();
+    let buffer = encoder.buffer(64 * 48 * 4, 0);
+    let (entered, wait) = std::sync::mpsc::channel();
+    let pusher = std::thread::spawn(move || {
+        entered.send(()).unwrap();
+        pad.push(buffer)
+    });
+    wait.recv().unwrap();
+    // Once its first request is there, the second frame is waiting or about to.
+    peer.wait_for(request);
+    let start = Instant::now();
+    end(&mut encoder.harness);
+    let flow = pusher.join().unwrap();
+    assert_eq!(flow, Err(gst::FlowError::Flushing));
+    assert!(
+        start.elapsed() < Duration::from_secs(5),
+        "took {:?}",
+        start.elapsed()
+    );
+}
+
+#[test]
+fn a_flush_ends_a_wait_at_once() {
+    ends_a_wait(|harness| assert!(harness.push_event(gst::event::FlushStart::new())));
+}
+
+#[test]
+fn a_state_change_ends_a_wait_at_once() {
+    ends_a_wait(|harness| {
+        harness
+            .element()
+            .unwrap()
+            .set_state(gst::State::Null)
+            .unwrap();
+    });
+}
+
+#[test]
+fn encoding_goes_on_after_a_flush() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(peer.port(), "");
+    encoder.push().unwrap();
+    encoder.pull();
+    encoder.flush();
+    encoder.push().unwrap();
+    encoder.pull();
+    assert_eq!(encoder.connection_states(), ["connected"]);
+}
+
+#[test]
+fn a_failure_downstream_is_told_though_no_frame_follows() {
+    let error = negotiation::with_filter(1, "identity error-after=1").expect("an error");
+    assert!(error.contains("Failed after"), "{error}");
+}
+
+#[test]
+fn a_flush_in_the_middle_leaves_nothing_behind() {
+    for greets in [
+        Greets::Legacy,
+        Greets::With(hello(Capabilities::REQUEST_IDS)),
+    ] {
+        // Answers the first two with the third, which comes after the flush.
+        let mut requests = Vec::new();
+        let peer = Peer::greeting(greets, move |link, envelope| {
+            if let Message::FrameRequest(request, _) = &envelope.message {
+                requests.push(*request);
+                if requests.len() >= 3 {
+                    for request in requests.drain(..) {
+                        link.answer(&request);
+                    }
+                    requests.extend([FrameRequest::default(); 2]);
+                }
+            }
+            link.pong(envelope);
+            Then::GoOn
+        });
+        let mut encoder = Encoder::new(peer.port(), "max-in-flight=4");
+        encoder.push().unwrap();
+        encoder.push().unwrap();
+        for _ in 0..2 {
+            peer.wait_for(request);
+        }
+        encoder.flush();
+        encoder.push().unwrap();
+        let buffer = encoder.pull();
+        assert_eq!(buffer.pts(), Some(FRAME * 2));
+        assert!(!buffer.flags().contains(gst::BufferFlags::DELTA_UNIT));
+        assert!(encoder.harness.push_event(gst::event::Eos::new()));
+        assert_eq!(encoder.harness.buffers_received(), 1);
+        assert_eq!(encoder.stat("dropped"), 0);
+    }
+}
+
+/// The running time of the force-key-unit event that left downstream.
+fn key_unit(encoder: &mut Encoder) -> Option<gst::ClockTime> {
+    std::iter::from_fn(|| encoder.harness.try_pull_event())
+        .find_map(|event| gst_video::DownstreamForceKeyUnitEvent::parse(&event).ok())
+        .and_then(|event| event.running_time)
+}
+
+#[test]
+fn a_keyframe_asked_for_from_downstream_is_announced_with_its_time() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(peer.port(), "keyframe-interval=0");
+    encoder.push().unwrap();
+    encoder.pull();
+    assert_eq!(key_unit(&mut encoder), None);
+    let event = gst_video::UpstreamForceKeyUnitEvent::builder()
+        .all_headers(true)
+        .count(7)
+        .build();
+    assert!(encoder.harness.push_upstream_event(event));
+    encoder.push().unwrap();
+    let buffer = encoder.pull();
+    assert!(!buffer.flags().contains(gst::BufferFlags::DELTA_UNIT));
+    assert_eq!(key_unit(&mut encoder), buffer.pts());
+}
+
+#[test]
+fn a_keyframe_asked_for_from_upstream_comes_at_its_time() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(peer.port(), "keyframe-interval=0");
+    encoder.push().unwrap();
+    let event = gst_video::DownstreamForceKeyUnitEvent::builder()
+        .running_time(FRAME * 3)
+        .all_headers(true)
+        .build();
+    assert!(encoder.harness.push_event(event));
+    for _ in 1..5 {
+        encoder.push().unwrap();
+    }
+    let deltas: Vec<_> = (0..5)
+        .map(|_| {
+            let buffer = encoder.pull();
+            buffer.flags().contains(gst::BufferFlags::DELTA_UNIT)
+        })
+        .collect();
+    assert_eq!(deltas, [false, true, true, false, true]);
+    assert_eq!(key_unit(&mut encoder), Some(FRAME * 3));
+}
+
+#[test]
+fn frames_too_late_for_the_sink_are_not_sent() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(peer.port(), "qos=true");
+    encoder.push().unwrap();
+    encoder.pull();
+    // The sink was half a second late at the stream's begin.
+    let half = gst::ClockTime::from_mseconds(500);
+    let late = gst::event::Qos::new(
+        gst::QOSType::Underflow,
+        2.0,
+        gst::ClockTimeDiff::try_from(half.nseconds()).unwrap(),
+        Some(gst::ClockTime::ZERO),
+    );
+    assert!(encoder.harness.push_upstream_event(late));
+    encoder.push().unwrap();
+    encoder.frames = 600;
+    encoder.push().unwrap();
+    assert_eq!(encoder.pull().pts(), Some(FRAME * 600));
+    assert_eq!(encoder.stat("dropped"), 1);
+    let requests: Vec<_> = peer.seen().into_iter().filter_map(request).collect();
+    assert_eq!(requests.len(), 2);
+}
+
+#[test]
+fn latency_is_a_frame_at_first_and_then_what_the_host_takes() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=3");
+    let latency = |encoder: &Encoder| {
+        let mut query = gst::query::Latency::new();
+        assert!(encoder.element().query(&mut query));
+        query.result().1
+    };
+    encoder.push().unwrap();
+    encoder.pull();
+    assert_eq!(latency(&encoder), FRAME);
+    // No host answers within 10 us.
+    encoder
+        .harness
+        .set_src_caps_str("video/x-raw,format=BGRx,width=64,height=48,framerate=100000/1");
+    for _ in 0..10 {
+        encoder.push().unwrap();
+        encoder.pull();
+    }
+    assert_eq!(latency(&encoder), gst::ClockTime::from_useconds(30));
+}
+
+/// Flushes a pipeline whose host does what it does to it, and stops it, and expects that both are
+/// over soon.
+fn flushes_and_stops_at_once(peer: &Peer, properties: &str, when: impl FnOnce(&Peer)) {
+    init();
+    let pipeline = gst::parse::launch(&format!(
+        "videotestsrc ! video/x-raw,format=NV12,width=64,height=48 ! \
+         vsockenc name=e tcp-host=127.0.0.1 tcp-port={} {properties} ! fakesink sync=false",
+        peer.port()
+    ))
+    .unwrap()
+    .downcast::<gst::Pipeline>()
+    .unwrap();
+    pipeline.set_state(gst::State::Playing).unwrap();
+    let bus = pipeline.bus().unwrap();
+    when(peer);
+    let pad = pipeline.by_name("e").unwrap().static_pad("sink").unwrap();
+    let start = Instant::now();
+    assert!(pad.send_event(gst::event::FlushStart::new()));
+    // Comes through once the streaming thread has left.
+    assert!(pad.send_event(gst::event::FlushStop::new(true)));
+    pipeline.set_state(gst::State::Null).unwrap();
+    assert!(start.elapsed() < Duration::from_secs(5));
+    bus.set_flushing(true);
+}
+
+#[test]
+fn flushes_and_states_are_immediate_while_the_host_is_greeted() {
+    let peer = Peer::greeting(Greets::Script, |_, _| Then::GoOn);
+    flushes_and_stops_at_once(&peer, "timeout=0", |peer| {
+        peer.wait_for(|seen| matches!(seen, Seen::Message(_)).then_some(()));
+    });
+}
+
+#[test]
+fn flushes_and_states_are_immediate_while_the_host_is_dead() {
+    let peer = Peer::new(|_, envelope| match envelope.message {
+        Message::FrameRequest(..) => Then::PlayDead,
+        _ => Then::GoOn,
+    });
+    flushes_and_stops_at_once(&peer, "timeout=0", |peer| {
+        peer.wait_for(request);
+    });
+}
+
+#[test]
+fn flushes_and_states_are_immediate_while_the_host_is_called_again() {
+    // Nobody greets the second client.
+    let mut clients = 0;
+    let peer = Peer::greeting(Greets::Script, move |link, envelope| {
+        match envelope.message {
+            Message::Hello(_) => clients += 1,
+            Message::FrameRequest(..) => return Then::Close,
+            _ if clients == 1 => {
+                link.pong(envelope);
+            }
+            _ => {}
+        }
+        Then::GoOn
+    });
+    flushes_and_stops_at_once(&peer, "timeout=0 reconnect-timeout=3600000", |peer| {
+        for _ in 0..2 {
+            peer.wait_for(|seen| matches!(seen, Seen::Connected).then_some(()));
+        }
+    });
+}

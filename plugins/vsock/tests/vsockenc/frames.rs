@@ -1,0 +1,318 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Frames out, access units in.
+
+use std::time::Duration;
+
+use gst::prelude::*;
+use helix_protocol::message::{ErrorCode, ErrorMessage, FrameRequest};
+use helix_protocol::{Message, encode};
+use zerocopy_test_support::peer::{DELTA, KEYFRAME, LONG, Peer, Seen, Then};
+
+use super::*;
+
+#[test]
+fn a_reply_comes_out_without_waiting_for_the_next_frame() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(peer.port(), "");
+    encoder.push().unwrap();
+    let buffer = encoder.pull();
+    assert_eq!(&*buffer.map_readable().unwrap(), KEYFRAME);
+    assert_eq!(buffer.pts(), Some(gst::ClockTime::ZERO));
+    assert!(!buffer.flags().contains(gst::BufferFlags::DELTA_UNIT));
+    encoder.push().unwrap();
+    let buffer = encoder.pull();
+    assert_eq!(&*buffer.map_readable().unwrap(), DELTA);
+    assert_eq!(buffer.pts(), Some(FRAME));
+    assert_eq!(buffer.dts(), Some(FRAME));
+    assert_eq!(buffer.duration(), Some(FRAME));
+    assert!(buffer.flags().contains(gst::BufferFlags::DELTA_UNIT));
+    assert_eq!(encoder.stat("frames"), 2);
+    assert_eq!(encoder.stat("pixel-bytes"), 2 * 64 * 48 * 4);
+    assert_eq!(encoder.connection_states(), ["connected"]);
+}
+
+#[test]
+fn the_request_carries_the_frame() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(peer.port(), "bitrate=1234567");
+    for _ in 0..3 {
+        encoder.push().unwrap();
+        encoder.pull();
+    }
+    let config = peer.wait_for(config);
+    assert_eq!(
+        (config.width, config.height, config.bitrate),
+        (64, 48, 1_234_567)
+    );
+    assert_eq!((config.framerate_num, config.framerate_den), (60, 1));
+    for number in 0..3 {
+        let (request, pixels) = peer.wait_for(|seen| match seen {
+            Seen::Message(envelope) => match envelope.message {
+                Message::FrameRequest(request, pixels) => Some((request, pixels.unwrap())),
+                _ => None,
+            },
+            _ => None,
+        });
+        assert_eq!(
+            (request.width, request.height, request.stride),
+            (64, 48, 256)
+        );
+        assert_eq!(request.format, 0x3432_5241, "AR24");
+        assert_eq!(request.resource_id, 0);
+        assert_eq!(request.pts, (FRAME * number).nseconds() as i64);
+        assert_eq!(request.duration, FRAME.nseconds() as i64);
+        assert_eq!(request.force_keyframe, number == 0);
+        assert_eq!(pixels.len(), 64 * 48 * 4);
+        assert!(pixels.iter().all(|&byte| byte == number as u8));
+    }
+}
+
+#[test]
+fn no_more_frames_are_open_than_permitted() {
+    // Answers a request only when the next one has come.
+    let mut last: Option<FrameRequest> = None;
+    let peer = Peer::new(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message
+            && let Some(last) = last.replace(*request)
+        {
+            link.answer(&last);
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=2 timeout=60000");
+    for _ in 0..5 {
+        encoder.push().unwrap();
+        assert!(encoder.stat("in-flight") <= 2);
+    }
+    for _ in 0..4 {
+        encoder.pull();
+    }
+}
+
+#[test]
+fn a_reply_that_fits_a_later_request_says_that_others_were_skipped() {
+    let peer = Peer::new(|link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            let number = request.pts / FRAME.nseconds() as i64;
+            if number % 3 != 1 {
+                // Deployed hosts' PTS went through double-precision seconds (quirk 3).
+                link.respond(1, request.pts - 1, request.force_keyframe, KEYFRAME);
+            }
+        }
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=4");
+    for _ in 0..9 {
+        encoder.push().unwrap();
+    }
+    let numbers: Vec<_> = (0..6)
+        .map(|_| encoder.pull().pts().unwrap().nseconds() / FRAME.nseconds())
+        .collect();
+    assert_eq!(numbers, [0, 2, 3, 5, 6, 8]);
+    assert_eq!(encoder.stat("dropped"), 3);
+}
+
+#[test]
+fn an_error_loses_only_the_oldest_open_frame() {
+    let peer = Peer::new(|link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            if request.pts == FRAME.nseconds() as i64 {
+                let code = ErrorCode::ENCODE_FAILED;
+                let text = "no luck".to_owned();
+                link.send(encode::error(
+                    1,
+                    &ErrorMessage {
+                        code,
+                        text,
+                        tag: None,
+                    },
+                ));
+            } else {
+                link.answer(request);
+            }
+        }
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "");
+    for _ in 0..4 {
+        encoder.push().unwrap();
+    }
+    let pts: Vec<_> = (0..3).map(|_| encoder.pull().pts().unwrap()).collect();
+    let message = encoder
+        .message(gst::MessageType::Warning, LONG)
+        .expect("a warning");
+    let gst::MessageView::Warning(warning) = message.view() else {
+        unreachable!()
+    };
+    assert!(
+        warning.error().to_string().contains("no luck"),
+        "{warning:?}"
+    );
+    assert_eq!(pts, [gst::ClockTime::ZERO, FRAME * 2, FRAME * 3]);
+    assert_eq!((encoder.stat("errors"), encoder.stat("dropped")), (1, 1));
+}
+
+#[test]
+fn a_missing_last_reply_does_not_hold_up_eos() {
+    let peer = Peer::new(|link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message
+            && request.pts < 2 * FRAME.nseconds() as i64
+        {
+            link.answer(request);
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "timeout=300");
+    for _ in 0..3 {
+        encoder.push().unwrap();
+    }
+    assert!(encoder.harness.push_event(gst::event::Eos::new()));
+    assert_eq!(encoder.harness.buffers_received(), 2);
+    assert_eq!(encoder.connection_states(), ["connected"]);
+}
+
+#[test]
+fn a_late_reply_is_nobody_elses() {
+    // Frame 2 is answered after it was given up, together with frame 3.
+    let mut held = None;
+    let peer = Peer::new(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            if request.pts == 2 * FRAME.nseconds() as i64 {
+                held = Some(*request);
+            } else {
+                if let Some(late) = held.take() {
+                    link.respond(1, late.pts, false, b"\0\0\0\x01late");
+                }
+                link.answer(request);
+            }
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "timeout=200 max-in-flight=1");
+    for _ in 0..3 {
+        encoder.push().unwrap();
+    }
+    // Waits for its slot until frame 2 is given up.
+    encoder.push().unwrap();
+    encoder.push().unwrap();
+    let numbers: Vec<_> = (0..4)
+        .map(|_| encoder.pull())
+        .map(|buffer| {
+            assert!(!buffer.map_readable().unwrap().ends_with(b"late"));
+            buffer.pts().unwrap().nseconds() / FRAME.nseconds()
+        })
+        .collect();
+    assert_eq!(numbers, [0, 1, 3, 4]);
+    assert_eq!(encoder.stat("dropped"), 1);
+    // What came too late may be what the next frames refer to.
+    let forced: Vec<_> = (0..5)
+        .map(|_| peer.wait_for(request).force_keyframe)
+        .collect();
+    assert_eq!(forced, [true, false, false, false, true]);
+}
+
+#[test]
+fn frames_refused_before_the_first_keyframe_cost_only_themselves() {
+    let peer = Peer::new(|link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            if request.pts < 3 * FRAME.nseconds() as i64 {
+                let code = ErrorCode::NOT_CONFIGURED;
+                link.send(encode::error(
+                    1,
+                    &ErrorMessage {
+                        code,
+                        text: String::new(),
+                        tag: None,
+                    },
+                ));
+            } else {
+                link.answer(request);
+            }
+        }
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=1");
+    for _ in 0..4 {
+        encoder.push().unwrap();
+    }
+    // The keyframe that the first one asked for is asked for again.
+    let buffer = encoder.pull();
+    assert_eq!(buffer.pts(), Some(FRAME * 3));
+    assert!(!buffer.flags().contains(gst::BufferFlags::DELTA_UNIT));
+    assert!(
+        encoder
+            .message(gst::MessageType::Error, Duration::ZERO)
+            .is_none()
+    );
+    assert_eq!(encoder.stat("dropped"), 3);
+}
+
+#[test]
+fn frames_dropped_before_the_first_keyframe_are_let_go_with_it() {
+    const REFUSED: i64 = 50;
+    let peer = Peer::new(|link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            if request.pts < REFUSED * FRAME.nseconds() as i64 {
+                let code = ErrorCode::NOT_CONFIGURED;
+                link.send(encode::error(
+                    1,
+                    &ErrorMessage {
+                        code,
+                        text: String::new(),
+                        tag: None,
+                    },
+                ));
+            } else {
+                link.answer(request);
+            }
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=1");
+    let held = |encoder: &Encoder| {
+        let encoder = encoder
+            .element()
+            .downcast::<gst_video::VideoEncoder>()
+            .unwrap();
+        (0..60)
+            .filter(|number| encoder.frame(*number).is_some())
+            .count()
+    };
+    for _ in 0..REFUSED {
+        encoder.push().unwrap();
+    }
+    encoder.push().unwrap();
+    encoder.pull();
+    encoder.push().unwrap();
+    encoder.pull();
+    assert!(held(&encoder) <= 1, "{} frames are held", held(&encoder));
+}
+
+#[test]
+fn a_bitrate_set_while_playing_reaches_the_host() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(peer.port(), "");
+    encoder.push().unwrap();
+    encoder.pull();
+    assert_eq!(peer.wait_for(config).bitrate, 4_000_000);
+    encoder.element().set_property("bitrate", 500_000);
+    assert_eq!(peer.wait_for(config).bitrate, 500_000);
+}
+
+#[test]
+fn transfers_that_are_not_built_are_refused() {
+    init();
+    for transfer in ["fd", "resource-id"] {
+        let element = gst::ElementFactory::make("vsockenc")
+            .property_from_str("transfer", transfer)
+            .build()
+            .unwrap();
+        assert!(element.set_state(gst::State::Paused).is_err(), "{transfer}");
+        element.set_state(gst::State::Null).unwrap();
+    }
+}

@@ -1,0 +1,64 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The programs of `ci/bench`: how fast and how frugal the elements are, beside the least that the
+//! same work costs. docs/performance.md says how to read what they print.
+//!
+//! What is measured runs in a process of its own, so that its CPU time is its own: this program
+//! calls itself with [`Command::Run`] for that, and with [`Command::Peer`] for the other end.
+
+mod case;
+mod meter;
+mod peer;
+mod pipeline;
+mod plain;
+mod report;
+mod source;
+mod vsockenc;
+
+use std::error::Error;
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use crate::case::{Case, Contender};
+
+#[derive(Parser)]
+#[command(about = "Benchmarks of gst-plugins-zerocopy")]
+enum Command {
+    /// vsockenc against an answering peer, a bare socket and x264enc
+    Vsockenc(vsockenc::Options),
+    /// Answer requests at full speed, until standard input ends
+    #[command(hide = true)]
+    Peer,
+    /// Run one case and print what it took
+    #[command(hide = true)]
+    Run {
+        /// The case, as JSON
+        #[arg(value_parser = |text: &str| serde_json::from_str::<Case>(text))]
+        case: Case,
+    },
+}
+
+fn main() -> ExitCode {
+    let result = match Command::parse() {
+        Command::Vsockenc(options) => vsockenc::bench(&options),
+        Command::Peer => peer::serve(),
+        Command::Run { case } => run(&case),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("zerocopy-bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(case: &Case) -> Result<(), Box<dyn Error>> {
+    let outcome = match case.contender {
+        Contender::Plain | Contender::Rows => plain::run(case)?,
+        Contender::Fakesink | Contender::Vsockenc | Contender::X264enc => pipeline::run(case)?,
+    };
+    println!("{}", serde_json::to_string(&outcome)?);
+    Ok(())
+}
