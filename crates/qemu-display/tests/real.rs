@@ -47,7 +47,7 @@ fn shows_the_same(watched: &Watched, qemu: &Qemu, console: u32) {
 #[test]
 fn a_picture_over_a_bus_is_what_qemu_shows() {
     let bus = Bus::start();
-    let qemu = Qemu::with_vga(&bus.display());
+    let qemu = bus.qemu_with_vga();
     let address = Address::Bus(bus.address().to_owned());
     let watched = Watched::start(address, Consoles::One(0));
     shows_the_same(&watched, &qemu, 0);
@@ -63,14 +63,14 @@ fn a_picture_over_qmp_is_what_qemu_shows() {
 #[test]
 fn a_killed_qemu_is_noticed_and_a_new_one_found() {
     let bus = Bus::start();
-    let mut qemu = Qemu::with_vga(&bus.display());
+    let mut qemu = bus.qemu_with_vga();
     let address = Address::Bus(bus.address().to_owned());
     let watched = Watched::start(address.clone(), Consoles::One(0));
     let screen = watched.screen(0);
     watched.picture(&screen);
     qemu.kill();
     assert!(matches!(watched.failure(&screen), Error::Gone { .. }));
-    let qemu = Qemu::with_vga(&bus.display());
+    let qemu = bus.qemu_with_vga();
     let watched = Watched::start(address, Consoles::One(0));
     shows_the_same(&watched, &qemu, 0);
 }
@@ -110,7 +110,7 @@ fn what_there_is_not_is_said() {
     };
     let text = said(address.clone(), 0);
     assert!(text.contains("-display dbus"), "{text}");
-    let _qemu = Qemu::with_vga(&bus.display());
+    let _qemu = bus.qemu_with_vga();
     let text = said(address, 7);
     assert!(text.contains("no console 7, only [0"), "{text}");
     let text = said(Address::Qmp("/nowhere/qmp".into()), 0);

@@ -30,7 +30,7 @@ fn shows_the_same(rig: &Rig, qemu: &Qemu) {
 #[test]
 fn frames_over_a_bus_are_what_qemu_shows() {
     let bus = Bus::start();
-    let qemu = Qemu::with_vga(&bus.display());
+    let qemu = bus.qemu_with_vga();
     let rig = Rig::any(&format!("address={}", bus.address()));
     rig.play();
     shows_the_same(&rig, &qemu);
@@ -47,7 +47,7 @@ fn frames_over_qmp_are_what_qemu_shows() {
 #[test]
 fn a_killed_qemu_is_an_error_and_the_next_one_is_found_after_ready() {
     let bus = Bus::start();
-    let mut qemu = Qemu::with_vga(&bus.display());
+    let mut qemu = bus.qemu_with_vga();
     let rig = Rig::any(&format!("address={}", bus.address()));
     rig.play();
     rig.next();
@@ -63,7 +63,7 @@ fn a_killed_qemu_is_an_error_and_the_next_one_is_found_after_ready() {
     let error = rig.error();
     assert!(error.contains("-display dbus"), "{error}");
     rig.ready();
-    let qemu = Qemu::with_vga(&bus.display());
+    let qemu = bus.qemu_with_vga();
     rig.play();
     // Counted at the source: appsink gives nothing out after an error before it was in NULL.
     eventually("frames of the new QEMU", || {

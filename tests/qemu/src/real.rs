@@ -53,9 +53,29 @@ impl Bus {
         &self.address
     }
 
-    /// What QEMU's -display needs for it.
-    pub fn display(&self) -> String {
-        format!("dbus,addr={}", self.address)
+    /// Starts a machine like [`Qemu::with_vga`] with its display on this bus.
+    ///
+    /// # Panics
+    ///
+    /// If there is no QEMU, or it does not come to the bus.
+    pub fn qemu_with_vga(&self) -> Qemu {
+        let qemu = Qemu::with_vga(&format!("dbus,addr={}", self.address));
+        // QEMU takes its name some time after it can be talked to.
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let has_come = async || {
+            let builder = zbus::connection::Builder::address(self.address.as_str());
+            let connection = builder.build().await.unwrap();
+            let bus = zbus::fdo::DBusProxy::new(&connection).await.unwrap();
+            let name = zbus::names::BusName::try_from("org.qemu").unwrap();
+            bus.name_has_owner(name).await.unwrap()
+        };
+        eventually("QEMU on the bus", || {
+            runtime.block_on(has_come()).then_some(())
+        });
+        qemu
     }
 }
 
@@ -104,10 +124,8 @@ impl Qemu {
         eventually("QEMU's QMP socket", || {
             let ended = qemu.child.try_wait().unwrap();
             assert!(ended.is_none(), "QEMU ended: {ended:?}");
-            socket.exists().then_some(())
+            std::os::unix::net::UnixStream::connect(&socket).ok()
         });
-        // Whoever can be talked to has a display.
-        qmp::execute(&socket, "query-status", &json!({}));
         qemu
     }
 
