@@ -7,6 +7,7 @@ use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_core::Stream;
@@ -137,7 +138,7 @@ impl Console {
         &self,
         mut changes: PropertiesChangedStream,
         mut messages: MessageStream,
-        screen: &Screen,
+        screen: &Arc<Screen>,
     ) -> Error {
         loop {
             tokio::select! {

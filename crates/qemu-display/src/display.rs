@@ -9,7 +9,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use tokio::sync::mpsc;
-use tokio::task::JoinSet;
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::timeout;
 use zbus::Connection;
 use zbus::connection::Builder;
@@ -222,14 +222,33 @@ impl Worker {
                     }
                     None => return,
                 },
-                Some(Ok((console, error))) = listeners.join_next() => {
-                    if let Some(screen) = lock(&self.shared.screens).get(&console) {
-                        screen.fail(error.clone());
-                    }
+                Some(ended) = listeners.join_next() => {
+                    let error = self.end(ended);
                     if listeners.is_empty() {
                         self.set_status(Status::Failed(error));
                     }
                 }
+            }
+        }
+    }
+
+    /// A listener's task has ended: so has its screen. Returns why.
+    fn end(&self, ended: Result<Ended, JoinError>) -> Error {
+        let screens = lock(&self.shared.screens).clone();
+        match ended {
+            Ok((console, error)) => {
+                if let Some(screen) = screens.get(&console) {
+                    screen.fail(error.clone());
+                }
+                error
+            }
+            // Whose task it was is not known.
+            Err(panicked) => {
+                let error = Error::System(format!("listening to QEMU failed: {panicked}"));
+                for screen in screens.values() {
+                    screen.fail(error.clone());
+                }
+                error
             }
         }
     }

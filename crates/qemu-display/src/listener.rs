@@ -11,6 +11,7 @@ use std::collections::HashMap;
 use std::future::poll_fn;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_core::Stream;
@@ -48,7 +49,7 @@ enum Answer {
 }
 
 /// Puts into `screen` what QEMU says, until the connection ends. Returns why it did.
-pub async fn serve(messages: &mut MessageStream, screen: &Screen, address: &str) -> Error {
+pub async fn serve(messages: &mut MessageStream, screen: &Arc<Screen>, address: &str) -> Error {
     let connection = Connection::from(&*messages);
     loop {
         let message = match poll_fn(|context| Pin::new(&mut *messages).poll_next(context)).await {
@@ -63,7 +64,7 @@ pub async fn serve(messages: &mut MessageStream, screen: &Screen, address: &str)
             Ok(answer) => answer,
             Err(error) => return error,
         };
-        if let Err(error) = reply(&connection, &message, answer).await {
+        if let Err(error) = reply(&connection, &message, answer, screen).await {
             return gone(address, &error.to_string());
         }
     }
@@ -76,7 +77,12 @@ fn gone(address: &str, reason: &str) -> Error {
     }
 }
 
-async fn reply(connection: &Connection, message: &Message, answer: Answer) -> zbus::Result<()> {
+async fn reply(
+    connection: &Connection,
+    message: &Message,
+    answer: Answer,
+    screen: &Arc<Screen>,
+) -> zbus::Result<()> {
     let header = message.header();
     if header.primary().flags().contains(Flags::NO_REPLY_EXPECTED) {
         return Ok(());
@@ -91,9 +97,12 @@ async fn reply(connection: &Connection, message: &Message, answer: Answer) -> zb
         }
         Answer::Later(receiver) => {
             let (connection, message) = (connection.clone(), message.clone());
+            let screen = screen.clone();
             // Ends with the runtime, that is with the connection.
             tokio::spawn(async move {
-                let _ = tokio::time::timeout(HOLD_LIMIT, receiver).await;
+                if tokio::time::timeout(HOLD_LIMIT, receiver).await.is_err() {
+                    screen.waited();
+                }
                 // Who cannot be answered has gone, which `serve` notices.
                 let _ = connection.reply(&message.header(), &()).await;
             });

@@ -71,6 +71,10 @@ impl Content {
     }
 }
 
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each says one thing, and all combinations occur"
+)]
 struct State {
     content: Option<Content>,
     damage: Damage,
@@ -82,6 +86,8 @@ struct State {
     arrived: Instant,
     /// Dropped or given away with a lease, it lets QEMU go on.
     reply: Option<oneshot::Sender<()>>,
+    /// QEMU has waited in vain, and is not made to do that again before a picture is taken.
+    unattended: bool,
     leases: Leases,
     drawn_while_lent: Option<Instant>,
     figures: Figures,
@@ -118,6 +124,7 @@ impl Screen {
                 failure: None,
                 arrived: Instant::now(),
                 reply: None,
+                unattended: false,
                 leases: Leases::default(),
                 drawn_while_lent: None,
                 figures: Figures::default(),
@@ -183,6 +190,7 @@ impl Screen {
             },
         };
         state.news = false;
+        state.unattended = false;
         Ok(Some(Picture {
             pixels,
             cursor_changed: std::mem::take(&mut state.cursor_news),
@@ -314,11 +322,18 @@ impl Screen {
         let (reply, receiver) = oneshot::channel();
         let mut state = self.lock();
         let there = matches!(state.content, Some(Content::DmaBuf(_)));
-        if there {
+        // QEMU waits for the answers to all parts of a change: one of them is enough to hold it.
+        if there && !state.unattended && state.reply.is_none() {
             state.reply = Some(reply);
         }
         self.changed_part(state, there, at, extent);
         receiver
+    }
+
+    /// QEMU has waited for as long as it may. If nobody has taken the picture, nobody looks.
+    pub(crate) fn waited(&self) {
+        let mut state = self.lock();
+        state.unattended |= state.reply.take().is_some();
     }
 
     /// The screen is switched off.

@@ -6,6 +6,7 @@ mod common;
 
 use common::Watched;
 use qemu_display::{Address, Consoles};
+use zerocopy_test_qemu::eventually;
 use zerocopy_test_qemu::real::Qemu;
 use zerocopy_test_support::process::{open_fds, threads};
 
@@ -21,5 +22,8 @@ fn cycles_leave_no_descriptors_and_no_threads() {
     for _ in 0..10 {
         cycle();
     }
-    assert_eq!((open_fds(), threads()), before);
+    // A thread that was joined is to be seen for a moment longer.
+    eventually("as few descriptors and threads as before", || {
+        (open_fds() <= before.0 && threads() <= before.1).then_some(())
+    });
 }

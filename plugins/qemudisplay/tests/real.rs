@@ -113,5 +113,8 @@ fn cycles_leave_no_descriptors_and_no_threads() {
     for _ in 0..10 {
         cycle();
     }
-    assert_eq!((open_fds(), threads()), before);
+    // A thread that was joined is to be seen for a moment longer.
+    eventually("as few descriptors and threads as before", || {
+        (open_fds() <= before.0 && threads() <= before.1).then_some(())
+    });
 }

@@ -5,6 +5,7 @@ use std::io::Write;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use tokio::sync::oneshot::error::TryRecvError;
 
 use super::*;
 
@@ -229,4 +230,42 @@ fn the_end_goes_before_everything() {
     screen.fail(gone.clone());
     screen.fail(Error::System("second".to_owned()));
     assert_eq!(screen.look(), Look::Failed(gone));
+}
+
+fn dmabuf() -> DmaBuf {
+    DmaBuf {
+        width: 4,
+        height: 4,
+        fourcc: u32::from_le_bytes(*b"XR24"),
+        modifier: 0,
+        planes: vec![],
+        y0_top: true,
+    }
+}
+
+#[test]
+fn qemu_waits_for_a_picture_on_the_gpu_until_it_is_let_go() {
+    let (screen, _) = screen();
+    screen.scanout_dmabuf(dmabuf()).unwrap();
+    let mut first = screen.update_dmabuf((0, 0), (1, 1));
+    let mut second = screen.update_dmabuf((2, 2), (1, 1));
+    assert!(second.try_recv().unwrap_err() == TryRecvError::Closed);
+    let picture = screen.take().unwrap().unwrap();
+    assert_eq!(first.try_recv(), Err(TryRecvError::Empty));
+    drop(picture);
+    assert_eq!(first.try_recv(), Err(TryRecvError::Closed));
+}
+
+#[test]
+fn qemu_does_not_wait_again_where_nobody_looks() {
+    let (screen, _) = screen();
+    screen.scanout_dmabuf(dmabuf()).unwrap();
+    let mut held = screen.update_dmabuf((0, 0), (1, 1));
+    assert_eq!(held.try_recv(), Err(TryRecvError::Empty));
+    screen.waited();
+    let mut free = screen.update_dmabuf((0, 0), (1, 1));
+    assert_eq!(free.try_recv(), Err(TryRecvError::Closed));
+    drop(screen.take().unwrap());
+    let mut held = screen.update_dmabuf((0, 0), (1, 1));
+    assert_eq!(held.try_recv(), Err(TryRecvError::Empty));
 }

@@ -31,6 +31,7 @@
 //! Since: 0.1
 
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use gst::glib;
 use gst::prelude::*;
@@ -53,6 +54,9 @@ pub(super) static CAT: LazyLock<gst::DebugCategory> = LazyLock::new(|| {
         Some("Console of a running QEMU"),
     )
 });
+
+/// Limit for connecting; a display gives up earlier.
+const START_LIMIT: Duration = Duration::from_secs(15);
 
 /// The highest rate that latency is reckoned with where there is no limit.
 const USUAL_FRAMERATE: (i32, i32) = (60, 1);
@@ -176,19 +180,24 @@ impl BaseSrcImpl for QemuDisplaySrc {
         });
         let display = display.map_err(failed)?;
         // So that the application learns at once, from the state change, that there is no such
-        // console. The display gives up by itself.
+        // console. The display gives up by itself, unless it has failed in a way of its own.
+        let deadline = Deadline::after(START_LIMIT);
         let screen = loop {
             match display.status() {
+                Status::Connecting if deadline.has_passed() => break None,
                 Status::Connecting => {}
                 Status::Connected => break display.screen(settings.console),
                 Status::Failed(error) => return Err(error_message(&error)),
             }
-            waiter.wait(Deadline::NEVER).map_err(failed)?;
+            waiter.wait(deadline).map_err(failed)?;
         };
         let Some(screen) = screen else {
             return Err(gst::error_msg!(
                 gst::LibraryError::Failed,
-                ["console {} was lost", settings.console]
+                [
+                    "no connection to console {}, and no reason given",
+                    settings.console
+                ]
             ));
         };
         *lock(&self.figures) = Figures::default();
