@@ -4,7 +4,6 @@ use gst::glib;
 use gst::prelude::*;
 
 mod caps;
-mod damage;
 mod figures;
 mod imp;
 mod output;

@@ -9,14 +9,15 @@ use std::time::{Duration, Instant};
 use gst::prelude::*;
 use gst::subclass::prelude::*;
 use gst_base::prelude::*;
+use zerocopy_plugin_common::mark_damage;
 use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake};
 
+use super::OnDisconnect;
 use super::imp::{CAT, PipeWireZeroCopySrc, failure_message, lock};
 use super::output::{Takes, can_leave_in_place, copy_frame, draw, in_place, orientation};
 use super::pointer::Pointer;
 use super::schedule::Schedule;
 use super::settings::LiveSettings;
-use super::{OnDisconnect, damage};
 use crate::capture::damage::Damage;
 use crate::capture::meta::{Cursor, Transform};
 use crate::capture::{Capture, Counters, Interest, Look, Monotonic, Offer, StreamFormat};
@@ -454,8 +455,13 @@ impl PipeWireZeroCopySrc {
                 }
             }
         }
-        if let Some(buffer) = buffer.get_mut() {
-            damage::mark(buffer, &damage);
+        // A frame that may have changed everywhere says nothing.
+        if let (Damage::Rects(rects), Some(buffer)) = (&damage, buffer.get_mut()) {
+            let rects = rects.iter().map(|rect| {
+                let start = [rect.x, rect.y].map(|n| n.max(0).unsigned_abs());
+                [start[0], start[1], rect.width, rect.height]
+            });
+            mark_damage(buffer, rects);
         }
         self.stamp(&mut buffer, captured);
         Ok(buffer)
