@@ -4,7 +4,6 @@
 //! what is drawn into it is there.
 
 use std::os::fd::BorrowedFd;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use gst::glib;
@@ -14,43 +13,13 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use crate::virtgpu::{Resource, Resources};
 
-/// Memory whose resource is known.
-#[derive(Debug)]
-pub struct KnownResource {
-    /// What the host knows it by.
-    pub resource: Resource,
-    /// The host could not use it: its pictures go as pixels, for good.
-    refused: AtomicBool,
-}
-
-impl KnownResource {
-    /// Remembers that the host could not use it.
-    pub fn refuse(&self) {
-        self.refused.store(true, Ordering::Relaxed);
-    }
-
-    /// Whether the host could not use it.
-    pub fn is_refused(&self) -> bool {
-        self.refused.load(Ordering::Relaxed)
-    }
-}
-
-impl From<Resource> for KnownResource {
-    fn from(resource: Resource) -> Self {
-        Self {
-            resource,
-            refused: AtomicBool::new(false),
-        }
-    }
-}
-
 /// What was found out about a memory.
 #[derive(Clone)]
 struct Memo {
     /// The device that was asked.
     device: u64,
     /// `None` where the memory is not of that device.
-    found: Option<Arc<KnownResource>>,
+    found: Option<Arc<Resource>>,
 }
 
 static MEMO: LazyLock<glib::Quark> =
@@ -72,7 +41,7 @@ pub fn fd(memory: &DmaBufMemoryRef) -> BorrowedFd<'_> {
 
 /// The resource behind a DMA-BUF. Asked once for each memory, parts and copies of the buffer
 /// included, since they share it; a descriptor's number would be given to others (L15).
-pub fn resource(memory: &DmaBufMemoryRef, device: &dyn Resources) -> Option<Arc<KnownResource>> {
+pub fn resource(memory: &DmaBufMemoryRef, device: &dyn Resources) -> Option<Arc<Resource>> {
     if let Some(memo) = recall(memory)
         && memo.device == device.device()
     {
@@ -81,7 +50,7 @@ pub fn resource(memory: &DmaBufMemoryRef, device: &dyn Resources) -> Option<Arc<
     let found = device.resource(fd(memory)).ok();
     let memo = Memo {
         device: device.device(),
-        found: found.map(|resource| Arc::new(resource.into())),
+        found: found.map(Arc::new),
     };
     remember(memory, memo.clone());
     memo.found
@@ -139,6 +108,8 @@ fn remember(memory: &gst::MemoryRef, memo: Memo) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::Ordering;
+
     use super::*;
     use crate::fake::{self, Device};
 
@@ -152,7 +123,7 @@ mod tests {
 
     fn id(memory: &gst::MemoryRef, device: &Device) -> Option<u32> {
         let known = resource(dmabuf(memory).unwrap(), device)?;
-        Some(known.resource.id.get())
+        Some(known.id.get())
     }
 
     fn asked(device: &Device) -> u32 {

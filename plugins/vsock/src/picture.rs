@@ -11,8 +11,8 @@ use std::sync::Arc;
 
 use helix_protocol::message::PixelFormat;
 
-use crate::dmabuf::{self, KnownResource};
-use crate::virtgpu::Resources;
+use crate::dmabuf;
+use crate::virtgpu::{Resource, Resources};
 
 /// The protocol's format for a raw video format. What GStreamer calls x is sent as alpha, and the
 /// host does not look at it.
@@ -79,8 +79,6 @@ pub enum Unnamed {
     NoDmaBuf,
     /// virtio-gpu does not know the memory.
     Foreign,
-    /// The host could not use it before.
-    Refused,
     /// The protocol says neither where in a resource a picture begins, nor the strides and planes
     /// of NV12, nor an odd size of it.
     Unsayable,
@@ -93,7 +91,6 @@ impl fmt::Display for Unnamed {
         f.write_str(match self {
             Self::NoDmaBuf => "its memory is no DMA-BUF",
             Self::Foreign => "its DMA-BUF is not a resource of this virtio-gpu device",
-            Self::Refused => "the host could not use its resource before",
             Self::Unsayable => "a request cannot say where in its resource the picture lies",
             Self::TooSmall => "its resource is smaller than the picture",
         })
@@ -132,6 +129,14 @@ impl Picture {
             return Err(format!(
                 "{width}x{height} at {x},{y} is not within its {}x{} in memory",
                 full.0, full.1
+            ));
+        }
+        // What the host takes was compared with the caps.
+        if width > info.width() || height > info.height() {
+            return Err(format!(
+                "a crop to {width}x{height} is larger than the {}x{} of its caps",
+                info.width(),
+                info.height()
             ));
         }
         let (x, y) = (x as usize, y as usize);
@@ -214,7 +219,7 @@ impl Picture {
     }
 
     /// The resource that the picture is the begin of.
-    pub fn resource(&self, device: &dyn Resources) -> Result<Arc<KnownResource>, Unnamed> {
+    pub fn resource(&self, device: &dyn Resources) -> Result<Arc<Resource>, Unnamed> {
         let planes = self.planes();
         let (index, skip) = self.memory_of(&planes[0]).ok_or(Unnamed::Unsayable)?;
         let memory = self.buffer.peek_memory(index);
@@ -222,18 +227,15 @@ impl Picture {
         if memory.offset() + skip != 0 || !self.is_sayable() {
             return Err(Unnamed::Unsayable);
         }
-        let known = dmabuf::resource(dmabuf, device).ok_or(Unnamed::Foreign)?;
+        let resource = dmabuf::resource(dmabuf, device).ok_or(Unnamed::Foreign)?;
         let begin = planes[0].offset;
         let end = planes
             .iter()
             .map(|plane| plane.offset - begin + plane.extent());
-        if end.max() > Some(known.resource.size) {
+        if end.max() > Some(resource.size) {
             return Err(Unnamed::TooSmall);
         }
-        if known.is_refused() {
-            return Err(Unnamed::Refused);
-        }
-        Ok(known)
+        Ok(resource)
     }
 
     /// Whether size, stride of the first plane and format are all that there is to say.
@@ -395,6 +397,14 @@ mod tests {
         ] {
             assert!(!crop(rect), "{rect:?}");
         }
+        // A crop within the memory, and larger than the caps.
+        let larger = |rect| {
+            let buffer = described(1024, V::Bgrx, (16, 16), &[0], &[64]);
+            Picture::new(cropped(buffer, rect), &info(V::Bgrx, 8, 8)).is_ok()
+        };
+        assert!(larger((8, 8, 8, 8)));
+        assert!(!larger((0, 0, 9, 8)));
+        assert!(!larger((0, 0, 8, 9)));
         // A buffer of other pixels than the caps say.
         let buffer = described(256, V::Rgba, (16, 4), &[0], &[64]);
         assert!(Picture::new(buffer, &info(V::Bgrx, 16, 4)).is_err());
@@ -454,8 +464,7 @@ mod tests {
         device: &Device,
     ) -> Result<u32, Unnamed> {
         let picture = Picture::new(buffer, info).unwrap();
-        let known = picture.resource(device)?;
-        Ok(known.resource.id.get())
+        Ok(picture.resource(device)?.id.get())
     }
 
     #[test]
@@ -529,17 +538,14 @@ mod tests {
     }
 
     #[test]
-    fn other_memory_and_refused_resources_have_no_id() {
+    fn other_memory_has_no_id() {
         let packed = info(V::Bgrx, 16, 8);
-        let (device, buffer) = resource_of(4096);
+        let device = Device::new(1);
         let system = gst::Buffer::from_mut_slice(vec![0; packed.size()]);
         assert_eq!(named(system, &packed, &device), Err(Unnamed::NoDmaBuf));
         let mut foreign = gst::Buffer::new();
         let memory = fake::dmabuf(fake::memfd(4096), 4096);
         foreign.get_mut().unwrap().append_memory(memory);
         assert_eq!(named(foreign, &packed, &device), Err(Unnamed::Foreign));
-        let picture = Picture::new(buffer, &packed).unwrap();
-        picture.resource(&device).unwrap().refuse();
-        assert_eq!(picture.resource(&device).unwrap_err(), Unnamed::Refused);
     }
 }

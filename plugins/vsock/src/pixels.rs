@@ -12,7 +12,6 @@ use std::io::IoSlice;
 
 use gst::buffer::{MappedBuffer, Readable};
 use gst::memory::MappedMemory;
-use helix_protocol::Limits;
 use helix_protocol::connection::Body;
 use helix_protocol::message::PixelFormat;
 
@@ -83,8 +82,10 @@ pub struct Pixels {
 }
 
 impl Pixels {
-    /// Maps a picture for reading. Fails, with a reason for a person, where that is not possible.
-    pub fn new(picture: &Picture) -> Result<Self, String> {
+    /// Maps a picture for reading. What lies between its rows goes along only where the whole has
+    /// at most `limit` bytes. Fails, with a reason for a person, where the picture cannot be
+    /// mapped.
+    pub fn new(picture: &Picture, limit: usize) -> Result<Self, String> {
         let nv12 = picture.format == PixelFormat::Nv12;
         // A chroma row is as long as an even luma row, and there is one for a last odd row.
         let odd = |side: u32| if nv12 { side % 2 } else { 0 };
@@ -132,7 +133,7 @@ impl Pixels {
                 && !picture.is_cropped
                 && available >= whole
                 && plane.stride <= 2 * plane.row
-                && whole <= Limits::default().pixels as usize
+                && whole <= limit
             {
                 // One slice, the bytes between the rows included: the host skips them. Where
                 // they are more than the pixels, sending them costs more than gathering; where
@@ -225,10 +226,13 @@ impl Body for Pixels {
 
 #[cfg(test)]
 mod tests {
+    use helix_protocol::Agreement;
+
     use super::*;
 
     fn pixels_of(buffer: gst::Buffer, info: &gst_video::VideoInfo) -> Result<Pixels, String> {
-        Pixels::new(&Picture::new(buffer, info)?)
+        let limit = Agreement::legacy().max_pixels() as usize;
+        Pixels::new(&Picture::new(buffer, info)?, limit)
     }
 
     /// A frame whose bytes are all different from their neighbours, with `padding` bytes after
@@ -344,7 +348,7 @@ mod tests {
     #[test]
     fn padding_that_would_break_the_limit_is_not_sent() {
         let (pixels, _) = frame(gst_video::VideoFormat::Bgrx, 4096, 4096, 256);
-        assert_eq!(pixels.size(), Limits::default().pixels as usize);
+        assert_eq!(pixels.size(), Agreement::legacy().max_pixels() as usize);
         assert_eq!(pixels.stride, 4 * 4096);
     }
 

@@ -4,7 +4,9 @@
 //! done with the replies stands in replies.rs.
 
 use std::collections::VecDeque;
+use std::convert::Infallible;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use helix_protocol::connection::{Body, Event};
 use helix_protocol::message::{Capabilities, FrameRequest, FrameResponse, RequestTag};
@@ -14,22 +16,30 @@ use super::liveness::{Due, Liveness};
 use super::transfer::{Choice, Way};
 use super::worker::{End, Worker};
 use super::{Format, Item, Submitted};
-use crate::dmabuf::KnownResource;
 use crate::picture::Picture;
 use crate::pixels::Pixels;
+use crate::virtgpu::Resource;
 
 /// Encode sessions use this session id by habit.
 pub(super) const SESSION_ID: u16 = 1;
+
+/// A connection that lasts as long, and not because a frame is waited for, shows that the host is
+/// well. One that ends sooner may be one of many that end at once.
+const SETTLED: Duration = Duration::from_secs(2);
+
+/// So many frames in a row without an answer, and the host will not answer any.
+const UNANSWERED: u32 = 3;
 
 /// A request that was sent and has no reply yet.
 pub(super) struct Open {
     pub frame: u32,
     pub pts: i64,
     pub duration: i64,
-    /// Kept until the reply: the host may look at its memory, or refuse it.
-    pub picture: Picture,
+    /// Kept until the reply: the host may refuse it, or look at its memory. `None` where nobody
+    /// waits for the reply and the pixels were sent.
+    pub picture: Option<Picture>,
     /// What it was sent as; `None` = as pixels.
-    pub resource: Option<Arc<KnownResource>>,
+    pub resource: Option<Arc<Resource>>,
     pub forced: bool,
     pub submitted: Submitted,
     /// The frame was reported as dropped, or sent again; its reply, should it come, belongs to
@@ -41,13 +51,24 @@ pub(super) struct Open {
     pub reply: Option<(FrameResponse, Payload)>,
 }
 
+impl Open {
+    /// Nobody waits for its reply any more.
+    pub fn abandon(&mut self) {
+        self.abandoned = true;
+        if self.resource.is_none() {
+            // What is still being sent of it holds its buffer itself.
+            self.picture = None;
+        }
+    }
+}
+
 /// The time on one connection.
 pub(super) struct Conversation {
+    since: Instant,
     /// Oldest first.
     pub open: VecDeque<Open>,
     pub choice: Choice,
-    /// What both ends can do.
-    agreed: Capabilities,
+    host: Arc<Agreement>,
     last_id: u16,
     /// CONFIG_REQs without CONFIG_RESP.
     pub unconfirmed: u32,
@@ -58,12 +79,16 @@ pub(super) struct Conversation {
     pub after_loss: bool,
     /// The host has answered a request, if only with an ERROR.
     pub answered: bool,
+    /// Frames in a row that were given up for want of an answer.
+    pub unanswered: u32,
     /// PTS of the request that was answered last with a frame.
     pub last_answered: Option<i64>,
     /// The last ERROR, for when the connection is lost.
     pub last_error: Option<String>,
     /// ERRORs since the last frame.
     pub refusals: u32,
+    /// The client knows that frames are refused.
+    pub told_of_refusal: bool,
     pub liveness: Liveness,
     /// Sent and received, as far as they are in the session's counts.
     bytes: (u64, u64),
@@ -74,20 +99,23 @@ pub(super) struct Conversation {
 }
 
 impl Conversation {
-    pub fn new(worker: &Worker, choice: Choice, host: &Agreement, after_loss: bool) -> Self {
+    pub fn new(worker: &Worker, choice: Choice, host: Arc<Agreement>, after_loss: bool) -> Self {
         Self {
+            since: Instant::now(),
             open: VecDeque::new(),
             choice,
-            agreed: host.capabilities.unwrap_or_default(),
+            host,
             last_id: 0,
             unconfirmed: 0,
             way: Way::default(),
             announced: Way::default(),
             after_loss,
             answered: false,
+            unanswered: 0,
             last_answered: None,
             last_error: None,
             refusals: 0,
+            told_of_refusal: false,
             liveness: Liveness::new(worker.timeout(), worker.settings.sign_of_life),
             bytes: (0, 0),
             pixel_bytes: 0,
@@ -97,32 +125,9 @@ impl Conversation {
 
     /// Talks until the connection is of no use any more.
     pub fn run(&mut self, worker: &mut Worker, connection: &mut Connection<Pixels>) -> End {
-        // Frames come only after set_format(), and its settings with them; after a loss they are
-        // known already.
-        if let Some(format) = worker.format {
-            self.send_format(connection, format);
-        }
-        let end = loop {
-            if let Err(end) = self.send_queued(worker, connection) {
-                break end;
-            }
-            let deadline = self.liveness.deadline(self.is_waiting_for_reply());
-            let event = match connection.next(&mut worker.waiter, deadline) {
-                Ok(event) => event,
-                Err(error) => break error.into(),
-            };
-            self.count(worker, connection);
-            if let Event::Message(envelope) = event
-                && let Err(end) = self.receive(worker, connection, envelope.message)
-            {
-                break end;
-            }
-            if let Err(end) = self.check_time(worker, connection) {
-                break end;
-            }
-        };
-        if !self.is_waiting_for_reply() {
-            // Nothing was asked of it: the next host gets the whole time again.
+        let Err(end) = self.talk(worker, connection);
+        if self.since.elapsed() >= SETTLED && !self.is_waiting_for_reply() {
+            // The next host gets the whole time again.
             worker.backoff = None;
         }
         match (end, self.last_error.take()) {
@@ -130,6 +135,31 @@ impl Conversation {
                 End::Lost(format!("{reason}; before that, {error}"))
             }
             (end, _) => end,
+        }
+    }
+
+    fn talk(
+        &mut self,
+        worker: &mut Worker,
+        connection: &mut Connection<Pixels>,
+    ) -> Result<Infallible, End> {
+        // Frames come only after set_format(), and its settings with them; after a loss they are
+        // known already.
+        if let Some(format) = worker.format {
+            self.send_format(worker, connection, format)?;
+        }
+        loop {
+            self.send_queued(worker, connection)?;
+            let deadline = self.liveness.deadline(self.is_waiting_for_reply());
+            let event = connection.next(&mut worker.waiter, deadline)?;
+            self.count(worker, connection);
+            match event {
+                Event::Message(envelope) => self.receive(worker, connection, envelope.message)?,
+                // The socket was read before these.
+                Event::Woken | Event::TimedOut => self.liveness.looked(),
+                Event::Drained => {}
+            }
+            self.check_time(worker, connection)?;
         }
     }
 
@@ -153,7 +183,7 @@ impl Conversation {
             match item {
                 Item::Format(format) => {
                     worker.format = Some(format);
-                    self.send_format(connection, format);
+                    self.send_format(worker, connection, format)?;
                 }
                 Item::Frame(request, submitted) => {
                     let interval = worker.settings.keyframe_interval;
@@ -169,7 +199,7 @@ impl Conversation {
                         frame: request.frame,
                         pts: request.pts,
                         duration: request.duration,
-                        picture: request.picture,
+                        picture: None,
                         resource,
                         forced,
                         submitted,
@@ -177,33 +207,46 @@ impl Conversation {
                         tag: RequestTag::default(),
                         reply: None,
                     };
-                    self.send_frame(worker, connection, open)?;
+                    self.send_frame(worker, connection, open, request.picture)?;
                 }
             }
         }
     }
 
-    fn send_format(&mut self, connection: &mut Connection<Pixels>, format: Format) {
+    /// Fails where the host does not take such frames. The streaming thread has asked that too,
+    /// but perhaps of the host before.
+    fn send_format(
+        &mut self,
+        worker: &Worker,
+        connection: &mut Connection<Pixels>,
+        format: Format,
+    ) -> Result<(), End> {
+        if let Some(reason) = format.refused_by(&self.host) {
+            return Err(End::Hopeless(format!("{}: {reason}", worker.address)));
+        }
         connection.send(encode::config_req(SESSION_ID, &format.config));
         self.unconfirmed += 1;
+        Ok(())
     }
 
     /// Whether requests have ids and epochs.
     pub fn is_tagged(&self) -> bool {
-        self.agreed.contains(Capabilities::REQUEST_IDS)
+        self.host.can(Capabilities::REQUEST_IDS)
     }
 
     /// Whether CONFIG_REQ is answered.
     pub fn is_confirmed(&self) -> bool {
-        self.agreed.contains(Capabilities::CONFIG_RESP)
+        self.host.can(Capabilities::CONFIG_RESP)
     }
 
-    /// A name for the next request. No request is 0: that is what an ERROR about none has.
+    /// A name for the next request.
     fn next_tag(&mut self, epoch: u32) -> RequestTag {
         if !self.is_tagged() {
             return RequestTag::default();
         }
-        self.last_id = self.last_id.checked_add(1).unwrap_or(1);
+        self.last_id = next_id(self.last_id, |id| {
+            self.open.iter().any(|open| open.tag.request_id == id)
+        });
         RequestTag {
             epoch: epoch as u8,
             request_id: self.last_id,
@@ -215,9 +258,9 @@ impl Conversation {
         worker: &mut Worker,
         connection: &mut Connection<Pixels>,
         mut open: Open,
+        picture: Picture,
     ) -> Result<(), End> {
         open.tag = self.next_tag(open.submitted.epoch);
-        let picture = &open.picture;
         let mut wire = FrameRequest {
             resource_id: 0,
             width: picture.width,
@@ -229,13 +272,14 @@ impl Conversation {
             force_keyframe: open.forced,
             tag: open.tag,
         };
-        let way = if let Some(known) = &open.resource {
-            wire.resource_id = known.resource.id.get();
+        let way = if let Some(resource) = &open.resource {
+            wire.resource_id = resource.id.get();
             connection.send(encode::frame_request(SESSION_ID, &wire, 0));
             self.resource_frames += 1;
             Way::ResourceId
         } else {
-            let pixels = Pixels::new(picture).map_err(|reason| {
+            let limit = self.host.max_pixels() as usize;
+            let pixels = Pixels::new(&picture, limit).map_err(|reason| {
                 End::Hopeless(format!("a picture cannot be sent as pixels: {reason}"))
             })?;
             (wire.width, wire.height, wire.stride) = (pixels.width, pixels.height, pixels.stride);
@@ -253,6 +297,7 @@ impl Conversation {
         if !self.is_waiting_for_reply() {
             self.liveness.start_waiting();
         }
+        open.picture = Some(picture);
         self.open.push_back(open);
         Ok(())
     }
@@ -267,26 +312,42 @@ impl Conversation {
         connection: &mut Connection<Pixels>,
         index: usize,
     ) -> Result<(), End> {
-        let mut again = Vec::new();
+        self.liveness.start_waiting();
         // The ERROR was the answer to it.
-        again.extend(self.open.remove(index));
+        let Some(mut refused) = self.open.remove(index) else {
+            return Ok(());
+        };
+        if worker.is_flushed(refused.submitted) {
+            // What is behind it and not flushed begins with a keyframe, and so does without it.
+            worker.release();
+            self.finish_ready(worker);
+            return Ok(());
+        }
+        let mut again = Vec::new();
+        if let Some(picture) = refused.picture.take() {
+            again.push((refused, picture));
+        }
         for open in self.open.range_mut(index..).filter(|open| !open.abandoned) {
-            open.abandoned = true;
-            again.push(Open {
-                picture: open.picture.clone(),
-                resource: open.resource.clone(),
+            let Some(picture) = open.picture.clone() else {
+                continue;
+            };
+            open.abandon();
+            let resource = open.resource.clone();
+            let open = Open {
+                picture: None,
+                resource,
                 abandoned: false,
                 reply: None,
                 ..*open
-            });
+            };
+            again.push((open, picture));
         }
         self.open
             .retain(|open| !open.abandoned || open.reply.is_none());
-        again[0].forced |= again.len() > 1;
-        self.liveness.start_waiting();
-        for mut open in again {
+        again[0].0.forced |= again.len() > 1;
+        for (mut open, picture) in again {
             open.resource = self.choice.choose(open.resource.as_ref());
-            self.send_frame(worker, connection, open)?;
+            self.send_frame(worker, connection, open, picture)?;
         }
         Ok(())
     }
@@ -302,6 +363,9 @@ impl Conversation {
 
     fn count(&mut self, worker: &Worker, connection: &Connection<Pixels>) {
         let bytes = (connection.bytes_sent(), connection.bytes_received());
+        if bytes.1 != self.bytes.1 {
+            self.liveness.looked();
+        }
         if bytes != self.bytes {
             self.liveness.progress();
             let mut state = worker.shared.state();
@@ -338,10 +402,43 @@ impl Conversation {
                 worker.address
             ))),
             Due::Unanswered => {
-                self.abandon_oldest(worker);
+                self.abandon_oldest(worker)?;
+                self.unanswered += 1;
+                if self.unanswered >= UNANSWERED {
+                    return Err(End::Lost(format!(
+                        "it is alive, but answers frames no more: {UNANSWERED} in a row were                          given up, each after {waited} ms (timeout)"
+                    )));
+                }
                 self.liveness.start_waiting();
                 Ok(())
             }
         }
+    }
+}
+
+/// The number after `last` that no open request has. None is 0: that is what an ERROR about no
+/// request has.
+fn next_id(last: u16, is_taken: impl Fn(u16) -> bool) -> u16 {
+    let mut id = last;
+    loop {
+        id = id.checked_add(1).unwrap_or(1);
+        // Far fewer are open than there are numbers.
+        if !is_taken(id) {
+            return id;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::next_id;
+
+    #[test]
+    fn an_id_is_not_given_again_while_its_request_is_open() {
+        assert_eq!(next_id(0, |_| false), 1);
+        assert_eq!(next_id(65_534, |_| false), 65_535);
+        assert_eq!(next_id(65_535, |_| false), 1);
+        assert_eq!(next_id(65_533, |id| id == 65_534), 65_535);
+        assert_eq!(next_id(65_535, |id| id <= 2), 3);
     }
 }

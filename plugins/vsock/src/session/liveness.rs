@@ -5,6 +5,10 @@
 //! Something is waited for that must come: the reply to the oldest open request, or a PONG. After
 //! half of `timeout` a PING goes out, after all of it the host is dead, or alive and not
 //! answering. An idle connection says something now and then.
+//!
+//! The thread that asks may have been kept from the connection for longer than that. So a PING has
+//! at least half of `timeout` from its own sending on, and nobody is given up before the socket
+//! was looked at once after it: the answer may lie there.
 
 use std::time::{Duration, Instant};
 
@@ -27,6 +31,16 @@ pub enum Due {
     Unanswered,
 }
 
+/// A PING on its way.
+#[derive(Clone, Copy)]
+struct Ping {
+    sent: Instant,
+    /// Its PONG has come.
+    answered: bool,
+    /// The socket was read after it was sent.
+    looked: bool,
+}
+
 /// The clock of one connection.
 pub struct Liveness {
     timeout: Option<Duration>,
@@ -34,8 +48,8 @@ pub struct Liveness {
     /// When the host last sent or took something.
     progress: Instant,
     waiting_since: Instant,
-    /// A PING was sent in this waiting time, and whether its PONG has come.
-    ping: Option<bool>,
+    /// The first PING of this waiting time.
+    ping: Option<Ping>,
     /// When this side last sent something.
     spoke: Instant,
 }
@@ -61,13 +75,27 @@ impl Liveness {
 
     /// This side has sent a PING.
     pub fn pinged(&mut self) {
-        self.ping = Some(false);
+        // One more tells nothing that this waiting time's first one does not.
+        self.ping.get_or_insert(Ping {
+            sent: Instant::now(),
+            answered: false,
+            looked: false,
+        });
         self.spoke();
+    }
+
+    /// The socket was read, and what it had is taken into account.
+    pub fn looked(&mut self) {
+        if let Some(ping) = &mut self.ping {
+            ping.looked = true;
+        }
     }
 
     /// The host has answered a PING.
     pub fn pong(&mut self) {
-        self.ping = self.ping.map(|_| true);
+        if let Some(ping) = &mut self.ping {
+            ping.answered = true;
+        }
     }
 
     /// The host has sent or taken something.
@@ -87,20 +115,22 @@ impl Liveness {
         let Some(limit) = self.timeout else {
             return sign_of_life;
         };
-        let due = match (waiting, self.ping) {
+        let due = match self.ping {
             // First to ask whether the host is there, then to give up.
-            (true, None) => limit / 2,
-            (true, Some(_)) | (false, Some(false)) => limit,
-            (false, None | Some(true)) => return sign_of_life,
+            None if waiting => self.waiting_since + limit / 2,
+            Some(ping) if waiting || !ping.answered => {
+                (self.waiting_since + limit).max(ping.sent + limit / 2)
+            }
+            _ => return sign_of_life,
         };
-        Deadline::at(self.waiting_since + due).min(sign_of_life)
+        Deadline::at(due).min(sign_of_life)
     }
 
     /// What is to be done. `waiting`: a reply is waited for; `sending`: not all is sent.
     pub fn due(&mut self, waiting: bool, sending: bool) -> Due {
         if self.spoke.elapsed() >= self.sign_of_life {
             // An idle connection begins to wait with its PING, unless it waits for a PONG already.
-            if !waiting && self.ping != Some(false) {
+            if !waiting && self.ping.is_none_or(|ping| ping.answered) {
                 self.start_waiting();
             }
             return Due::Ping;
@@ -118,8 +148,58 @@ impl Liveness {
         }
         match self.ping {
             None => Due::Ping,
-            Some(false) => Due::Dead,
-            Some(true) => Due::Unanswered,
+            Some(ping) if !ping.looked => Due::Nothing,
+            Some(ping) if ping.answered => Due::Unanswered,
+            Some(_) => Due::Dead,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use super::*;
+
+    const LIMIT: Duration = Duration::from_millis(20);
+
+    #[test]
+    fn a_host_is_not_given_up_before_it_was_listened_to_after_the_ping() {
+        let mut liveness = Liveness::new(Some(LIMIT), SIGN_OF_LIFE);
+        // What kept this thread from the connection took longer than the host may.
+        thread::sleep(2 * LIMIT);
+        assert_eq!(liveness.due(true, false), Due::Ping);
+        liveness.pinged();
+        assert_eq!(liveness.due(true, false), Due::Nothing);
+        thread::sleep(2 * LIMIT);
+        assert_eq!(liveness.due(true, false), Due::Nothing);
+        liveness.looked();
+        assert_eq!(liveness.due(true, false), Due::Dead);
+        liveness.pong();
+        assert_eq!(liveness.due(true, false), Due::Unanswered);
+    }
+
+    #[test]
+    fn a_late_ping_has_time_of_its_own() {
+        let limit = Duration::from_secs(20);
+        let mut liveness = Liveness::new(Some(limit), SIGN_OF_LIFE);
+        liveness.waiting_since -= 2 * limit;
+        assert_eq!(liveness.due(true, false), Due::Ping);
+        liveness.pinged();
+        liveness.looked();
+        assert_eq!(liveness.due(true, false), Due::Nothing);
+    }
+
+    #[test]
+    fn pings_that_only_show_life_do_not_put_the_decision_off() {
+        let mut liveness = Liveness::new(Some(LIMIT), SIGN_OF_LIFE);
+        thread::sleep(LIMIT);
+        assert_eq!(liveness.due(true, false), Due::Ping);
+        liveness.pinged();
+        liveness.pong();
+        thread::sleep(LIMIT);
+        liveness.pinged();
+        liveness.looked();
+        assert_eq!(liveness.due(true, false), Due::Unanswered);
     }
 }

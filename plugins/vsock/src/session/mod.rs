@@ -30,8 +30,8 @@ use zerocopy_plugin_common::{ConnectionSettings, Quantiles};
 pub use self::liveness::SIGN_OF_LIFE;
 pub use self::transfer::Way;
 use self::worker::Worker;
-use crate::dmabuf::KnownResource;
 use crate::picture::Picture;
+use crate::virtgpu::Resource;
 use crate::vsockenc::Transfer;
 
 mod conversation;
@@ -87,7 +87,7 @@ pub struct Request {
     /// The picture.
     pub picture: Picture,
     /// As what it may be sent, if not only as pixels.
-    pub resource: Option<Arc<KnownResource>>,
+    pub resource: Option<Arc<Resource>>,
 }
 
 /// What the frames to come look like.

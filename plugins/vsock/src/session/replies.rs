@@ -22,6 +22,10 @@ use crate::pixels::Pixels;
 /// forgotten.
 const ABANDONED: usize = 64;
 
+/// Resources that a host may keep without saying what became of them. They are buffers of
+/// somebody else's pool, and those are small (L4).
+const HELD: usize = 4;
+
 /// A host that refuses so many frames in a row, and has encoded none, will not encode any.
 const REFUSALS: u32 = 120;
 
@@ -72,6 +76,7 @@ impl Conversation {
             worker.shared.state().counts.unmatched += 1;
             return;
         };
+        self.unanswered = 0;
         if self.open[index].abandoned {
             // Nobody waits for it, so it is nobody's turn.
             if let Some(open) = self.open.remove(index) {
@@ -84,7 +89,7 @@ impl Conversation {
     }
 
     /// Finishes the oldest frames, as far as their replies are there.
-    fn finish_ready(&mut self, worker: &mut Worker) {
+    pub fn finish_ready(&mut self, worker: &mut Worker) {
         loop {
             let oldest = self.open.iter().position(|open| !open.abandoned);
             let ready = oldest.filter(|index| self.open[*index].reply.is_some());
@@ -110,6 +115,7 @@ impl Conversation {
             }
             None => 0,
         };
+        self.unanswered = 0;
         for _ in 0..skipped {
             self.drop_open(worker, 0, "the host skipped it");
         }
@@ -181,6 +187,7 @@ impl Conversation {
             return Ok(());
         };
         self.answered = true;
+        self.unanswered = 0;
         if self.open[index].abandoned {
             self.open.remove(index);
             return Ok(());
@@ -189,7 +196,7 @@ impl Conversation {
             return self.send_again(worker, connection, index);
         }
         self.refusals += 1;
-        if self.last_error.is_none() {
+        if !std::mem::replace(&mut self.told_of_refusal, true) {
             worker.client.refused(&reason);
         }
         self.drop_open(worker, index, &reason);
@@ -212,15 +219,15 @@ impl Conversation {
         index: usize,
         error: &ErrorMessage,
     ) -> Result<bool, End> {
-        let Some(known) = &self.open[index].resource else {
+        let Some(resource) = &self.open[index].resource else {
             return Ok(false);
         };
-        let id = known.resource.id;
+        let id = resource.id;
         let text = format!(
             "the host refuses resource {id}: {}: {}",
             error.code, error.text
         );
-        match self.choice.refused(known, error.code) {
+        match self.choice.refused(resource, error.code) {
             Refusal::Frame => Ok(false),
             Refusal::Resource { all } => {
                 if all {
@@ -246,10 +253,11 @@ impl Conversation {
     }
 
     /// Gives the oldest open frame up, but remembers its request: should the reply come late, it
-    /// must not be taken for another's.
-    pub fn abandon_oldest(&mut self, worker: &mut Worker) {
+    /// must not be taken for another's. Fails where the host keeps too many buffers in this way;
+    /// they are free when the connection has ended.
+    pub fn abandon_oldest(&mut self, worker: &mut Worker) -> Result<(), End> {
         if let Some(open) = self.open.iter_mut().find(|open| !open.abandoned) {
-            open.abandoned = true;
+            open.abandon();
             worker.force_keyframe |= open.forced;
             let reason = "the host did not answer it in time";
             worker.drop_frame(open.frame, open.submitted, reason);
@@ -260,5 +268,13 @@ impl Conversation {
             self.open.remove(oldest);
         }
         self.finish_ready(worker);
+        let abandoned = self.open.iter().filter(|open| open.abandoned);
+        let held = abandoned.filter(|open| open.picture.is_some()).count();
+        if held >= HELD {
+            return Err(End::Lost(format!(
+                "it did not answer {held} pictures that it may still read as resources"
+            )));
+        }
+        Ok(())
     }
 }

@@ -17,11 +17,11 @@
 //! With `auto`, a picture that the host refuses is sent again as pixels. A host that has taken
 //! no id yet gets no other one on this connection; one that has gets ids of other buffers.
 
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 
 use helix_protocol::message::{Capabilities, ErrorCode};
 
-use crate::dmabuf::KnownResource;
+use crate::virtgpu::Resource;
 use crate::vsockenc::Transfer;
 
 /// How a picture travels.
@@ -63,6 +63,8 @@ pub enum Refusal {
 pub struct Choice {
     wanted: Transfer,
     ids: Ids,
+    /// Those that the host could not use.
+    refused: Vec<Weak<Resource>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,13 +92,24 @@ impl Choice {
             (Transfer::Auto, Some(true)) | (Transfer::ResourceId, _) => Ids::Possible,
             (Transfer::Auto | Transfer::Fd | Transfer::Pixels, _) => Ids::Out,
         };
-        Ok(Self { wanted, ids })
+        let refused = Vec::new();
+        Ok(Self {
+            wanted,
+            ids,
+            refused,
+        })
     }
 
     /// The resource as which a picture is to be sent, if not as pixels.
-    pub fn choose(&self, known: Option<&Arc<KnownResource>>) -> Option<Arc<KnownResource>> {
-        known
-            .filter(|known| self.ids != Ids::Out && !known.is_refused())
+    pub fn choose(&self, resource: Option<&Arc<Resource>>) -> Option<Arc<Resource>> {
+        // The place is nobody else's for as long as there is a Weak to it.
+        let is = |resource: &Arc<Resource>, refused: &Weak<Resource>| {
+            std::ptr::eq(refused.as_ptr(), Arc::as_ptr(resource))
+        };
+        resource
+            .filter(|resource| {
+                self.ids != Ids::Out && !self.refused.iter().any(|refused| is(resource, refused))
+            })
             .cloned()
     }
 
@@ -108,7 +121,7 @@ impl Choice {
     }
 
     /// The host answered a picture that was sent as this resource with an ERROR.
-    pub fn refused(&mut self, known: &KnownResource, code: ErrorCode) -> Refusal {
+    pub fn refused(&mut self, resource: &Arc<Resource>, code: ErrorCode) -> Refusal {
         match code {
             // The first where the host has the resource, but of another size or layout.
             ErrorCode::INVALID_MESSAGE
@@ -120,7 +133,8 @@ impl Choice {
         if self.wanted == Transfer::ResourceId {
             return Refusal::OnlyWay;
         }
-        known.refuse();
+        self.refused.retain(|refused| refused.strong_count() > 0);
+        self.refused.push(Arc::downgrade(resource));
         if self.ids == Ids::Possible {
             self.ids = Ids::Out;
             return Refusal::Resource { all: true };
@@ -134,15 +148,14 @@ mod tests {
     use std::num::NonZeroU32;
 
     use super::*;
-    use crate::virtgpu::Resource;
 
     const RESOLVES: Option<Capabilities> = Some(Capabilities::RESOURCE_IDS);
     const DOES_NOT: Option<Capabilities> = Some(Capabilities::REQUEST_IDS);
     const LEGACY: Option<Capabilities> = None;
 
-    fn known(id: u32) -> Arc<KnownResource> {
+    fn known(id: u32) -> Arc<Resource> {
         let id = NonZeroU32::new(id).unwrap();
-        Arc::new(Resource { id, size: 1 }.into())
+        Arc::new(Resource { id, size: 1 })
     }
 
     #[test]
@@ -188,6 +201,9 @@ mod tests {
         assert_eq!(one, Refusal::Resource { all: false });
         assert!(choice.choose(Some(&bad)).is_none());
         assert!(choice.choose(Some(&known(2))).is_some());
+        // Another host, or this one after a loss, may be able to use it.
+        let other = Choice::new(Transfer::Auto, RESOLVES).unwrap();
+        assert!(other.choose(Some(&bad)).is_some());
     }
 
     #[test]

@@ -28,6 +28,8 @@ pub(super) enum End {
     Cancelled,
     /// Another connection may do better.
     Lost(String),
+    /// The host has no place for this client now.
+    Full(String),
     /// No other connection would.
     Hopeless(String),
 }
@@ -84,22 +86,28 @@ impl Worker {
 
     pub fn run(&mut self) {
         let mut connected = match self.connect() {
-            Ok(connected) => connected,
-            Err(End::Cancelled) => return,
-            Err(End::Lost(reason) | End::Hopeless(reason)) => return self.fail(&reason),
+            Err(End::Full(reason)) => self.call_again(&reason),
+            connected_or_not => connected_or_not,
         };
         let mut again = false;
         loop {
-            let (mut connection, host) = connected;
+            let (mut connection, host) = match connected {
+                Ok(connected) => connected,
+                Err(End::Cancelled) => return,
+                Err(End::Lost(reason) | End::Full(reason) | End::Hopeless(reason)) => {
+                    return self.fail(&reason);
+                }
+            };
             let choice = match Choice::new(self.settings.transfer, host.capabilities) {
                 Ok(choice) => choice,
                 Err(reason) => return self.fail(&format!("{}: {reason}", self.address)),
             };
             self.client.connected(&connection.stream().peer(), &host);
-            let mut conversation = Conversation::new(self, choice, &host, again);
+            let host = Arc::new(host);
+            let mut conversation = Conversation::new(self, choice, host.clone(), again);
             self.shared.update(|state| {
                 state.status = Status::Connected;
-                state.host = Some(Arc::new(host));
+                state.host = Some(host);
                 state.counts.reconnects += u64::from(again);
             });
             let end = conversation.run(self, &mut connection);
@@ -108,13 +116,14 @@ impl Worker {
             let reason = match end {
                 End::Cancelled => return,
                 End::Hopeless(reason) => return self.fail(&reason),
-                End::Lost(reason) => reason,
+                End::Lost(reason) | End::Full(reason) => reason,
             };
-            connected = match self.reconnect(&reason) {
-                Ok(connected) => connected,
-                Err(End::Cancelled) => return,
-                Err(End::Lost(reason) | End::Hopeless(reason)) => return self.fail(&reason),
-            };
+            // Before it is called: until then, frames would wait for it.
+            self.shared
+                .update(|state| state.status = Status::Reconnecting);
+            self.drop_queued_frames();
+            self.force_keyframe = true;
+            connected = self.call_again(&format!("lost {}: {reason}", self.address));
             again = true;
         }
     }
@@ -139,7 +148,7 @@ impl Worker {
             deadline,
         )
         .map_err(|error| self.not_greeted(error))?;
-        self.is_of_use(&host)
+        Self::is_of_use(&host)
             .map_err(|reason| End::Hopeless(format!("{}: {reason}", self.address)))?;
         Ok((connection, host))
     }
@@ -168,7 +177,7 @@ impl Worker {
                 let text = self.settings.connection.refusal(&error);
                 match error.code {
                     // It might have a place for us later.
-                    ErrorCode::INTERNAL => End::Lost(text),
+                    ErrorCode::INTERNAL => End::Full(text),
                     _ => End::Hopeless(text),
                 }
             }
@@ -184,7 +193,7 @@ impl Worker {
     }
 
     /// Why nothing can come of a host, if so.
-    fn is_of_use(&self, host: &Agreement) -> Result<(), String> {
+    fn is_of_use(host: &Agreement) -> Result<(), String> {
         if host.codecs & CODEC_H264 == 0 {
             return Err(format!(
                 "the host encodes no H.264 (codecs {:#x} in its HELLO_RESP); give it an H.264 \
@@ -197,29 +206,23 @@ impl Worker {
                 "the host takes no requests (max_in_flight 0 in its HELLO_RESP)".to_owned(),
             );
         }
-        match self.format.and_then(|format| format.refused_by(host)) {
-            Some(reason) => Err(reason),
-            None => Ok(()),
-        }
+        Ok(())
     }
 
-    fn reconnect(&mut self, reason: &str) -> Result<(Connection<Pixels>, Agreement), End> {
+    /// Connects again and again, as long as the settings permit. `why` is what is wrong.
+    fn call_again(&mut self, why: &str) -> Result<(Connection<Pixels>, Agreement), End> {
         let limit = self.settings.connection.reconnect_timeout();
-        let lost = format!("lost {}: {reason}", self.address);
         if limit.is_zero() {
-            return Err(End::Lost(lost));
+            return Err(End::Lost(why.to_owned()));
         }
-        self.shared
-            .update(|state| state.status = Status::Reconnecting);
-        self.drop_queued_frames();
-        self.client.reconnecting(&lost);
+        self.client.reconnecting(why);
         let mut outcome = String::new();
         loop {
             let backoff = self.backoff.get_or_insert_with(|| Backoff::new(limit));
             let Some(at) = backoff.next_attempt() else {
                 let tried = limit.as_millis();
                 return Err(End::Lost(format!(
-                    "{lost}; not found again within {tried} ms (reconnect-timeout){outcome}"
+                    "{why}; called again for {tried} ms (reconnect-timeout) in vain{outcome}"
                 )));
             };
             loop {
@@ -231,12 +234,8 @@ impl Worker {
                 }
             }
             match self.connect() {
-                Ok(connected) => {
-                    self.force_keyframe = true;
-                    return Ok(connected);
-                }
-                Err(End::Lost(reason)) => outcome = format!("; {reason}"),
-                Err(end) => return Err(end),
+                Err(End::Lost(reason) | End::Full(reason)) => outcome = format!("; {reason}"),
+                connected_or_not => return connected_or_not,
             }
         }
     }

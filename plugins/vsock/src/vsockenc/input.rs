@@ -14,10 +14,10 @@ use helix_protocol::wait::{Deadline, Wake};
 use super::Transfer;
 use super::imp::{CAT, VsockEnc, lock};
 use super::settings::Settings;
-use crate::dmabuf::{self, KnownResource};
+use crate::dmabuf;
 use crate::picture::{Picture, pixel_format};
 use crate::session::{Format, Session, Submission};
-use crate::virtgpu::{Node, Resources};
+use crate::virtgpu::{Node, Resource, Resources};
 
 /// What draws into a DMA-BUF is done by then, or never will be: a display's worst frame takes some
 /// hundred milliseconds.
@@ -80,7 +80,7 @@ impl VsockEnc {
         &self,
         picture: &Picture,
         resources: Option<&dyn Resources>,
-    ) -> Result<Option<Arc<KnownResource>>, gst::FlowError> {
+    ) -> Result<Option<Arc<Resource>>, gst::FlowError> {
         let Some(resources) = resources else {
             return Ok(None);
         };

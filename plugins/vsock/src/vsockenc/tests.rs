@@ -83,6 +83,17 @@ impl Encoder {
         self.harness.push(buffer)
     }
 
+    fn flush(&mut self) {
+        let segment = gst::FormattedSegment::<gst::ClockTime>::new();
+        for event in [
+            gst::event::FlushStart::new(),
+            gst::event::FlushStop::new(true),
+            gst::event::Segment::new(&segment),
+        ] {
+            assert!(self.harness.push_event(event));
+        }
+    }
+
     /// The PTS of the next access unit, in frames.
     fn pull(&mut self) -> u64 {
         let pts = self.harness.pull().expect("an encoded frame").pts();
@@ -208,12 +219,7 @@ fn a_resource_stays_until_its_reply_even_after_a_flush() {
     encoder.push(&watched).unwrap();
     drop(watched);
     opened.recv().unwrap();
-    encoder.harness.push_event(gst::event::FlushStart::new());
-    encoder.harness.push_event(gst::event::FlushStop::new(true));
-    let segment = gst::FormattedSegment::<gst::ClockTime>::new();
-    encoder
-        .harness
-        .push_event(gst::event::Segment::new(&segment));
+    encoder.flush();
     assert!(is_shared(&memory), "the host may still look at it");
     let other = encoder.known(6);
     encoder.push(&other).unwrap();
@@ -413,6 +419,68 @@ fn behind_a_refused_picture(peer: &Peer) {
     );
     // The bad one is known for it now; the good one is not.
     assert_eq!(sent[5..], [(3, 0), (4, GOOD)]);
+}
+
+#[test]
+fn a_host_that_keeps_resources_without_an_answer_is_called_anew() {
+    // Answers good ones only.
+    let peer = naming_host(|link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message
+            && request.resource_id == GOOD
+        {
+            link.answer(request);
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(&peer, Transfer::Auto);
+    encoder.element.set_property("max-in-flight", 1u32);
+    encoder.element.set_property("timeout", 40u32);
+    let (good, bad) = (encoder.known(GOOD), encoder.known(BAD));
+    while encoder.stat::<u64>("reconnects") == 0 {
+        encoder.push(&good).unwrap();
+        encoder.push(&bad).unwrap();
+    }
+    let unanswered = std::iter::from_fn(|| Some(peer.next()))
+        .take_while(|seen| !matches!(seen, Seen::Closed))
+        .filter_map(request)
+        .filter(|(request, _)| request.resource_id == BAD);
+    assert_eq!(unanswered.count(), 4);
+}
+
+#[test]
+fn a_refused_picture_that_was_flushed_is_not_sent_again() {
+    let mut bad = None;
+    let peer = naming_host(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            if request.resource_id == BAD {
+                bad = Some(request.tag);
+            } else {
+                // By now the other one is flushed.
+                if let Some(tag) = bad.take() {
+                    refuse_named(link, ErrorCode::NO_NATIVE_SURFACE, Some(tag));
+                }
+                link.answer(request);
+            }
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(&peer, Transfer::Auto);
+    let (good, bad) = (encoder.known(GOOD), encoder.known(BAD));
+    encoder.push(&good).unwrap();
+    assert_eq!(encoder.pull(), 0);
+    encoder.push(&bad).unwrap();
+    let mut sent: Vec<_> = (0..2)
+        .map(|_| peer.wait_for(request).0.resource_id)
+        .collect();
+    encoder.flush();
+    encoder.push(&good).unwrap();
+    assert_eq!(encoder.pull(), 2);
+    encoder.push(&good).unwrap();
+    assert_eq!(encoder.pull(), 3);
+    sent.extend((0..2).map(|_| peer.wait_for(request).0.resource_id));
+    assert_eq!(sent, [GOOD, BAD, GOOD, GOOD]);
 }
 
 #[test]

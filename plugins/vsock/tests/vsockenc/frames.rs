@@ -5,9 +5,9 @@
 use std::time::Duration;
 
 use gst::prelude::*;
-use helix_protocol::message::{ErrorCode, ErrorMessage, FrameRequest};
-use helix_protocol::{Message, encode};
-use zerocopy_test_support::peer::{DELTA, KEYFRAME, LONG, Peer, Seen, Then};
+use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, FrameRequest};
+use helix_protocol::{Agreement, Message, encode};
+use zerocopy_test_support::peer::{DELTA, Greets, KEYFRAME, LONG, Peer, Seen, Then, hello};
 
 use super::*;
 
@@ -66,6 +66,36 @@ fn the_request_carries_the_frame() {
         assert_eq!(pixels.len(), 64 * 48 * 4);
         assert!(pixels.iter().all(|&byte| byte == number as u8));
     }
+}
+
+#[test]
+fn padding_that_the_host_does_not_take_is_not_sent() {
+    const SIZE: u32 = 64 * 48 * 4;
+    let mut theirs = hello(Capabilities::REQUEST_IDS);
+    theirs.max_message = Agreement::legacy().max_message - Agreement::legacy().max_pixels() + SIZE;
+    let peer = Peer::greeting(Greets::With(theirs), |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            link.answer(request);
+        }
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "");
+    let mut buffer = encoder.buffer(320 * 48, 1);
+    gst_video::VideoMeta::add_full(
+        buffer.get_mut().unwrap(),
+        gst_video::VideoFrameFlags::empty(),
+        gst_video::VideoFormat::Bgrx,
+        64,
+        48,
+        &[0],
+        &[320],
+    )
+    .unwrap();
+    encoder.harness.push(buffer).unwrap();
+    encoder.pull();
+    let request = peer.wait_for(request);
+    assert_eq!(request.stride, 256);
+    assert_eq!(encoder.stat("pixel-bytes"), u64::from(SIZE));
 }
 
 #[test]

@@ -2,11 +2,19 @@
 
 //! Hosts that are not there, go away, come back, refuse, or talk nonsense.
 
-use helix_protocol::message::{ErrorCode, ErrorMessage};
+use std::sync::Arc;
+
+use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage};
 use helix_protocol::{Message, encode};
-use zerocopy_test_support::peer::{Greets, Peer, Seen, Then};
+use zerocopy_test_support::peer::{Greets, Link, Peer, Seen, Then, hello};
 
 use super::*;
+
+/// Sends an ERROR about the oldest request, or about the client.
+fn refuse(link: &mut Link, code: ErrorCode, text: &str) {
+    let (text, tag) = (text.to_owned(), None);
+    link.send(encode::error(1, &ErrorMessage { code, text, tag }));
+}
 
 #[test]
 fn a_host_that_never_answers_frames_is_named() {
@@ -95,7 +103,10 @@ fn a_host_that_stays_away_is_an_error_after_the_reconnect_timeout() {
     encoder.pull();
     drop(peer);
     let error = encoder.error();
-    assert!(error.contains("not found again within 300 ms"), "{error}");
+    assert!(
+        error.contains("called again for 300 ms (reconnect-timeout) in vain"),
+        "{error}"
+    );
     assert_eq!(
         encoder.connection_states(),
         ["connected", "reconnecting", "lost"]
@@ -152,30 +163,172 @@ fn garbage_from_a_host_is_an_error_that_says_what_is_wrong() {
 }
 
 #[test]
-fn a_loss_while_idle_starts_the_reconnect_time_anew() {
-    // Closes each connection once it is greeted: as a host would that was restarted again and
-    // again.
-    let peer = Peer::greeting(Greets::Script, |link, envelope| {
+fn a_host_that_answers_starts_the_reconnect_time_anew() {
+    // Closes each connection after a frame: as a host would that is restarted again and again.
+    let peer = Peer::new(|link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            link.answer(request);
+            return Then::CloseAfterSending;
+        }
+        Then::GoOn
+    });
+    // The pauses of one such time allow three attempts.
+    let mut encoder = Encoder::new(peer.port(), "reconnect-timeout=150 max-in-flight=1");
+    for _ in 0..8 {
+        while encoder.harness.try_pull().is_none() {
+            encoder.push().unwrap();
+        }
+    }
+}
+
+#[test]
+fn a_host_that_only_greets_does_not_start_the_reconnect_time_anew() {
+    let peer = Peer::new(|_, envelope| match &envelope.message {
+        Message::ConfigReq(_) => Then::Close,
+        _ => Then::GoOn,
+    });
+    let mut encoder = Encoder::new(peer.port(), "reconnect-timeout=300");
+    let error = encoder.error();
+    assert!(error.contains("called again for 300 ms"), "{error}");
+    let connections = peer.seen().into_iter();
+    let connections = connections.filter(|seen| matches!(seen, Seen::Connected));
+    // After 50, 150 and 300 ms, and the first one.
+    assert!(connections.count() <= 4);
+}
+
+#[test]
+fn a_host_that_answers_no_more_is_called_anew_and_then_given_up() {
+    let mut answered = false;
+    let peer = Peer::new(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message
+            && !std::mem::replace(&mut answered, true)
+        {
+            link.answer(request);
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "timeout=60");
+    let mut frames = 0;
+    while encoder.push().is_ok() {
+        frames += 1;
+        assert!(frames < 1_000_000, "it goes on for ever");
+    }
+    let error = encoder.error();
+    assert!(error.contains("did not answer a FRAME_REQUEST"), "{error}");
+    assert_eq!(
+        encoder.connection_states(),
+        ["connected", "reconnecting", "connected", "lost"]
+    );
+}
+
+/// A buffer's bytes, and somebody who counts them.
+struct Counted(
+    Vec<u8>,
+    #[expect(dead_code, reason = "it only counts")] Arc<()>,
+);
+
+impl AsRef<[u8]> for Counted {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
+    }
+}
+
+#[test]
+fn frames_that_were_given_up_do_not_keep_their_buffers() {
+    let mut requests = 0;
+    let greets = Greets::With(hello(Capabilities::REQUEST_IDS));
+    let peer = Peer::greeting(greets, move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            requests += 1;
+            if requests % 2 == 1 {
+                link.answer(request);
+            }
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=1 timeout=40");
+    let alive = Arc::new(());
+    for number in 0..20 {
+        let bytes = Counted(vec![0; 64 * 48 * 4], alive.clone());
+        let mut buffer = gst::Buffer::from_slice(bytes);
+        buffer.get_mut().unwrap().set_pts(FRAME * number);
+        encoder.harness.push(buffer).unwrap();
+    }
+    // The last one is finished, too.
+    assert!(encoder.harness.push_event(gst::event::Eos::new()));
+    assert_eq!(encoder.stat("dropped"), 10);
+    while encoder.harness.try_pull().is_some() {}
+    peer.seen();
+    let held = Arc::strong_count(&alive) - 1;
+    assert!(held <= 2, "{held} buffers are held");
+}
+
+#[test]
+fn a_host_that_is_full_at_first_is_called_again() {
+    let mut clients = 0;
+    let peer = Peer::greeting(Greets::Script, move |link, envelope| {
+        if matches!(envelope.message, Message::Hello(_)) {
+            clients += 1;
+            if clients == 1 {
+                refuse(link, ErrorCode::INTERNAL, "too many clients");
+                return Then::CloseAfterSending;
+            }
+        }
         if let Message::FrameRequest(request, _) = &envelope.message {
             link.answer(request);
         }
-        if link.pong(envelope) {
-            Then::CloseAfterSending
-        } else {
-            Then::GoOn
-        }
+        link.pong(envelope);
+        Then::GoOn
     });
-    let encoder = Encoder::new(peer.port(), "reconnect-timeout=150");
-    // Pauses of one budget of 150 ms allow three attempts.
-    for _ in 0..12 {
-        peer.wait_for(|seen| matches!(seen, Seen::Connected).then_some(()));
+    let mut encoder = Encoder::new(peer.port(), "");
+    // Nothing is lost meanwhile.
+    encoder.push().unwrap();
+    assert_eq!(encoder.pull().pts(), Some(gst::ClockTime::ZERO));
+    assert_eq!(encoder.stat("reconnects"), 0);
+    assert_eq!(encoder.connection_states(), ["reconnecting", "connected"]);
+}
+
+#[test]
+fn a_host_that_stays_full_is_an_error_that_says_so() {
+    let peer = Peer::greeting(Greets::Script, |link, _| {
+        refuse(link, ErrorCode::INTERNAL, "too many clients");
+        Then::CloseAfterSending
+    });
+    let mut encoder = Encoder::new(peer.port(), "reconnect-timeout=200");
+    let error = encoder.error();
+    assert!(error.contains("too many clients"), "{error}");
+    assert!(error.contains("called again for 200 ms"), "{error}");
+    let mut encoder = Encoder::new(peer.port(), "reconnect-timeout=0");
+    let error = encoder.error();
+    assert!(error.contains("too many clients"), "{error}");
+}
+
+#[test]
+fn a_host_that_refuses_now_and_then_is_one_warning() {
+    let peer = Peer::new(|link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            let number = request.pts / FRAME.nseconds() as i64;
+            if number % 2 == 1 {
+                refuse(link, ErrorCode::ENCODE_FAILED, "no luck");
+            } else {
+                link.answer(request);
+            }
+        }
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=1");
+    for _ in 0..9 {
+        encoder.push().unwrap();
     }
-    assert!(
-        encoder
-            .bus
-            .pop_filtered(&[gst::MessageType::Error])
-            .is_none()
-    );
+    for _ in 0..5 {
+        encoder.pull();
+    }
+    assert_eq!(encoder.stat("errors"), 4);
+    let mut warning = || encoder.message(gst::MessageType::Warning, Duration::ZERO);
+    assert!(warning().is_some());
+    assert!(warning().is_none());
 }
 
 #[test]
@@ -190,15 +343,7 @@ fn a_host_that_accepts_and_says_nothing_is_found_out_without_a_frame() {
 fn the_hosts_reason_is_in_the_error_about_its_loss() {
     let peer = Peer::new(|link, envelope| {
         if matches!(envelope.message, Message::FrameRequest(..)) {
-            let (code, text) = (ErrorCode::INVALID_MESSAGE, "that is too large".to_owned());
-            link.send(encode::error(
-                1,
-                &ErrorMessage {
-                    code,
-                    text,
-                    tag: None,
-                },
-            ));
+            refuse(link, ErrorCode::INVALID_MESSAGE, "that is too large");
             return Then::CloseAfterSending;
         }
         link.pong(envelope);
@@ -214,15 +359,7 @@ fn the_hosts_reason_is_in_the_error_about_its_loss() {
 fn a_host_that_refuses_everything_is_given_up() {
     let peer = Peer::new(|link, envelope| {
         if matches!(envelope.message, Message::FrameRequest(..)) {
-            let (code, text) = (ErrorCode::ENCODE_FAILED, "no encoder".to_owned());
-            link.send(encode::error(
-                1,
-                &ErrorMessage {
-                    code,
-                    text,
-                    tag: None,
-                },
-            ));
+            refuse(link, ErrorCode::ENCODE_FAILED, "no encoder");
         }
         link.pong(envelope);
         Then::GoOn

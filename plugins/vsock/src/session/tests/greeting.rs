@@ -105,6 +105,63 @@ fn a_host_that_is_full_is_called_again() {
 }
 
 #[test]
+fn a_connection_that_lasted_starts_the_reconnect_time_anew() {
+    // Goes when it has not been asked for anything for a while.
+    let peer = Peer::new(|_, envelope| match &envelope.message {
+        Message::Ping => Then::Close,
+        _ => Then::GoOn,
+    });
+    let properties: &[(&str, &dyn glib::value::ToValue)] = &[
+        ("tcp-host", &"127.0.0.1"),
+        ("tcp-port", &peer.port()),
+        ("reconnect-timeout", &200u32),
+    ];
+    let run = Run::with(properties, Duration::from_millis(2100));
+    for _ in 0..3 {
+        run.wait_for(|told| match told {
+            Told::Connected(_) => Some(()),
+            Told::Failed(reason) => panic!("{reason}"),
+            _ => None,
+        });
+    }
+}
+
+#[test]
+fn settings_given_while_a_host_is_lost_are_compared_with_the_next_one() {
+    let (gone, let_in) = (channel::<()>(), channel::<()>());
+    let (tell_gone, wait_to_let_in) = (gone.0, let_in.1);
+    let mut clients = 0;
+    let peer = Peer::greeting(Greets::Script, move |link, envelope| {
+        if matches!(envelope.message, Message::Hello(_)) {
+            clients += 1;
+            if clients == 2 {
+                tell_gone.send(()).unwrap();
+                wait_to_let_in.recv().unwrap();
+            }
+            let max_width = if clients == 1 { 8192 } else { 2 };
+            link.hello_resp(&Hello {
+                max_width,
+                ..hello(Capabilities(0))
+            });
+        }
+        if matches!(envelope.message, Message::ConfigReq(_)) && clients == 1 {
+            return Then::Close;
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let run = run(&peer, 20_000);
+    gone.1.recv_timeout(LONG).unwrap();
+    let mut larger = format();
+    larger.config.width = 4;
+    run.session.configure(larger);
+    let_in.0.send(()).unwrap();
+    let reason = run.failure();
+    assert!(reason.contains("limit of 2x8192"), "{reason}");
+    assert!(reason.contains("127.0.0.1"), "{reason}");
+}
+
+#[test]
 fn a_host_without_h264_or_without_places_is_named() {
     for (theirs, said) in [
         (
