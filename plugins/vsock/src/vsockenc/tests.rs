@@ -435,7 +435,7 @@ fn a_host_that_keeps_resources_without_an_answer_is_called_anew() {
     });
     let mut encoder = Encoder::new(&peer, Transfer::Auto);
     encoder.element.set_property("max-in-flight", 1u32);
-    encoder.element.set_property("timeout", 40u32);
+    encoder.element.set_property("timeout", 200u32);
     let (good, bad) = (encoder.known(GOOD), encoder.known(BAD));
     while encoder.stat::<u64>("reconnects") == 0 {
         encoder.push(&good).unwrap();

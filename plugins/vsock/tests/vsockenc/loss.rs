@@ -198,22 +198,20 @@ fn a_host_that_only_greets_does_not_start_the_reconnect_time_anew() {
 
 #[test]
 fn a_host_that_answers_no_more_is_called_anew_and_then_given_up() {
-    let mut answered = false;
+    let mut requests = 0;
     let peer = Peer::new(move |link, envelope| {
-        if let Message::FrameRequest(request, _) = &envelope.message
-            && !std::mem::replace(&mut answered, true)
-        {
-            link.answer(request);
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            requests += 1;
+            assert!(requests < 20, "it goes on for ever");
+            if requests == 1 {
+                link.answer(request);
+            }
         }
         link.pong(envelope);
         Then::GoOn
     });
-    let mut encoder = Encoder::new(peer.port(), "timeout=60");
-    let mut frames = 0;
-    while encoder.push().is_ok() {
-        frames += 1;
-        assert!(frames < 1_000_000, "it goes on for ever");
-    }
+    let mut encoder = Encoder::new(peer.port(), "timeout=300");
+    while encoder.push().is_ok() {}
     let error = encoder.error();
     assert!(error.contains("did not answer a FRAME_REQUEST"), "{error}");
     assert_eq!(
@@ -248,9 +246,9 @@ fn frames_that_were_given_up_do_not_keep_their_buffers() {
         link.pong(envelope);
         Then::GoOn
     });
-    let mut encoder = Encoder::new(peer.port(), "max-in-flight=1 timeout=40");
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=1 timeout=200");
     let alive = Arc::new(());
-    for number in 0..20 {
+    for number in 0..12 {
         let bytes = Counted(vec![0; 64 * 48 * 4], alive.clone());
         let mut buffer = gst::Buffer::from_slice(bytes);
         buffer.get_mut().unwrap().set_pts(FRAME * number);
@@ -258,7 +256,7 @@ fn frames_that_were_given_up_do_not_keep_their_buffers() {
     }
     // The last one is finished, too.
     assert!(encoder.harness.push_event(gst::event::Eos::new()));
-    assert_eq!(encoder.stat("dropped"), 10);
+    assert_eq!(encoder.stat("dropped"), 6);
     while encoder.harness.try_pull().is_some() {}
     peer.seen();
     let held = Arc::strong_count(&alive) - 1;
