@@ -424,11 +424,15 @@ fn behind_a_refused_picture(peer: &Peer) {
 #[test]
 fn a_host_that_keeps_resources_without_an_answer_is_called_anew() {
     // Answers good ones only.
-    let peer = naming_host(|link, envelope| {
-        if let Message::FrameRequest(request, _) = &envelope.message
-            && request.resource_id == GOOD
-        {
-            link.answer(request);
+    let mut unanswered = 0;
+    let peer = naming_host(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            if request.resource_id == GOOD {
+                link.answer(request);
+            } else {
+                unanswered += 1;
+                assert!(unanswered < 8, "it goes on for ever");
+            }
         }
         link.pong(envelope);
         Then::GoOn
