@@ -9,15 +9,17 @@ use std::time::{Duration, Instant};
 use helix_protocol::connection::{Body, ConnectionError, Event};
 use helix_protocol::encode;
 use helix_protocol::message::{
-    Capabilities, Config, ErrorCode, ErrorMessage, FrameResponse, Hello, RequestTag, ScanoutResp,
+    Capabilities, Config, ErrorCode, ErrorMessage, FrameResponse, Hello, RequestTag,
 };
 use helix_protocol::wait::{Deadline, Waiter, Wake};
 use helix_protocol::{Connection, Limits, Message, Stream};
 
 use crate::access::Token;
 use crate::access_unit::Tail;
+use crate::enabling::Enabling;
 use crate::greeting::{self, OPEN, Refusal, Terms};
 use crate::layout::Layout;
+use crate::qemu::Qemu;
 use crate::resource::{ClientIdentity, Resource, ResourceResolver};
 use crate::scanout::{Scanout, Subscription};
 use crate::session::Session;
@@ -54,6 +56,8 @@ pub struct Host {
     pub encoder: Arc<EncoderSpec>,
     /// By id.
     pub scanouts: BTreeMap<u32, Arc<Scanout>>,
+    /// Whose consoles are scanouts.
+    pub qemu: Option<Qemu>,
     /// What a client must know; without one, everybody may come in.
     pub token: Option<Token>,
     /// Where the pixels behind resource ids are found.
@@ -140,6 +144,7 @@ pub struct Client {
     connection: Connection<Tail>,
     session: Session,
     subscription: Option<Subscription>,
+    enabling: Enabling,
     connected: Instant,
     /// What the client's HELLO and ours agreed on.
     terms: Terms,
@@ -167,6 +172,7 @@ impl Client {
         let limits = if admitted { host.limits() } else { STRANGER };
         let connection = Connection::new(stream, limits, &waiter)?;
         let session = Session::new(host.encoder.clone(), waiter.waker());
+        let enabling = Enabling::new(waiter.waker());
         Ok(Self {
             host,
             identity,
@@ -174,6 +180,7 @@ impl Client {
             connection,
             session,
             subscription: None,
+            enabling,
             connected: Instant::now(),
             terms: Terms::default(),
             admitted,
@@ -193,7 +200,10 @@ impl Client {
             self.trim();
             self.push_frames();
             self.session.collect(&mut self.connection);
-            let open = self.session.open() + self.connection.queued();
+            for answer in self.enabling.collect() {
+                self.connection.send(answer);
+            }
+            let open = self.session.open() + self.enabling.open() + self.connection.queued();
             let deadline = match self.closing {
                 Some(_) if open == 0 => break "it closed".to_owned(),
                 Some(moment) if Instant::now() >= moment => {
@@ -349,23 +359,17 @@ impl Client {
             }
             Message::Ping => self.connection.send(encode::pong(session_id)),
             Message::EnableScanout(enable) => {
-                let id = enable.scanout_id;
-                let success = self.host.scanouts.contains_key(&id);
-                tracing::debug!(scanout = id, success, "ENABLE_SCANOUT");
-                let resp = ScanoutResp {
-                    scanout_id: id,
-                    success,
-                    connector: if success {
-                        format!("Virtual-{}", id + 1)
-                    } else {
-                        String::new()
-                    },
-                };
-                self.connection
-                    .send(encode::scanout_resp(session_id, &resp));
+                let done = self.enabling.begin(session_id, enable.scanout_id);
+                match self.scanout(enable.scanout_id) {
+                    Some(scanout) => scanout.enable(&enable, done),
+                    None => done(Err("there is no such scanout".to_owned())),
+                }
             }
             Message::DisableScanout { scanout_id } => {
                 tracing::debug!(scanout = scanout_id, "DISABLE_SCANOUT");
+                if let Some(scanout) = self.scanout(scanout_id) {
+                    scanout.disable();
+                }
             }
             Message::Subscribe { scanout_id } => self.subscribe(scanout_id),
             Message::Unknown { .. } => {
@@ -417,8 +421,14 @@ impl Client {
         }
     }
 
+    /// The scanout of this id, if there is one.
+    fn scanout(&self, id: u32) -> Option<&Arc<Scanout>> {
+        let scanout = self.host.scanouts.get(&id)?;
+        scanout.exists().then_some(scanout)
+    }
+
     fn subscribe(&mut self, scanout_id: u32) {
-        let subscription = match self.host.scanouts.get(&scanout_id) {
+        let subscription = match self.scanout(scanout_id) {
             None => {
                 tracing::warn!(scanout = scanout_id, "SUBSCRIBE: there is no such scanout");
                 None

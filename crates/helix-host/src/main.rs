@@ -9,7 +9,7 @@ use std::sync::mpsc;
 use std::thread;
 
 use clap::{ArgAction, Parser, ValueEnum};
-use helix_host::{Config, Prepared, STALL_LIMIT, ScanoutSpec, Server, StartError};
+use helix_host::{Config, Prepared, QemuAddress, STALL_LIMIT, ScanoutSpec, Server, StartError};
 use helix_protocol::Address;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
@@ -39,6 +39,10 @@ Examples:
   Push a recording as it is, without encoding it again:
     helix-host --scanout 2=\"filesrc location=x.h264 ! h264parse ! identity sync=true\"
 
+  Push the screens of a virtual machine, which may come and go:
+    qemu-system-x86_64 -display dbus,p2p=on -qmp unix:/run/vm/qmp,server=on,wait=off ... &
+    helix-host --qemu qmp:/run/vm/qmp
+
 The log goes to standard error; RUST_LOG (for example helix_host=debug) wins over -v.
 SIGTERM and SIGINT end the program and remove its unix sockets.";
 
@@ -63,6 +67,11 @@ struct Options {
     /// several times. It runs while somebody is subscribed.
     #[arg(long, value_name = "ID=DESCRIPTION")]
     scanout: Vec<ScanoutSpec>,
+
+    /// Make the consoles of this QEMU scanouts, console N as scanout N: dbus:ADDRESS, where it has
+    /// -display dbus,addr=ADDRESS, or qmp:SOCKET, where it has -display dbus,p2p=on and -qmp.
+    #[arg(long, value_name = "ADDRESS")]
+    qemu: Option<QemuAddress>,
 
     /// Let in only clients that send the token in this file (vsockenc and scanoutsrc: auth-token).
     /// Nobody but its owner and group may have access to it.
@@ -120,6 +129,7 @@ fn run(options: Options) -> Result<(), Box<dyn std::error::Error>> {
         listen: options.listen,
         encoder: options.encoder,
         scanouts: options.scanout,
+        qemu: options.qemu,
         token_file: options.token_file,
         allow_cids: options.allow_cid,
         // A stock QEMU gives nobody its guests' pictures by resource id.

@@ -17,8 +17,9 @@ use helix_protocol::{Address, Listener, Stream};
 use crate::access::{Token, TokenError};
 use crate::client::{Client, Host, turn_away};
 use crate::probe;
+use crate::qemu::{Qemu, QemuAddress};
 use crate::resource::{ClientIdentity, ResourceResolver};
-use crate::scanout::{Scanout, ScanoutSpec};
+use crate::scanout::{Origin, SCANOUTS, Scanout, ScanoutSpec};
 use crate::settings::EncoderError;
 use crate::source::Description;
 
@@ -41,6 +42,8 @@ pub struct Config {
     pub encoder: String,
     /// The screens to push.
     pub scanouts: Vec<ScanoutSpec>,
+    /// The QEMU whose consoles are scanouts as well: console N is scanout N.
+    pub qemu: Option<QemuAddress>,
     /// A file with the token that clients must send in HELLO; `None` lets in clients without.
     pub token_file: Option<PathBuf>,
     /// The context ids that may connect over AF_VSOCK; none lets in all.
@@ -69,6 +72,12 @@ pub enum StartError {
     /// The same id on two scanouts.
     #[error("scanout {0} is given twice; each id stands for one screen")]
     ScanoutTwice(u32),
+    /// The same id on a scanout and on a console.
+    #[error(
+        "scanout {0} is given by --scanout, and console {0} of --qemu is it too; each id stands \
+         for one screen"
+    )]
+    ScanoutOfQemu(u32),
     /// gst-launch's parser refused it.
     #[error(
         "scanout {id}: '{description}' is no description of a screen: {reason} \
@@ -145,15 +154,41 @@ impl Prepared {
                 return Err(StartError::ScanoutTwice(id));
             }
         }
+        let qemu = match config.qemu {
+            Some(QemuAddress(address)) => Some(Qemu::start(address)?),
+            None => None,
+        };
+        // One that is not there yet is waited for by its scanouts; a console that turns out to be
+        // a scanout's already is then not shown.
+        let consoles = qemu.as_ref().and_then(Qemu::first_consoles);
+        if let Some(id) = consoles
+            .iter()
+            .flatten()
+            .find(|id| descriptions.contains_key(id))
+        {
+            return Err(StartError::ScanoutOfQemu(*id));
+        }
         let encoder = Arc::new(probe::encoder(&config.encoder)?);
         tracing::info!(encoder = %encoder.name(), "encoder chosen");
-        let scanouts = descriptions
+        let mut scanouts: BTreeMap<_, _> = descriptions
             .into_iter()
-            .map(|(id, description)| (id, Scanout::new(id, description, encoder.clone())))
+            .map(|(id, description)| (id, Origin::Description(description)))
+            .collect();
+        if let Some(qemu) = &qemu {
+            for id in 0..SCANOUTS {
+                scanouts
+                    .entry(id)
+                    .or_insert_with(|| Origin::Console(qemu.link().clone()));
+            }
+        }
+        let scanouts = scanouts
+            .into_iter()
+            .map(|(id, origin)| (id, Scanout::new(id, origin, encoder.clone())))
             .collect();
         let host = Arc::new(Host {
             encoder,
             scanouts,
+            qemu,
             token,
             resolver: config.resolver,
             max_frame_bytes: config.max_frame_bytes,
@@ -260,6 +295,9 @@ impl Server {
         }
         for scanout in self.host.scanouts.values() {
             scanout.stop(deadline);
+        }
+        if let Some(qemu) = &self.host.qemu {
+            qemu.stop();
         }
         self.clients.wait(deadline);
     }

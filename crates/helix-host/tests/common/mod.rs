@@ -28,6 +28,7 @@ pub fn config() -> Config {
         listen: vec!["tcp:127.0.0.1:0".parse().unwrap()],
         encoder: "x264enc".to_owned(),
         scanouts: Vec::new(),
+        qemu: None,
         token_file: None,
         allow_cids: Vec::new(),
         resolver: None,
