@@ -74,6 +74,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         max_clients: 64,
         max_frame_bytes: 64 * 1024 * 1024,
         qemu: None,
+        metrics: None,
         stall_limit: STALL_LIMIT,
     })?;
     for address in server.addresses() {

@@ -19,6 +19,7 @@ use crate::access_unit::Tail;
 use crate::enabling::Enabling;
 use crate::greeting::{self, OPEN, Refusal, Terms};
 use crate::layout::Layout;
+use crate::monitor::figures::Encoded;
 use crate::qemu::Qemu;
 use crate::resource::{ClientIdentity, Resource, ResourceResolver};
 use crate::scanout::{Scanout, Subscription};
@@ -62,6 +63,8 @@ pub struct Host {
     pub token: Option<Token>,
     /// Where the pixels behind resource ids are found.
     pub resolver: Option<Arc<dyn ResourceResolver>>,
+    /// What clients had encoded.
+    pub encoded: Arc<Encoded>,
     /// Bytes of pixels in one frame.
     pub max_frame_bytes: u32,
     /// See [`crate::server::Config::stall_limit`].
@@ -171,7 +174,7 @@ impl Client {
         let admitted = host.token.is_none();
         let limits = if admitted { host.limits() } else { STRANGER };
         let connection = Connection::new(stream, limits, &waiter)?;
-        let session = Session::new(host.encoder.clone(), waiter.waker());
+        let session = Session::new(host.encoder.clone(), host.encoded.clone(), waiter.waker());
         let enabling = Enabling::new(waiter.waker());
         Ok(Self {
             host,

@@ -12,6 +12,7 @@
 //!   the client and wakes it.
 //! - Each [`scanout`] that somebody watches has one thread, which owns the screen's pipeline and
 //!   its encoder.
+//! - One thread, the [`monitor`], writes a line to the log now and then and answers who asks for figures.
 //! - A [`qemu`] has one thread that keeps the connection to it, and one for its D-Bus.
 
 mod access;
@@ -22,6 +23,7 @@ mod enabling;
 mod encoder;
 mod greeting;
 mod layout;
+mod monitor;
 mod picture;
 mod probe;
 mod qemu;

@@ -82,6 +82,11 @@ struct Options {
     #[arg(long, value_name = "CID")]
     allow_cid: Vec<u32>,
 
+    /// Where Prometheus finds figures, over HTTP: tcp:HOST:PORT or unix:PATH. Keep it on the
+    /// loopback: whoever can connect can read them.
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<Address>,
+
     /// Clients at once; more are sent away with an error.
     #[arg(long, value_name = "N", default_value_t = 64,
           value_parser = clap::value_parser!(u16).range(1..))]
@@ -134,6 +139,7 @@ fn run(options: Options) -> Result<(), Box<dyn std::error::Error>> {
         allow_cids: options.allow_cid,
         // A stock QEMU gives nobody its guests' pictures by resource id.
         resolver: None,
+        metrics: options.metrics,
         max_clients: options.max_clients.into(),
         max_frame_bytes: options.max_frame_bytes,
         stall_limit: STALL_LIMIT,
@@ -146,6 +152,9 @@ fn run(options: Options) -> Result<(), Box<dyn std::error::Error>> {
     for address in server.addresses() {
         // Nobody may be reading; that is no reason to stop.
         let _ = writeln!(stdout, "listening on {address}");
+    }
+    if let Some(address) = server.metrics() {
+        let _ = writeln!(stdout, "metrics on {address}");
     }
     let _ = stdout.flush();
     if let Some(signal) = signals.forever().next() {

@@ -10,7 +10,6 @@ mod watch;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -21,6 +20,7 @@ use qemu_display::{Address, Config, Consoles, Display, Event, Level, Screen, Sta
 
 pub use self::address::QemuAddress;
 pub use self::watch::Watch;
+use crate::monitor::figures::QemuFigures;
 use crate::picture::MAX_SIDE;
 use crate::scanout::SCANOUTS;
 
@@ -47,7 +47,6 @@ pub struct Link {
     state: Mutex<State>,
     tried: Condvar,
     waker: Waker,
-    lost: AtomicU64,
 }
 
 #[derive(Default)]
@@ -92,7 +91,6 @@ impl Qemu {
             state: Mutex::default(),
             tried: Condvar::new(),
             waker: waker.clone(),
-            lost: AtomicU64::new(0),
         });
         let thread = std::thread::Builder::new()
             .name("helix-qemu".to_owned())
@@ -153,14 +151,13 @@ impl Link {
             .is_none_or(|consoles| consoles.contains(&console))
     }
 
-    /// Connections that were lost so far.
-    pub fn lost(&self) -> u64 {
-        self.lost.load(Ordering::Relaxed)
-    }
-
-    /// Whether there is a connection.
-    pub fn is_connected(&self) -> bool {
-        self.state().display.is_some()
+    /// How it stands with the connection.
+    pub fn figures(&self) -> QemuFigures {
+        let state = self.state();
+        QemuFigures {
+            connected: state.display.is_some(),
+            reconnects: state.generation.saturating_sub(1),
+        }
     }
 
     /// ENABLE_SCANOUT. `done` is called when QEMU has answered, when it is gone, or after the
@@ -377,7 +374,6 @@ fn connection(link: &Arc<Link>, waiter: &mut Waiter) -> End {
     // Its thread takes the lock in `notice`, so it must not be waited for under it.
     let display = link.state().display.take();
     drop(display);
-    link.lost.fetch_add(1, Ordering::Relaxed);
     end
 }
 

@@ -79,7 +79,7 @@ impl Origin {
 }
 
 /// What has happened to a scanout since the start, counted.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Figures {
     /// Who watches now.
     pub subscribers: u64,

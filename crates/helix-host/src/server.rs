@@ -16,6 +16,8 @@ use helix_protocol::{Address, Listener, Stream};
 
 use crate::access::{Token, TokenError};
 use crate::client::{Client, Host, turn_away};
+use crate::monitor::Monitor;
+use crate::monitor::figures::Figures;
 use crate::probe;
 use crate::qemu::{Qemu, QemuAddress};
 use crate::resource::{ClientIdentity, ResourceResolver};
@@ -50,6 +52,8 @@ pub struct Config {
     pub allow_cids: Vec<u32>,
     /// Where the pixels behind resource ids are found; `None` refuses resource ids.
     pub resolver: Option<Arc<dyn ResourceResolver>>,
+    /// Where Prometheus finds figures.
+    pub metrics: Option<Address>,
     /// Clients at once.
     pub max_clients: usize,
     /// Bytes of pixels in one frame.
@@ -114,6 +118,7 @@ pub struct Prepared {
     host: Arc<Host>,
     listen: Vec<Address>,
     allow_cids: Vec<u32>,
+    metrics: Option<Address>,
     max_clients: usize,
 }
 
@@ -124,6 +129,8 @@ pub struct Server {
     clients: Arc<Clients>,
     waker: Waker,
     acceptor: Option<JoinHandle<()>>,
+    metrics: Option<Address>,
+    monitor: Option<(Waker, JoinHandle<()>)>,
 }
 
 /// The clients' threads, so that they can be ended.
@@ -191,6 +198,7 @@ impl Prepared {
             qemu,
             token,
             resolver: config.resolver,
+            encoded: Arc::default(),
             max_frame_bytes: config.max_frame_bytes,
             stall_limit: config.stall_limit,
         });
@@ -198,6 +206,7 @@ impl Prepared {
             host,
             listen: config.listen,
             allow_cids: config.allow_cids,
+            metrics: config.metrics,
             max_clients: config.max_clients,
         })
     }
@@ -215,6 +224,7 @@ impl Server {
             host,
             listen,
             allow_cids,
+            metrics,
             max_clients,
         } = prepared;
         let mut listeners = Vec::new();
@@ -237,11 +247,18 @@ impl Server {
             }
             listeners.push(listener);
         }
+        let metrics = metrics.as_ref().map(Listener::bind).transpose()?;
         let clients = Arc::<Clients>::default();
         let addresses = listeners
             .iter()
             .map(|listener| listener.address().clone())
             .collect();
+        let metrics_address = metrics.as_ref().map(|metrics| metrics.address().clone());
+        if let Some(address) = &metrics_address
+            && !is_local(address)
+        {
+            tracing::warn!(%address, "figures can be read from outside this machine, by anybody");
+        }
         let waiter = Waiter::new()?;
         for listener in &listeners {
             waiter.register(listener.as_fd())?;
@@ -260,13 +277,22 @@ impl Server {
         let acceptor = std::thread::Builder::new()
             .name("helix-accept".to_owned())
             .spawn(move || acceptor.run())?;
-        Ok(Self {
+        let mut server = Self {
             addresses,
             host,
             clients,
             waker,
             acceptor: Some(acceptor),
-        })
+            metrics: metrics_address,
+            monitor: None,
+        };
+        server.monitor = Some(monitor(metrics, &server.host, &server.clients)?);
+        Ok(server)
+    }
+
+    /// Where Prometheus finds figures, with the port that the system chose.
+    pub fn metrics(&self) -> Option<&Address> {
+        self.metrics.as_ref()
     }
 
     /// Where it listens, with the ports that the system chose.
@@ -290,6 +316,13 @@ impl Server {
         if acceptor.join().is_err() {
             tracing::error!("the accepting thread had panicked");
         }
+        if let Some((waker, thread)) = self.monitor.take() {
+            waker.cancel();
+            // It blocks nowhere else either.
+            if thread.join().is_err() {
+                tracing::error!("the monitor's thread had panicked");
+            }
+        }
         for waker in self.clients.wakers().values() {
             waker.cancel();
         }
@@ -307,6 +340,34 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+/// Starts the thread that says how things stand.
+fn monitor(
+    listener: Option<Listener>,
+    host: &Arc<Host>,
+    clients: &Arc<Clients>,
+) -> io::Result<(Waker, JoinHandle<()>)> {
+    let waiter = Waiter::new()?;
+    let waker = waiter.waker();
+    let (host, clients) = (host.clone(), clients.clone());
+    let monitor = Monitor::new(listener, waiter, move || {
+        let scanouts = host.scanouts.iter();
+        Figures {
+            clients: clients.wakers().len() as u64,
+            scanouts: scanouts
+                .filter(|(_, scanout)| scanout.exists())
+                .map(|(id, scanout)| (*id, scanout.figures()))
+                .collect(),
+            qemu: host.qemu.as_ref().map(|qemu| qemu.link().figures()),
+            ..Figures::default()
+        }
+        .with_encoded(&host.encoded)
+    })?;
+    let thread = std::thread::Builder::new()
+        .name("helix-monitor".to_owned())
+        .spawn(move || monitor.run())?;
+    Ok((waker, thread))
 }
 
 struct Acceptor {

@@ -21,6 +21,7 @@ use crate::access_unit::{AccessUnit, Tail};
 use crate::encoder::{Encoder, Output};
 use crate::greeting::{Refusal, Terms};
 use crate::layout::Layout;
+use crate::monitor::figures::Encoded;
 use crate::picture::{MAX_SIDE, Picture};
 use crate::settings::{EncoderSpec, Keyframes, Tuning};
 
@@ -34,6 +35,7 @@ const REST: Duration = Duration::from_secs(1);
 /// One client's encoder.
 pub struct Session {
     spec: Arc<EncoderSpec>,
+    figures: Arc<Encoded>,
     terms: Terms,
     tuning: Tuning,
     /// H.264 `level_idc` of the last keyframe; 0 before the first.
@@ -89,9 +91,10 @@ struct Outputs {
 impl Session {
     /// A session without an encoder; the first frame makes one. `waker` wakes the client's thread
     /// when there is something to [`Session::collect`].
-    pub fn new(spec: Arc<EncoderSpec>, waker: Waker) -> Self {
+    pub fn new(spec: Arc<EncoderSpec>, figures: Arc<Encoded>, waker: Waker) -> Self {
         Self {
             spec,
+            figures,
             terms: Terms::default(),
             level: 0,
             tuning: Tuning {
@@ -395,6 +398,7 @@ impl Session {
 
     fn encoded(&mut self, number: u64, unit: AccessUnit) {
         self.failures = 0;
+        self.figures.add(unit.size());
         if unit.is_keyframe()
             && let Some(level) = unit.level()
         {
@@ -416,6 +420,7 @@ impl Session {
     }
 
     fn fail_one(&mut self, number: u64, text: &str) {
+        self.figures.add_error();
         if let Some(reply) = self.find(number)
             && let Reply::Encoding {
                 session_id,
@@ -445,6 +450,7 @@ impl Session {
             } = *reply
                 && generation == running.generation
             {
+                self.figures.add_error();
                 *reply = Reply::Refused {
                     session_id,
                     tag: request.tag,

@@ -151,6 +151,8 @@ fn help_names_every_option_and_teaches_by_example() {
         "--listen",
         "--encoder",
         "--scanout",
+        "--qemu",
+        "--metrics",
         "--token-file",
         "--allow-cid",
         "--max-clients",
@@ -182,11 +184,13 @@ fn help_names_every_option_and_teaches_by_example() {
 
 #[test]
 fn wrong_arguments_are_explained() {
-    let cases: [(&[&str], i32, &[&str]); 10] = [
+    let cases: [(&[&str], i32, &[&str]); 12] = [
         (&["--listen", "127.0.0.1:1"], 2, &["tcp:HOST:PORT"]),
         (&["--listen", "tcp:127.0.0.1:x"], 2, &["port"]),
         (&["--max-clients", "0"], 2, &["1.."]),
         (&["--scanout", "videotestsrc"], 2, &["ID=DESCRIPTION"]),
+        (&["--qemu", "/run/qmp"], 2, &["dbus:ADDRESS", "qmp:SOCKET"]),
+        (&["--metrics", "127.0.0.1:1"], 2, &["tcp:HOST:PORT"]),
         (&["--scanout", "16=videotestsrc"], 2, &["0 to 15"]),
         (
             &["--scanout", "1=videotestsrc", "--scanout", "1=videotestsrc"],

@@ -1,0 +1,157 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The screens of a QEMU of ours, which draws and lies as told, as scanouts.
+
+mod common;
+
+use std::fs::File;
+use std::os::fd::AsFd;
+
+use common::qemu::{enable, host};
+use common::{Peer, Rgb, decode, is_start};
+use helix_host::{QemuAddress, Server};
+use helix_protocol::{Message, encode};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use zerocopy_test_qemu::fake::{FakeQemu, Listener};
+
+const SIZE: u32 = 64;
+
+/// A host that is connected, and the consoles' listeners, in their order.
+fn connected<const N: usize>(qemu: &FakeQemu) -> (Server, [Listener; N]) {
+    let address = QemuAddress(qemu_display::Address::Qmp(qemu.qmp()));
+    let server = host(address);
+    let mut listeners: [Listener; N] = std::array::from_fn(|_| qemu.listener());
+    listeners.sort_by_key(|listener| listener.console);
+    (server, listeners)
+}
+
+/// A picture of one colour: blue, green, red, nothing.
+fn plain(bgr: [u8; 3]) -> Vec<u8> {
+    [bgr[0], bgr[1], bgr[2], 0].repeat((SIZE * SIZE) as usize)
+}
+
+fn draw(listener: &Listener, bgr: [u8; 3]) {
+    listener.scanout(SIZE, SIZE, &plain(bgr)).unwrap();
+}
+
+fn shows(unit: &[u8], [b, g, r]: [u8; 3]) -> bool {
+    let expected = Rgb::new(SIZE as usize, SIZE as usize, |_, _| [r, g, b]);
+    decode([unit])[0].psnr(&expected) > 30.0
+}
+
+const BLUE: [u8; 3] = [255, 0, 0];
+const RED: [u8; 3] = [0, 0, 255];
+
+#[test]
+fn a_still_screen_gives_each_newcomer_its_picture() {
+    let qemu = FakeQemu::start(&[0]);
+    let (server, [listener]) = connected(&qemu);
+    draw(&listener, BLUE);
+    for _ in 0..3 {
+        let mut peer = Peer::of(&server);
+        peer.subscribe(0);
+        let frame = peer.next_frame();
+        assert!(is_start(&frame.bytes));
+        assert!(shows(&frame.bytes, BLUE));
+    }
+}
+
+#[test]
+fn one_encode_serves_all_who_watch() {
+    let qemu = FakeQemu::start(&[0]);
+    let (server, [listener]) = connected(&qemu);
+    draw(&listener, BLUE);
+    let mut peers = [Peer::of(&server), Peer::of(&server)];
+    for peer in &mut peers {
+        peer.subscribe(0);
+        peer.next_frame();
+    }
+    draw(&listener, RED);
+    let red = |peer: &mut Peer| {
+        loop {
+            let frame = peer.next_frame();
+            if !frame.response.is_keyframe {
+                return frame;
+            }
+        }
+    };
+    let [first, second] = &mut peers;
+    let (first, second) = (red(first), red(second));
+    assert_eq!(first.response.pts, second.response.pts);
+    assert!(first.bytes == second.bytes);
+}
+
+#[test]
+fn sizes_reach_qemu_and_disabling_takes_the_screen_away() {
+    let qemu = FakeQemu::start(&[0, 1]);
+    let (server, [_first, second]) = connected(&qemu);
+    let mut peer = Peer::of(&server);
+    let answer = enable(&mut peer, 1, (1280, 800));
+    assert!(answer.success);
+    assert_eq!(answer.connector, "Virtual-2");
+    assert_eq!(qemu.size(), (1, 1280, 800));
+    for size in [(0, 480), (640, 8193)] {
+        assert!(!enable(&mut peer, 1, size).success);
+    }
+    // A QEMU that comes back is told again.
+    second.close();
+    qemu.forget_clients();
+    peer.subscribe(1);
+    let (_first, _second) = (qemu.listener(), qemu.listener());
+    assert_eq!(qemu.size(), (1, 1280, 800));
+    peer.send(encode::disable_scanout(1, 1));
+    peer.flush();
+    assert_eq!(qemu.size(), (1, 0, 0));
+}
+
+#[test]
+fn there_is_no_scanout_without_a_console() {
+    let qemu = FakeQemu::start(&[0, 3]);
+    let (server, _listeners) = connected::<2>(&qemu);
+    let mut peer = Peer::of(&server);
+    for (id, there) in [(0, true), (1, false), (3, true), (15, false), (16, false)] {
+        peer.send(encode::subscribe(id));
+        match peer.next().message {
+            Message::SubscribeResp { success, .. } => assert_eq!(success, there),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// The connection is made anew, and the subscriber goes on.
+fn is_connected_anew(lie: impl FnOnce(&Listener)) {
+    let qemu = FakeQemu::start(&[0]);
+    let (server, [listener]) = connected(&qemu);
+    draw(&listener, BLUE);
+    let mut peer = Peer::of(&server);
+    peer.subscribe(0);
+    peer.next_frame();
+    lie(&listener);
+    let listener = qemu.listener();
+    draw(&listener, RED);
+    loop {
+        let frame = peer.next_frame();
+        if frame.response.is_keyframe && shows(&frame.bytes, RED) {
+            break;
+        }
+    }
+}
+
+#[test]
+fn nonsense_costs_qemu_its_connection_and_nobody_else_theirs() {
+    is_connected_anew(|listener| assert!(listener.scanout(0, 0, &[]).is_err()));
+}
+
+#[test]
+fn memory_that_qemu_takes_away_is_no_crash() {
+    is_connected_anew(|listener| {
+        let bytes = u64::from(SIZE * SIZE * 4);
+        let file = File::from(memfd_create("picture", MFdFlags::empty()).unwrap());
+        file.set_len(bytes).unwrap();
+        listener
+            .scanout_map(file.as_fd(), 0, (SIZE, SIZE, SIZE * 4))
+            .unwrap();
+        file.set_len(1).unwrap();
+        listener.update_map((0, 0), (1, 1)).unwrap();
+    });
+}
