@@ -121,7 +121,7 @@ impl Visitor {
             }
             let ended = |end: &[u8]| self.request.windows(end.len()).any(|part| part == end);
             if ended(b"\r\n\r\n") || ended(b"\n\n") {
-                self.answer = Some(answer(&self.request, figures()).into_bytes());
+                self.answer = Some(answer(&self.request, &figures()).into_bytes());
                 break;
             }
             if self.request.len() > REQUEST {
@@ -146,7 +146,7 @@ fn waits(error: &io::Error) -> Option<()> {
     matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted).then_some(())
 }
 
-fn answer(request: &[u8], figures: Figures) -> String {
+fn answer(request: &[u8], figures: &Figures) -> String {
     let (status, body) = if request.starts_with(b"GET ") {
         ("200 OK", figures.text())
     } else {

@@ -44,6 +44,8 @@ pub struct Qemu {
 /// What the connection's thread shares with scanouts and clients.
 pub struct Link {
     address: Address,
+    /// Scanouts that are something else.
+    taken: BTreeSet<u32>,
     state: Mutex<State>,
     tried: Condvar,
     waker: Waker,
@@ -82,12 +84,13 @@ enum End {
 }
 
 impl Qemu {
-    /// Begins to connect.
-    pub fn start(address: Address) -> io::Result<Self> {
+    /// Begins to connect. The consoles in `taken` are not shown.
+    pub fn start(address: Address, taken: BTreeSet<u32>) -> io::Result<Self> {
         let waiter = Waiter::new()?;
         let waker = waiter.waker();
         let link = Arc::new(Link {
             address,
+            taken,
             state: Mutex::default(),
             tried: Condvar::new(),
             waker: waker.clone(),
@@ -253,8 +256,11 @@ impl State {
     }
 }
 
+/// Whom to tell what became of a request.
+type Done = Box<dyn FnOnce(Result<(), String>) + Send>;
+
 /// An answer that is given, whatever becomes of the one who should.
-struct Answer(Option<Box<dyn FnOnce(Result<(), String>) + Send>>);
+struct Answer(Option<Done>);
 
 impl Answer {
     fn new(done: impl FnOnce(Result<(), String>) + Send + 'static) -> Self {
@@ -338,6 +344,12 @@ fn connection(link: &Arc<Link>, waiter: &mut Waiter) -> End {
         tracing::warn!(
             console,
             "there are {SCANOUTS} scanouts at most; this console and those above are not shown"
+        );
+    }
+    for console in consoles.intersection(&link.taken) {
+        tracing::warn!(
+            console,
+            "this scanout is given by --scanout; the console is not shown"
         );
     }
     tracing::info!(address = %link.address, ?consoles, "connected to QEMU");

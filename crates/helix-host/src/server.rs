@@ -162,7 +162,10 @@ impl Prepared {
             }
         }
         let qemu = match config.qemu {
-            Some(QemuAddress(address)) => Some(Qemu::start(address)?),
+            Some(QemuAddress(address)) => Some(Qemu::start(
+                address,
+                descriptions.keys().copied().collect(),
+            )?),
             None => None,
         };
         // One that is not there yet is waited for by its scanouts; a console that turns out to be

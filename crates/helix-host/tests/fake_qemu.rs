@@ -118,6 +118,30 @@ fn there_is_no_scanout_without_a_console() {
     }
 }
 
+#[test]
+fn sixteen_scanouts_serve_sixty_four_clients() {
+    let qemu = FakeQemu::start(&std::array::from_fn::<u32, 16, _>(|id| id as u32));
+    let (server, listeners) = connected::<16>(&qemu);
+    let colour = |console: u32| [console as u8 * 16, 255 - console as u8 * 16, 128];
+    for listener in &listeners {
+        draw(listener, colour(listener.console));
+    }
+    let mut peers: Vec<_> = (0..64).map(|_| Peer::of(&server)).collect();
+    for (index, peer) in (0..).zip(&mut peers) {
+        peer.subscribe(index % 16);
+    }
+    for (index, peer) in (0..).zip(&mut peers) {
+        let frame = peer.next_frame();
+        assert_eq!(u32::from(frame.session_id), index % 16);
+        assert!(is_start(&frame.bytes));
+        assert!(
+            shows(&frame.bytes, colour(index % 16)),
+            "scanout {}",
+            index % 16
+        );
+    }
+}
+
 /// The connection is made anew, and the subscriber goes on.
 fn is_connected_anew(lie: impl FnOnce(&Listener)) {
     let qemu = FakeQemu::start(&[0]);

@@ -102,7 +102,7 @@ fn other_requests_are_refused() {
     assert!(text.starts_with("HTTP/1.0 405 "), "{text}");
     let mut stream = connect(&server);
     // It may be closed before all of this is written.
-    let _ = stream.write_all(&[b'x'; 64 * 1024]);
+    let _ = stream.write_all(&vec![b'x'; 64 * 1024]);
     match stream.read(&mut [0; 1]) {
         Ok(0) => {}
         Err(error) if error.kind() == ErrorKind::ConnectionReset => {}
