@@ -39,7 +39,7 @@ impl Stream {
 /// What QEMU itself says that it shows, once that is more than one colour.
 fn dump(qemu: &Qemu) -> Option<Rgb> {
     let dump = qemu.screendump();
-    (dump.colours() > 1).then(|| Rgb {
+    (dump.colours() > 1).then_some(Rgb {
         width: dump.width,
         height: dump.height,
         bytes: dump.bytes,
