@@ -384,10 +384,10 @@ fn clients_that_come_and_go_leave_nothing_behind() {
             }
         }
         // The last client may still be going, and the scanout lingers. Then only the thread that
-        // accepts is left.
+        // accepts is left, and the one of figures.
         let until = std::time::Instant::now() + common::LONG;
         loop {
-            if own_threads(pid) == 1 {
+            if own_threads(pid) == 2 {
                 return usage(pid);
             }
             assert!(std::time::Instant::now() < until, "threads stay");

@@ -157,14 +157,15 @@ impl Console {
         }
     }
 
-    /// Returns when the console has another size than its picture.
+    /// Returns when the console has another size than its picture, or has one and no picture: the one
+    /// that is on its way may be the one before.
     async fn other_size(&self, changes: &mut PropertiesChangedStream, screen: &Screen) {
         while poll_fn(|context| Pin::new(&mut *changes).poll_next(context))
             .await
             .is_some()
         {
             if let (Ok(width), Ok(height)) = (self.proxy.width().await, self.proxy.height().await)
-                && screen.size().is_some_and(|size| size != (width, height))
+                && screen.size() != Some((width, height))
             {
                 return;
             }

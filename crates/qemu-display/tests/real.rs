@@ -5,6 +5,7 @@
 mod common;
 
 use std::sync::mpsc::channel;
+use std::time::Instant;
 
 use common::Watched;
 use qemu_display::{Address, Consoles, Error, Picture, PixelFormat, Pixels, Status};
@@ -36,7 +37,9 @@ fn colours_of(picture: &Picture) -> Rgb {
 /// is always another picture.
 fn shows_the_same(watched: &Watched, qemu: &Qemu, console: u32) {
     let screen = watched.screen(console);
+    let start = Instant::now();
     loop {
+        assert!(start.elapsed() < LIMIT, "it never does");
         let picture = colours_of(&watched.picture(&screen));
         if picture.colours() > 1 && picture == qemu.screendump() {
             break;

@@ -4,17 +4,21 @@
 
 mod common;
 
+use std::time::Instant;
+
 use common::Rig;
 use gst::prelude::*;
-use zerocopy_test_qemu::eventually;
 use zerocopy_test_qemu::ppm::Rgb;
 use zerocopy_test_qemu::real::{Bus, Qemu};
+use zerocopy_test_qemu::{LIMIT, eventually};
 use zerocopy_test_support::process::{open_fds, threads};
 
 /// Waits for a frame that is what QEMU itself says that it shows. The text cursor blinks, so there
 /// is always another one.
 fn shows_the_same(rig: &Rig, qemu: &Qemu) {
+    let start = Instant::now();
     loop {
+        assert!(start.elapsed() < LIMIT, "it never does");
         let frame = rig.next();
         let (width, height) = (frame.info.width() as usize, frame.info.height() as usize);
         assert_eq!(frame.info.format(), gst_video::VideoFormat::Bgrx);
