@@ -288,6 +288,7 @@ fn supervise(link: &Arc<Link>, mut waiter: Waiter) {
     let mut told = None;
     loop {
         let started = Instant::now();
+        let generation = link.state().generation;
         let reason = match connection(link, &mut waiter) {
             End::Stopped => {
                 link.first_attempt_is_over();
@@ -298,6 +299,9 @@ fn supervise(link: &Arc<Link>, mut waiter: Waiter) {
         link.first_attempt_is_over();
         if started.elapsed() >= LASTING {
             pause = FIRST_PAUSE;
+        }
+        if link.state().generation != generation {
+            told = None;
         }
         // A QEMU that stays away is one line, not one for each attempt.
         if told.as_ref() == Some(&reason) {

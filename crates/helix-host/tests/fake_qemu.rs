@@ -6,10 +6,13 @@ mod common;
 
 use std::fs::File;
 use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
 
 use common::qemu::{enable, host};
 use common::{Peer, Rgb, decode, is_start};
 use helix_host::{QemuAddress, Server};
+use helix_protocol::message::EnableScanout;
 use helix_protocol::{Message, encode};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use zerocopy_test_qemu::fake::{FakeQemu, Listener};
@@ -102,6 +105,69 @@ fn sizes_reach_qemu_and_disabling_takes_the_screen_away() {
     peer.send(encode::disable_scanout(1, 1));
     peer.flush();
     assert_eq!(qemu.size(), (1, 0, 0));
+}
+
+#[test]
+fn a_cursor_that_qemu_sends_apart_is_in_the_picture() {
+    let qemu = FakeQemu::start(&[0]);
+    let (server, [listener]) = connected(&qemu);
+    draw(&listener, BLUE);
+    let half = SIZE / 2;
+    let cursor = [RED[0], RED[1], RED[2], 255].repeat((half * half) as usize);
+    let side = half as i32;
+    listener.cursor_define(side, side, &cursor).unwrap();
+    listener.mouse_set(0, side, true).unwrap();
+    let mut peer = Peer::of(&server);
+    peer.subscribe(0);
+    let picture = &decode([peer.next_frame().bytes.as_slice()])[0];
+    let expected = Rgb::new(SIZE as usize, SIZE as usize, |x, y| {
+        let half = half as usize;
+        let [b, g, r] = if x < half && y >= half { RED } else { BLUE };
+        [r, g, b]
+    });
+    let psnr = picture.psnr(&expected);
+    assert!(psnr > 25.0, "{psnr} dB");
+}
+
+/// Ends a thread of a test that fails, too.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn the_refresh_rate_limits_the_frames() {
+    let qemu = FakeQemu::start(&[0]);
+    let (server, [listener]) = connected(&qemu);
+    let mut peer = Peer::of(&server);
+    let request = EnableScanout {
+        scanout_id: 0,
+        width: SIZE,
+        height: SIZE,
+        refresh_rate: 5,
+    };
+    peer.send(encode::enable_scanout(1, &request));
+    assert!(matches!(peer.next().message, Message::ScanoutResp(answer) if answer.success));
+    peer.subscribe(0);
+    let over = AtomicBool::new(false);
+    let times: Vec<i64> = thread::scope(|scope| {
+        scope.spawn(|| {
+            for shade in (0..=255).cycle() {
+                draw(&listener, [shade, 0, 0]);
+                if over.load(Ordering::Relaxed) {
+                    break;
+                }
+            }
+        });
+        let _over = End(&over);
+        (0..10).map(|_| peer.next_frame().response.pts).collect()
+    });
+    // Nine times 200 ms, less what coalescing and a late thread take off the first and the last.
+    let span = times[9] - times[0];
+    assert!(span > 1_000_000_000, "{span} ns");
 }
 
 #[test]

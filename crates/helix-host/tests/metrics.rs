@@ -11,6 +11,8 @@ use common::{LONG, Peer, Rgb, config, start};
 use helix_host::{Config, ScanoutSpec, Server};
 use helix_protocol::Address;
 use helix_protocol::message::PixelFormat;
+use zerocopy_test_qemu::eventually;
+use zerocopy_test_qemu::fake::FakeQemu;
 
 fn host() -> Server {
     start(Config {
@@ -93,6 +95,31 @@ fn figures_say_what_has_happened() {
         figure(&text, "helix_scanout_dropped_frames_total{scanout=\"3\"} "),
         0
     );
+}
+
+#[test]
+fn it_shows_when_qemu_comes_back() {
+    let qemu = FakeQemu::start(&[0, 2]);
+    let server = start(Config {
+        qemu: Some(format!("qmp:{}", qemu.qmp().display()).parse().unwrap()),
+        metrics: Some("tcp:127.0.0.1:0".parse().unwrap()),
+        ..config()
+    });
+    let text = figures(&server);
+    assert_eq!(figure(&text, "helix_qemu_connected "), 1);
+    assert_eq!(figure(&text, "helix_qemu_reconnects_total "), 0);
+    // Its consoles are scanouts, and no others.
+    for (id, there) in [(0, true), (1, false), (2, true)] {
+        let name = format!("helix_scanout_subscribers{{scanout=\"{id}\"}} ");
+        assert_eq!(text.contains(&name), there, "{id}");
+    }
+    for listener in [qemu.listener(), qemu.listener()] {
+        listener.close();
+    }
+    eventually("the next connection", || {
+        let text = figures(&server);
+        (figure(&text, "helix_qemu_reconnects_total ") == 1).then_some(())
+    });
 }
 
 #[test]
