@@ -183,7 +183,7 @@ impl Stream {
 
     /// Whether the other end's address is one of this machine: a unix socket, loopback, or
     /// AF_VSOCK within this machine. Somebody there may still forward to another machine.
-    pub fn is_local(&self) -> bool {
+    pub fn peer_is_local(&self) -> bool {
         let Ok(peer) = self.socket.peer_addr() else {
             return false;
         };

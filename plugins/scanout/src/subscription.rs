@@ -222,7 +222,7 @@ impl Subscription {
             return HostClock::Synthetic;
         }
         let monotonic = self.host.clock_id.as_deref() == Some(CLOCK_MONOTONIC);
-        if monotonic && self.connection.stream().is_local() {
+        if monotonic && self.connection.stream().peer_is_local() {
             HostClock::Shared
         } else {
             HostClock::Foreign

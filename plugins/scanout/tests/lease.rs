@@ -52,7 +52,7 @@ impl Manager {
         let dir = tempfile::tempdir().unwrap();
         let listener = UnixListener::bind(dir.path().join("drm.sock")).unwrap();
         let (tell, events) = channel();
-        let (lend, lent) = channel();
+        let (give, lent) = channel();
         let mut replies = replies.into_iter().collect::<Vec<_>>().into_iter();
         // Ends with the process: nobody needs to wake it.
         thread::spawn(move || {
@@ -66,7 +66,7 @@ impl Manager {
                     if let Some(Some(reply)) = replies.next() {
                         let (here, there) = UnixStream::pair().unwrap();
                         answer(&connection, reply, &there);
-                        let _ = lend.send(here);
+                        let _ = give.send(here);
                         left -= 1;
                     }
                     let _ = tell.send(event);

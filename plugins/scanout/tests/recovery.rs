@@ -105,6 +105,17 @@ fn a_stream_out_of_step_is_made_again() {
     goes_on_with_a_keyframe(&peer, 1);
 }
 
+/// All of a pushed frame of one NAL unit that comes before its bytes.
+fn frame_header(payload_size: u32, nal_size: u32) -> Vec<u8> {
+    let mut header = vec![0x48, 0x58, 0x46, 0x52, 2, 0, 1, 0];
+    header.extend(payload_size.to_le_bytes());
+    // Times, kind, reserved.
+    header.extend([0; 20]);
+    header.extend(1_u32.to_le_bytes());
+    header.extend(nal_size.to_le_bytes());
+    header
+}
+
 #[test]
 fn an_absurd_size_is_out_of_step() {
     let peer = fails_once(|link| {
@@ -119,8 +130,8 @@ fn an_absurd_size_is_out_of_step() {
 fn a_wrong_size_that_swallows_all_that_comes_is_out_of_step() {
     // 16 MiB: PONGs and frames go into it for as long as it lasts.
     let peer = fails_once(|link| {
-        link.raw(&[0x48, 0x58, 0x46, 0x52, 2, 0, 1, 0, 0, 0, 0, 1])
-            .unwrap();
+        let size = 1_u32 << 24;
+        link.raw(&frame_header(24 + 4 + size, size)).unwrap();
         push(link, &[false, false, false]);
         Then::GoOn
     });
@@ -131,12 +142,7 @@ fn a_wrong_size_that_swallows_all_that_comes_is_out_of_step() {
 fn a_frame_with_another_message_in_it_reaches_no_decoder() {
     // The end of a delta is left out, and the next one takes its place (quirk 8): the sizes fit.
     let peer = fails_once(|link| {
-        let mut cut = vec![0x48, 0x58, 0x46, 0x52, 2, 0, 1, 0];
-        let size: u32 = 24 + 4 + 100;
-        cut.extend(size.to_le_bytes());
-        cut.extend([0; 20]);
-        cut.extend(1_u32.to_le_bytes());
-        cut.extend(100_u32.to_le_bytes());
+        let mut cut = frame_header(24 + 4 + 100, 100);
         cut.extend([0, 0, 0, 1, 0x41, 0x9a]);
         link.raw(&cut).unwrap();
         push(link, &[false, false, false, false]);

@@ -20,17 +20,35 @@ use crate::timeline::{Arrival, HostClock, Latency, Timeline, monotonic_now};
 static HOST_TIMESTAMP: LazyLock<gst::Caps> =
     LazyLock::new(|| gst::Caps::new_empty_simple("timestamp/x-helix-host"));
 
+/// Whether a decoder can do something with a delta.
+#[derive(Clone, Copy, Debug)]
+enum Stage {
+    /// Not before a keyframe.
+    Waiting {
+        /// One was asked for.
+        asked: bool,
+        /// It was said that a keyframe is none.
+        warned: bool,
+    },
+    /// It can.
+    Flowing,
+}
+
+impl Default for Stage {
+    fn default() -> Self {
+        Self::Waiting {
+            asked: false,
+            warned: false,
+        }
+    }
+}
+
 /// What is known of the stream so far.
 #[derive(Default)]
 pub(super) struct Output {
     low_delay_vui: bool,
     caps: H264Caps,
-    /// Deltas cannot be decoded before this is set.
-    had_keyframe: bool,
-    /// Since the last loss a keyframe was asked for.
-    asked: bool,
-    /// Since the last loss it was said that a keyframe is none.
-    warned: bool,
+    stage: Stage,
     /// Something is missing before the next frame.
     discont: bool,
     timeline: Timeline,
@@ -54,9 +72,7 @@ impl Output {
 
     /// The stream is interrupted, and goes on with a keyframe.
     pub fn lost(&mut self) {
-        self.had_keyframe = false;
-        self.asked = false;
-        self.warned = false;
+        self.stage = Stage::default();
         self.discont = true;
     }
 }
@@ -73,10 +89,15 @@ impl ScanoutSrc {
             return Ok(None);
         }
         if response.is_keyframe {
-            output.had_keyframe = self.begins(output, &data)?;
+            self.begin(output, &data)?;
         }
-        if !output.had_keyframe {
-            self.drop_frame(output);
+        if let Stage::Waiting { asked, .. } = &mut output.stage {
+            output.discont = true;
+            lock(&self.figures).dropped += 1;
+            if !std::mem::replace(asked, true) {
+                gst::debug!(CAT, imp = self, "dropping frames until a keyframe comes");
+                self.wishes.keyframe.store(true, Ordering::Release);
+            }
             return Ok(None);
         }
         {
@@ -115,8 +136,10 @@ impl ScanoutSrc {
         Ok(Some(buffer))
     }
 
-    /// Whether decoding can begin, or go on, with this keyframe; sets the caps that it brings.
-    fn begins(&self, output: &mut Output, keyframe: &[u8]) -> Result<bool, gst::FlowError> {
+    /// Finds out whether decoding can begin, or go on, with this keyframe, and sets the caps that
+    /// it brings.
+    fn begin(&self, output: &mut Output, keyframe: &[u8]) -> Result<(), gst::FlowError> {
+        let waiting = std::mem::replace(&mut output.stage, Stage::Flowing);
         if let Some(caps) = output.caps.update(keyframe) {
             gst::info!(CAT, imp = self, "the host sends {caps}");
             let obj = self.obj();
@@ -124,20 +147,23 @@ impl ScanoutSrc {
                 gst::element_imp_error!(self, gst::CoreError::Negotiation, ("{reason}"));
                 gst::FlowError::NotNegotiated
             })?;
-            obj.set_caps(&caps).map_err(|error| {
+            return obj.set_caps(&caps).map_err(|error| {
                 gst::debug!(CAT, imp = self, "{error}");
                 gst::FlowError::NotNegotiated
-            })?;
-            return Ok(true);
+            });
         }
-        let what = match h264::find_sps(keyframe) {
-            Some(sps) if StreamInfo::from_sps(sps).is_some() => return Ok(true),
+        let what = match (h264::find_sps(keyframe), waiting) {
+            (Some(sps), _) if StreamInfo::from_sps(sps).is_some() => return Ok(()),
             // A decoder that has one already can go on.
-            None if output.had_keyframe => return Ok(true),
-            Some(_) => "a sequence parameter set that cannot be read",
-            None => "no sequence parameter set",
+            (None, Stage::Flowing) => return Ok(()),
+            (Some(_), _) => "a sequence parameter set that cannot be read",
+            (None, _) => "no sequence parameter set",
         };
-        if !std::mem::replace(&mut output.warned, true) {
+        let (asked, warned) = match waiting {
+            Stage::Waiting { asked, warned } => (asked, warned),
+            Stage::Flowing => (false, false),
+        };
+        if !warned {
             gst::warning!(
                 CAT,
                 imp = self,
@@ -146,17 +172,11 @@ impl ScanoutSrc {
                 keyframe.len()
             );
         }
-        Ok(false)
-    }
-
-    /// Counts a frame from which nothing can be decoded, and asks for one from which it can.
-    fn drop_frame(&self, output: &mut Output) {
-        output.discont = true;
-        lock(&self.figures).dropped += 1;
-        if !std::mem::replace(&mut output.asked, true) {
-            gst::debug!(CAT, imp = self, "dropping frames until a keyframe comes");
-            self.wishes.keyframe.store(true, Ordering::Release);
-        }
+        output.stage = Stage::Waiting {
+            asked,
+            warned: true,
+        };
+        Ok(())
     }
 
     /// The running time of a frame that the host stamped with `host_pts`.
