@@ -84,5 +84,5 @@ build_release() {
     say "Building the plugins and helix-host (release)"
     # shellcheck disable=SC2046
     cargo build --release --locked $(gst_features) -p gst-plugin-pipewirezerocopy \
-        -p gst-plugin-vsock -p gst-plugin-scanout -p helix-host
+        -p gst-plugin-qemudisplay -p gst-plugin-scanout -p gst-plugin-vsock -p helix-host
 }

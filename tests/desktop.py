@@ -19,6 +19,7 @@ prints says that all is up (or why not); then it answers each line it reads with
     {"cmd": "client", "kind": "simple-shm"}               -> {"pid": 4712, "kind": "simple-shm"}
     {"cmd": "stop-client", "pid": 4711}                   -> {"ok": true}
     {"cmd": "kill", "what": "compositor"}                 -> {"ok": true, "pid": 4709}
+    {"cmd": "restart-pipewire"}                           -> {"ok": true}
     anything that fails                                   -> {"error": "..."}
 
 The end of standard input, SIGTERM and SIGINT all tear everything down.
@@ -299,6 +300,15 @@ class Desktop:
                 return child.pid
         raise DesktopError(f'kill "{what}": only compositor and pipewire are known')
 
+    def restart_pipewire(self):
+        """SIGKILL for PipeWire, and WirePlumber with it, which ends then; both come up again."""
+        for child in [c for c in self.children if c.name in ("pipewire", "wireplumber")]:
+            child.process.kill()
+            child.process.wait()
+            self.children.remove(child)
+        self._await_socket("pipewire-0", self._spawn("pipewire", ["pipewire"]))
+        self._start_wireplumber()
+
     def close(self):
         """End every process and remove the runtime folder. Safe to call twice."""
         if self.bus is not None and not self.bus.is_closed():
@@ -436,6 +446,9 @@ def _command(desktop, request):
             return {"ok": True}
         case "kill":
             return {"ok": True, "pid": desktop.kill(request["what"])}
+        case "restart-pipewire":
+            desktop.restart_pipewire()
+            return {"ok": True}
         case other:
             raise DesktopError(f'unknown cmd "{other}"')
 

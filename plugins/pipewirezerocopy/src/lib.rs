@@ -3,10 +3,12 @@
 //! A desktop's ScreenCast, or any other video node of PipeWire, as a live video source.
 //!
 //! The plugin registers `pipewirezerocopysrc`. docs/elements/pipewirezerocopysrc.md is its page.
-//! How frames are had from PipeWire is in [`capture`], which knows no GStreamer; how they become
+//! How frames are had from PipeWire is in [`capture`], how DMA-BUFs are imported by a GPU in [`egl`];
+//! neither knows GStreamer. How frames become
 //! buffers with caps, timestamps and keepalives is in `pipewirezerocopysrc`.
 
 pub mod capture;
+pub mod egl;
 mod pipewirezerocopysrc;
 
 pub use pipewirezerocopysrc::PipeWireZeroCopySrc;

@@ -158,6 +158,11 @@ impl Desktop {
         self.ask(&json!({"cmd": "kill", "what": what}));
     }
 
+    /// Kills the PipeWire daemon, and waits until another one runs in its place.
+    pub fn restart_pipewire(&mut self) {
+        self.ask(&json!({"cmd": "restart-pipewire"}));
+    }
+
     fn ask(&mut self, command: &Value) -> Value {
         self.try_ask(command)
             .unwrap_or_else(|error| panic!("{command}: {error}"))

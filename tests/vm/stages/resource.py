@@ -50,21 +50,22 @@ def run(stage):
         for memory, node in NODE_OF.items():
             with stage.part(f"only {node} is there"):
                 send_ids(stage, guest, host, trace, memory, f"only-{node.lower()}", only(node))
+        stop(host)
+        # It takes ids from here on, so pixels go for no other reason than that there is none.
+        resolver = start_resolver(guest)
+        with stage.part("resolved by a helix-host"):
+            send_to_resolver(stage, guest, resolver)
         with stage.part("no node at all"):
             send_without_node(stage, guest, known)
-        host.signal("TERM")
-        with stage.part("resolved by a helix-host"):
-            send_to_resolver(stage, guest)
+        with stage.part("memory that is not virtio-gpu's, to a helix-host that resolves ids"):
+            guest.run("vgem", "modprobe vgem", 10)
+            for memory in ("vgem", "udmabuf", "heap"):
+                send_pixels(stage, guest, known, memory, f"pixels-{memory}", "")
+        stop(resolver)
         with stage.part("a host that announces ids and refuses them"):
             host = start_host(guest, "refuses", "--hello --capabilities 9 --resources error")
             send_refused(stage, guest, known)
-            host.signal("TERM")
-        with stage.part("memory that is not virtio-gpu's, encoded by helix-host"):
-            guest.run("vgem", "modprobe vgem", 10)
-            helix_host = guest.start("helix-host", f"rm -f {HOST}; exec helix-host --listen unix:{HOST}", 300)
-            helix_host.wait_for("listening on", LIMIT)
-            for memory in ("vgem", "udmabuf", "heap"):
-                send_pixels(stage, guest, known, memory, f"pixels-{memory}", "")
+            stop(host)
 
 
 def start_host(guest, name, options):
@@ -73,6 +74,21 @@ def start_host(guest, name, options):
     job = guest.start(name, script, 300)
     job.wait_for('"listening"', LIMIT)
     return job
+
+
+def start_resolver(guest):
+    """helix-host's example, which announces that it resolves ids, and makes a picture of nothing but one."""
+    # It ends with its standard input.
+    script = f"rm -f {HOST}; sleep 600 | /src/target/debug/examples/resolving-host unix:{HOST}"
+    job = guest.start("resolver", script, 600)
+    job.wait_for("listening on", LIMIT)
+    return job
+
+
+def stop(host):
+    """Ends a host. It removes its socket at the end, which must not be the next one's."""
+    host.signal("TERM")
+    host.wait()
 
 
 def only(node):
@@ -138,14 +154,9 @@ def send_ids(stage, guest, host, trace, memory, name, nodes):
     stage.check("transfer resource-id: " in said, "a message says so")
 
 
-def send_to_resolver(stage, guest):
+def send_to_resolver(stage, guest, resolver):
     """With `auto`, a host that announces that it resolves ids gets them, and its pictures come back."""
-    # It ends with its standard input.
-    script = f"rm -f {HOST}; sleep 300 | /src/target/debug/examples/resolving-host unix:{HOST}"
-    resolver = guest.start("resolver", script, 300)
-    resolver.wait_for("listening on", LIMIT)
     said, stats = send(stage, guest, "created", "resolved", "auto")
-    resolver.signal("TERM")
     made = {int(number) for number in re.findall(r"^resource (\d+) ", said, re.MULTILINE)}
     ids = [int(number) for number in re.findall(r"^resource (\d+) ", resolver.output(), re.MULTILINE)]
     stage.check(len(ids) == FRAMES and set(ids) == made, f"{len(ids)} resolved, of resources {sorted(set(ids))}")

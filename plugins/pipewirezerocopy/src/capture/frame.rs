@@ -3,195 +3,67 @@
 //! A captured frame: where its pixels are, and the loan of the PipeWire buffer they lie in.
 //!
 //! The producer cannot draw into a buffer that we hold, and it has few of them (lesson L4). So a
-//! [`Frame`] is a [`Lease`]: dropping it, anywhere, on any thread, sends the buffer back through
-//! the loop thread at once. The memory itself is mapped by us once for each buffer and counted,
-//! so that a frame stays readable even when PipeWire has removed its buffer meanwhile.
+//! [`Frame`] has a [`Lease`]: dropping it, anywhere, on any thread, sends the buffer back through
+//! the loop thread at once. It is copied, or it is passed on as it lies, but only as long as its
+//! [`Pool`] has buffers to spare.
 
-use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
-use std::ptr::NonNull;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::damage::Damage;
 use super::geometry::{FrameLayout, MAX_PLANES};
+use super::memory::Memory;
+use super::meta::Transform;
 use super::negotiate::StreamFormat;
 use super::worker::Command;
 use super::{Counters, Monotonic};
 
-/// A producer's memory, mapped for reading by us and for as long as we need it.
-///
-/// The producer may write to it at any time. No reference to its bytes is ever formed; they are
-/// only copied out.
-#[derive(Debug)]
-pub struct Mapping {
-    base: NonNull<libc::c_void>,
-    /// Bytes mapped at `base`.
-    mapped: usize,
-    /// Where the block begins behind `base`: mappings start at a page, blocks anywhere.
-    start: usize,
-    /// Bytes of the block.
-    len: usize,
+/// Buffers of a pool that are never passed on: two for the producer to draw into, one that waits
+/// in the inbox, and one that is being copied.
+const KEPT_BACK: usize = 4;
+
+/// One generation of a stream's buffers: those that came after one format. A lease from an older
+/// generation counts for that one only.
+#[derive(Debug, Default)]
+pub struct Pool {
+    buffers: AtomicUsize,
+    passed: AtomicUsize,
 }
 
-// SAFETY: The mapping is plain shared memory, owned by this value alone until `Drop`, and only
-// ever read. The kernel does not care which thread reads or unmaps it.
-unsafe impl Send for Mapping {}
-// SAFETY: As above; concurrent reads do not disturb each other.
-unsafe impl Sync for Mapping {}
-
-impl Mapping {
-    /// Maps `len` bytes of `fd` from `offset` on.
-    ///
-    /// The descriptor must be at least that long: reading a mapping behind the end of its file
-    /// would end the process with SIGBUS. A producer that shortens its memory later can still
-    /// cause that; compositors seal theirs against it, and [`Mapping::is_sealed`] tells.
-    pub fn new(fd: BorrowedFd<'_>, offset: u32, len: u32) -> io::Result<Self> {
-        let (offset, len) = (offset as usize, len as usize);
-        let end = offset
-            .checked_add(len)
-            .filter(|_| len > 0)
-            .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, "an empty block"))?;
-        let size = file_size(fd)?;
-        if size < end as u64 {
-            return Err(io::Error::new(
-                io::ErrorKind::UnexpectedEof,
-                format!("a block that ends at byte {end} of memory that has {size} bytes"),
-            ));
-        }
-        let start = offset % page_size();
-        let mapped = start + len;
-        // SAFETY: A new mapping at an address of the kernel's choice touches no memory of ours.
-        let base = unsafe {
-            libc::mmap(
-                std::ptr::null_mut(),
-                mapped,
-                libc::PROT_READ,
-                libc::MAP_SHARED,
-                fd.as_raw_fd(),
-                (offset - start) as libc::off_t,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let base = NonNull::new(base)
-            .ok_or_else(|| io::Error::other("mmap succeeded with a null pointer"))?;
-        Ok(Self {
-            base,
-            mapped,
-            start,
-            len,
-        })
+impl Pool {
+    /// A buffer has come. How many there are now.
+    pub(super) fn add(&self) -> usize {
+        self.buffers.fetch_add(1, Ordering::Relaxed) + 1
     }
 
-    /// Maps the same memory as the `len` bytes at `address` once more, so that it stays readable
-    /// when that mapping is gone.
-    ///
-    /// Fails where the memory is not shared: there is nothing then that could be mapped again.
-    ///
-    /// # Safety
-    /// `len` bytes at `address` must be mapped now.
-    pub unsafe fn again(address: NonNull<libc::c_void>, len: u32) -> io::Result<Self> {
-        let len = len as usize;
-        if len == 0 {
-            return Err(io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "an empty block",
-            ));
-        }
-        let start = address.as_ptr().addr() % page_size();
-        let mapped = start + len;
-        // SAFETY: With an old size of 0, mremap leaves the old mapping alone and maps its pages at
-        // an address of the kernel's choice as well, or fails with EINVAL where they are private
-        // (mremap(2)). The page that `address` is in is mapped by the contract above.
-        let base = unsafe {
-            libc::mremap(
-                address.as_ptr().byte_sub(start),
-                0,
-                mapped,
-                libc::MREMAP_MAYMOVE,
-            )
-        };
-        if base == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        let base = NonNull::new(base)
-            .ok_or_else(|| io::Error::other("mremap succeeded with a null pointer"))?;
-        Ok(Self {
-            base,
-            mapped,
-            start,
-            len,
-        })
+    /// A buffer was taken away.
+    pub(super) fn remove(&self) {
+        self.buffers.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// Bytes of the block.
-    pub fn len(&self) -> usize {
-        self.len
+    /// Notes that one more buffer is out for as long as downstream likes, if that can be.
+    fn pass_one(&self) -> bool {
+        let limit = self
+            .buffers
+            .load(Ordering::Relaxed)
+            .saturating_sub(KEPT_BACK);
+        self.passed
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |passed| {
+                (passed < limit).then_some(passed + 1)
+            })
+            .is_ok()
     }
-
-    /// Whether the block is empty. It never is: [`Mapping::new`] refuses that.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
-    }
-
-    /// Whether the memory behind `fd` can no longer be shortened (`F_SEAL_SHRINK`).
-    pub fn is_sealed(fd: BorrowedFd<'_>) -> bool {
-        // SAFETY: F_GET_SEALS takes no argument and fails with EINVAL where seals are unknown.
-        let seals = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) };
-        seals >= 0 && seals & libc::F_SEAL_SHRINK != 0
-    }
-
-    /// Fills `out` from byte `offset` of the block on; false, and nothing copied, where the block
-    /// does not reach that far.
-    #[must_use]
-    pub fn copy_out(&self, offset: usize, out: &mut [u8]) -> bool {
-        if offset
-            .checked_add(out.len())
-            .is_none_or(|end| end > self.len)
-        {
-            return false;
-        }
-        // SAFETY: `start + offset + out.len()` is within `start + len`, which is what is mapped
-        // (checked above, in `new` and in `again`). `out` is memory of this process and cannot overlap. The
-        // producer may write meanwhile: any byte value is then a valid, if torn, pixel.
-        unsafe {
-            std::ptr::copy_nonoverlapping(
-                self.base.as_ptr().cast::<u8>().add(self.start + offset),
-                out.as_mut_ptr(),
-                out.len(),
-            );
-        }
-        true
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: `base` and `mapped` are what mmap or mremap gave, and nothing points into it any more.
-        unsafe { libc::munmap(self.base.as_ptr(), self.mapped) };
-    }
-}
-
-fn page_size() -> usize {
-    // SAFETY: sysconf has no preconditions.
-    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
-}
-
-fn file_size(fd: BorrowedFd<'_>) -> io::Result<u64> {
-    let mut stat = std::mem::MaybeUninit::<libc::stat>::uninit();
-    // SAFETY: `stat` has room for what fstat writes.
-    if unsafe { libc::fstat(fd.as_raw_fd(), stat.as_mut_ptr()) } != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: fstat succeeded, so it has filled the structure.
-    let stat = unsafe { stat.assume_init() };
-    Ok(u64::try_from(stat.st_size).unwrap_or(0))
 }
 
 /// The loan of one PipeWire buffer; gives it back when dropped.
+///
+/// It may outlive the buffer, its stream and the loop thread: the loop thread knows buffers by
+/// numbers that are never used twice, and ignores one that is gone.
 pub struct Lease {
     buffer: u64,
+    pool: Arc<Pool>,
+    /// It counts among the pool's passed buffers.
+    passed: bool,
     returns: pipewire::channel::Sender<Command>,
     counters: Arc<Counters>,
 }
@@ -206,12 +78,15 @@ impl Lease {
     /// Notes that the buffer which the loop thread knows as `buffer` is out.
     pub(super) fn new(
         buffer: u64,
+        pool: Arc<Pool>,
         returns: pipewire::channel::Sender<Command>,
         counters: Arc<Counters>,
     ) -> Self {
         counters.held.fetch_add(1, Ordering::Relaxed);
         Self {
             buffer,
+            pool,
+            passed: false,
             returns,
             counters,
         }
@@ -220,6 +95,9 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
+        if self.passed {
+            self.pool.passed.fetch_sub(1, Ordering::Relaxed);
+        }
         self.counters.held.fetch_sub(1, Ordering::Relaxed);
         // Fails only when the loop thread is gone, and its buffers with it.
         let _ = self.returns.send(Command::Requeue(self.buffer));
@@ -235,11 +113,67 @@ pub struct Frame {
     pub format: StreamFormat,
     /// When the producer says that it was captured, or else when it came.
     pub captured: Monotonic,
-    pub(super) memory: [Option<Arc<Mapping>>; MAX_PLANES],
-    pub(super) _lease: Lease,
+    /// What of it differs from the frame before.
+    pub damage: Damage,
+    /// How the picture was turned.
+    pub transform: Transform,
+    pub(super) memory: [Option<Arc<Memory>>; MAX_PLANES],
+    pub(super) lease: Lease,
+}
+
+/// Pixels of a frame in the producer's own memory. They stay readable, whatever becomes of the
+/// stream; they stay the same until the last of the frame's parts is dropped.
+#[derive(Debug)]
+pub struct Part {
+    memory: Arc<Memory>,
+    start: usize,
+    len: usize,
+    _lease: Arc<Lease>,
+}
+
+impl AsRef<[u8]> for Part {
+    fn as_ref(&self) -> &[u8] {
+        // `Frame::pass` has seen it; memory does not change its ways.
+        self.memory.shared(self.start, self.len).unwrap_or_default()
+    }
 }
 
 impl Frame {
+    /// Whether all of it can be read in place, in whole rows.
+    pub fn is_mapped(&self) -> bool {
+        self.layout.extents().all(|extent| {
+            self.shared(extent.block, extent.start, extent.len)
+                .is_some()
+        })
+    }
+
+    fn shared(&self, block: usize, start: usize, len: usize) -> Option<&[u8]> {
+        self.memory.get(block)?.as_ref()?.shared(start, len)
+    }
+
+    /// Reserves the frame's buffer for [`parts`](Self::parts). False where the producer needs it
+    /// back soon.
+    pub fn reserve(&mut self) -> bool {
+        self.lease.passed = self.lease.passed || self.lease.pool.pass_one();
+        self.lease.passed
+    }
+
+    /// The frame's memory as it lies, a part for each of the layout's extents.
+    pub fn parts(self) -> Vec<Part> {
+        let lease = Arc::new(self.lease);
+        self.layout
+            .extents()
+            .filter_map(|extent| {
+                Some(Part {
+                    memory: self.memory[extent.block].clone()?,
+                    start: extent.start,
+                    len: extent.len,
+                    _lease: lease.clone(),
+                })
+            })
+            .collect()
+    }
+
     /// Copies plane `index` into rows of `stride` bytes; false where the rows do not fit `out`.
     ///
     /// Each row is copied once. Where `opaque_at` names a byte of each pixel of 4, that byte is
@@ -284,41 +218,46 @@ impl Frame {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::capture::format::PixelFormat;
     use crate::capture::geometry::{Chunk, Region};
+    use crate::capture::negotiate::Color;
     use std::fs::File;
-    use std::os::fd::{AsFd, FromRawFd};
+    use std::os::fd::{AsFd, AsRawFd, FromRawFd};
     use std::os::unix::fs::FileExt;
 
-    /// A memfd with these bytes, as producers use.
-    fn memfd(bytes: &[u8]) -> File {
+    /// A frame of BGRx with these bytes in sealed memory, in a pool of `buffers`.
+    pub fn frame_of(
+        bytes: &[u8],
+        (width, height): (u32, u32),
+        stride: i32,
+        buffers: usize,
+        counters: &Arc<Counters>,
+    ) -> Frame {
         // SAFETY: The name is a C string; the result is checked and owned by the File.
         let file = unsafe {
-            let fd = libc::memfd_create(
-                c"frame-test".as_ptr(),
-                libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING,
-            );
-            assert!(fd >= 0, "memfd_create: {}", io::Error::last_os_error());
+            let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+            let fd = libc::memfd_create(c"frame-test".as_ptr(), flags);
+            assert!(fd >= 0, "memfd_create: {}", std::io::Error::last_os_error());
             File::from_raw_fd(fd)
         };
         file.write_all_at(bytes, 0).unwrap();
-        file
-    }
-
-    fn frame(bytes: &[u8], width: u32, height: u32, stride: i32) -> (Frame, Arc<Counters>) {
-        let memory = memfd(bytes);
-        let mapping = Mapping::new(memory.as_fd(), 0, bytes.len() as u32).unwrap();
+        // SAFETY: Plain fcntl on a descriptor that this test owns.
+        unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) };
+        let memory = Memory::new(file.as_fd(), 0, bytes.len() as u32).unwrap();
         let chunk = Chunk {
-            mapped: mapping.len(),
+            mapped: memory.len(),
             offset: 0,
             size: bytes.len() as u32,
             stride,
         };
-        let counters = Arc::new(Counters::default());
+        let pool = Arc::new(Pool::default());
+        for _ in 0..buffers {
+            pool.add();
+        }
         let (sender, _receiver) = pipewire::channel::channel();
-        let frame = Frame {
+        Frame {
             layout: FrameLayout::new(PixelFormat::Bgrx, width, height, &[chunk]).unwrap(),
             format: StreamFormat {
                 format: PixelFormat::Bgrx,
@@ -326,98 +265,20 @@ mod tests {
                 height,
                 framerate: (0, 1),
                 max_framerate: None,
+                color: Color::default(),
             },
             captured: Monotonic::now(),
-            memory: [Some(Arc::new(mapping)), None],
-            _lease: Lease::new(1, sender, counters.clone()),
-        };
+            damage: Damage::Everything,
+            transform: Transform::default(),
+            memory: [Some(Arc::new(memory)), None],
+            lease: Lease::new(1, pool, sender, counters.clone()),
+        }
+    }
+
+    fn frame(bytes: &[u8], width: u32, height: u32, stride: i32) -> (Frame, Arc<Counters>) {
+        let counters = Arc::new(Counters::default());
+        let frame = frame_of(bytes, (width, height), stride, 8, &counters);
         (frame, counters)
-    }
-
-    #[test]
-    fn memory_shorter_than_announced_is_not_mapped() {
-        let memory = memfd(&[7; 100]);
-        assert!(Mapping::new(memory.as_fd(), 0, 100).is_ok());
-        let error = Mapping::new(memory.as_fd(), 0, 101).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof, "{error}");
-        assert!(Mapping::new(memory.as_fd(), 1, 100).is_err());
-        assert!(Mapping::new(memory.as_fd(), u32::MAX, u32::MAX).is_err());
-        assert!(Mapping::new(memory.as_fd(), 0, 0).is_err());
-    }
-
-    #[test]
-    fn blocks_may_begin_anywhere() {
-        let bytes: Vec<u8> = (0..10_000).map(|n| (n % 251) as u8).collect();
-        let memory = memfd(&bytes);
-        for offset in [0usize, 1, 4095, 4096, 5000] {
-            let mapping = Mapping::new(memory.as_fd(), offset as u32, 1000).unwrap();
-            let mut out = [0; 990];
-            assert!(mapping.copy_out(10, &mut out));
-            assert_eq!(out[..], bytes[offset + 10..offset + 1000]);
-        }
-    }
-
-    #[test]
-    fn memory_stays_readable_when_the_mapping_it_was_found_by_is_gone() {
-        let bytes: Vec<u8> = (0..10_000).map(|n| (n % 251) as u8).collect();
-        let memory = memfd(&bytes);
-        let first = Mapping::new(memory.as_fd(), 0, 10_000).unwrap();
-        for offset in [0usize, 1, 4096, 5000] {
-            // SAFETY: `first` maps 10 000 bytes and lives on.
-            let again = unsafe { Mapping::again(first.base.byte_add(offset), 1000) }.unwrap();
-            let mut out = [0; 1000];
-            assert!(again.copy_out(0, &mut out));
-            assert_eq!(out[..], bytes[offset..offset + 1000]);
-            memory
-                .write_all_at(&[bytes[offset] ^ 1], offset as u64)
-                .unwrap();
-            let mut changed = [0];
-            assert!(again.copy_out(0, &mut changed));
-            assert_eq!(
-                changed[0],
-                bytes[offset] ^ 1,
-                "it is the memory, not a copy"
-            );
-            memory
-                .write_all_at(&[bytes[offset]], offset as u64)
-                .unwrap();
-        }
-        // SAFETY: As above.
-        let again = unsafe { Mapping::again(first.base, 10_000) }.unwrap();
-        drop(first);
-        drop(memory);
-        let mut out = vec![0; 10_000];
-        assert!(again.copy_out(0, &mut out));
-        assert_eq!(out, bytes);
-    }
-
-    #[test]
-    fn memory_that_is_not_shared_is_refused() {
-        let mut private = vec![0u8; 100_000];
-        let address = NonNull::new(private.as_mut_ptr().cast()).unwrap();
-        // SAFETY: The vector is mapped while it lives.
-        assert!(unsafe { Mapping::again(address, 100_000) }.is_err());
-    }
-
-    #[test]
-    fn nothing_is_read_behind_the_end() {
-        let memory = memfd(&[7; 100]);
-        let mapping = Mapping::new(memory.as_fd(), 0, 100).unwrap();
-        let mut out = [0; 10];
-        assert!(mapping.copy_out(90, &mut out));
-        assert!(!mapping.copy_out(91, &mut out));
-        assert!(!mapping.copy_out(usize::MAX, &mut out));
-    }
-
-    #[test]
-    fn seals_are_seen() {
-        let memory = memfd(&[0; 16]);
-        assert!(!Mapping::is_sealed(memory.as_fd()));
-        // SAFETY: Plain fcntl on a descriptor that this test owns.
-        let sealed =
-            unsafe { libc::fcntl(memory.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) };
-        assert_eq!(sealed, 0);
-        assert!(Mapping::is_sealed(memory.as_fd()));
     }
 
     #[test]
@@ -471,5 +332,30 @@ mod tests {
         assert_eq!(counters.held.load(Ordering::Relaxed), 1);
         drop(frame);
         assert_eq!(counters.held.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_frame_in_place_keeps_its_buffer_until_its_last_part_is_gone() {
+        let (mut frame, counters) = frame(&[7; 24], 2, 2, 12);
+        assert!(frame.is_mapped() && frame.reserve());
+        let pool = frame.lease.pool.clone();
+        let parts = frame.parts();
+        assert_eq!(parts.len(), 1);
+        assert_eq!(parts[0].as_ref(), [7; 24], "whole rows");
+        assert_eq!(counters.held.load(Ordering::Relaxed), 1);
+        drop(parts);
+        assert_eq!(counters.held.load(Ordering::Relaxed), 0);
+        assert_eq!(pool.passed.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn buffers_are_passed_on_only_as_long_as_the_producer_has_enough() {
+        for (buffers, most) in [(0, 0), (2, 0), (4, 0), (5, 1), (8, 4), (16, 12)] {
+            let pool = Pool::default();
+            for _ in 0..buffers {
+                pool.add();
+            }
+            assert_eq!((0..32).filter(|_| pool.pass_one()).count(), most);
+        }
     }
 }

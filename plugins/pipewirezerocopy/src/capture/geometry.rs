@@ -60,6 +60,18 @@ pub struct PlaneLayout {
     pub rows: usize,
 }
 
+/// What of one memory block a frame needs to be read in place: whole rows, the padding of the last
+/// one included. Unlike a plane's pixels, that padding may lie behind the block's end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Which of the buffer's memory blocks.
+    pub block: usize,
+    /// First byte.
+    pub start: usize,
+    /// Number of bytes.
+    pub len: usize,
+}
+
 /// Where a frame's pixels lie, checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FrameLayout {
@@ -69,6 +81,8 @@ pub struct FrameLayout {
     pub width: u32,
     /// Height in pixels, after cropping.
     pub height: u32,
+    /// The buffer's pixel at which the frame begins, as left and top: (0, 0) unless it is a crop.
+    pub origin: (u32, u32),
     planes: [PlaneLayout; MAX_PLANES],
 }
 
@@ -189,6 +203,7 @@ impl FrameLayout {
             format,
             width,
             height,
+            origin: (0, 0),
             planes,
         })
     }
@@ -196,6 +211,39 @@ impl FrameLayout {
     /// The planes, as many as the format has.
     pub fn planes(&self) -> &[PlaneLayout] {
         &self.planes[..self.format.planes().len()]
+    }
+
+    /// What the frame needs of each block, in the order of its planes.
+    pub fn extents(&self) -> impl Iterator<Item = Extent> {
+        let mut extents: [Option<Extent>; MAX_PLANES] = [None; MAX_PLANES];
+        for plane in self.planes() {
+            let end = plane
+                .offset
+                .saturating_add(plane.rows.saturating_mul(plane.stride));
+            let extent = extents[plane.block].get_or_insert(Extent {
+                block: plane.block,
+                start: plane.offset,
+                len: 0,
+            });
+            // Planes of one block lie behind each other.
+            extent.len = end - extent.start;
+        }
+        extents.into_iter().flatten()
+    }
+
+    /// Where each plane lies in the extents, one behind the other, in bytes.
+    pub fn offsets_in_extents(&self) -> [usize; MAX_PLANES] {
+        let mut offsets = [0; MAX_PLANES];
+        for (offset, plane) in offsets.iter_mut().zip(self.planes()) {
+            for extent in self.extents() {
+                if extent.block == plane.block {
+                    *offset += plane.offset - extent.start;
+                    break;
+                }
+                *offset += extent.len;
+            }
+        }
+        offsets
     }
 
     /// The same frame reduced to `region` (`SPA_META_VideoCrop`).
@@ -226,6 +274,7 @@ impl FrameLayout {
         }
         self.width = width;
         self.height = height;
+        self.origin = (self.origin.0 + left, self.origin.1 + top);
         self
     }
 }
@@ -471,6 +520,22 @@ mod tests {
         ] {
             assert_eq!(whole.crop(outside), whole, "{outside:?}");
         }
+    }
+
+    #[test]
+    fn extents_are_whole_rows_and_planes_are_found_in_them() {
+        let extent = |block, start, len| Extent { block, start, len };
+        let packed = bgrx(4, 2, chunk(128, 8, 36, 20)).unwrap();
+        assert_eq!(packed.extents().collect::<Vec<_>>(), [extent(0, 8, 40)]);
+        assert_eq!(packed.offsets_in_extents(), [0, 0]);
+        let one = FrameLayout::new(PixelFormat::Nv12, 6, 3, &[chunk(48, 0, 48, 8)]).unwrap();
+        assert_eq!(one.extents().collect::<Vec<_>>(), [extent(0, 0, 48)]);
+        assert_eq!(one.offsets_in_extents(), [0, 32]);
+        let two = [chunk(24, 0, 24, 8), chunk(18, 2, 16, 8)];
+        let two = FrameLayout::new(PixelFormat::Nv12, 6, 3, &two).unwrap();
+        let extents: Vec<_> = two.extents().collect();
+        assert_eq!(extents, [extent(0, 0, 24), extent(1, 2, 16)]);
+        assert_eq!(two.offsets_in_extents(), [0, 24]);
     }
 
     #[test]

@@ -11,7 +11,9 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use zerocopy_plugin_common::wait::Waker;
 
+use super::damage::Damage;
 use super::frame::Frame;
+use super::meta::Cursor;
 use super::negotiate::StreamFormat;
 use super::{Counters, Failure};
 
@@ -26,6 +28,8 @@ pub enum Look {
     Absent(String),
     /// Capturing has failed for good. Said each time.
     Failed(Failure),
+    /// The pointer has changed; [`Inbox::take_cursor`] tells how. The waker is used as for nothing.
+    Cursor,
     /// Nothing. The waker is used when that changes.
     Nothing,
 }
@@ -42,6 +46,9 @@ pub enum Interest {
 #[derive(Debug, Default)]
 struct Contents {
     frame: Option<Frame>,
+    cursor: Option<Cursor>,
+    /// A frame was dropped whose damage the next one lacks.
+    missed: bool,
     vanished: Option<String>,
     /// The frame came after the news in `vanished`, from a producer that has returned.
     frame_is_newer: bool,
@@ -97,13 +104,37 @@ impl Inbox {
             return Look::Absent(reason);
         }
         contents.waiting = Some(interest);
+        if contents.cursor.is_some() {
+            return Look::Cursor;
+        }
         Look::Nothing
     }
 
-    /// The frame that is there, if it still has that format. It may not: the loop thread replaces
-    /// frames at any time.
-    pub fn take(&self, expected: &StreamFormat) -> Option<Frame> {
-        self.lock().frame.take_if(|frame| frame.format == *expected)
+    /// The frame that is there, if it still has that format and is `wanted`. It may not: the loop
+    /// thread replaces frames at any time.
+    pub fn take(
+        &self,
+        expected: &StreamFormat,
+        wanted: impl FnOnce(&mut Frame) -> bool,
+    ) -> Option<Frame> {
+        let mut contents = self.lock();
+        let mut frame = contents
+            .frame
+            .take_if(|frame| frame.format == *expected && wanted(frame))?;
+        if std::mem::take(&mut contents.missed) {
+            frame.damage = Damage::Everything;
+        }
+        Some(frame)
+    }
+
+    /// Whether there is news of the pointer.
+    pub fn has_cursor(&self) -> bool {
+        self.lock().cursor.is_some()
+    }
+
+    /// The pointer as it is now, if there is news of it.
+    pub fn take_cursor(&self) -> Option<Cursor> {
+        self.lock().cursor.take()
     }
 
     /// Drops the frame that is there.
@@ -113,6 +144,12 @@ impl Inbox {
         if frame.is_some() {
             self.counters.dropped.fetch_add(1, Ordering::Relaxed);
         }
+        self.miss();
+    }
+
+    /// Notes that a frame which was taken does not leave: the next one's damage does not cover it.
+    pub fn miss(&self) {
+        self.lock().missed = true;
     }
 
     /// Whether the connection to the daemon stands, or why not; none while that is open. The
@@ -129,9 +166,16 @@ impl Inbox {
         None
     }
 
-    pub(super) fn put_frame(&self, frame: Frame) {
+    pub(super) fn put_frame(&self, mut frame: Frame) {
         let (replaced, wake) = {
             let mut contents = self.lock();
+            if let Some(replaced) = &mut contents.frame {
+                let damage = std::mem::replace(&mut replaced.damage, Damage::Everything);
+                let same = replaced.format == frame.format;
+                frame
+                    .damage
+                    .add(if same { damage } else { Damage::Everything });
+            }
             contents.frame_is_newer = contents.vanished.is_some();
             contents.absent = None;
             let wake = contents
@@ -147,6 +191,19 @@ impl Inbox {
         }
     }
 
+    /// The pointer has changed. A frame that comes with it follows.
+    pub(super) fn put_cursor(&self, cursor: Cursor, frame_follows: bool) {
+        let wake = {
+            let mut contents = self.lock();
+            contents.cursor = Some(cursor);
+            let all = |interest: &mut Interest| *interest == Interest::All;
+            !frame_follows && contents.waiting.take_if(all).is_some()
+        };
+        if wake {
+            self.waker.wake();
+        }
+    }
+
     pub(super) fn put_connected(&self) {
         self.put_news(|contents| contents.connected = true);
     }
@@ -154,6 +211,7 @@ impl Inbox {
     pub(super) fn put_vanished(&self, reason: String) {
         self.put_news(|contents| {
             contents.vanished = Some(reason);
+            contents.cursor = None;
             contents.frame_is_newer = false;
         });
     }
@@ -183,10 +241,8 @@ impl Inbox {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::capture::frame::{Lease, Mapping};
-    use crate::capture::geometry::{Chunk, FrameLayout};
-    use crate::capture::{Monotonic, PixelFormat};
-    use std::os::fd::AsFd;
+    use crate::capture::frame::tests::frame_of;
+    use crate::capture::geometry::Region;
     use std::time::Duration;
     use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake};
 
@@ -208,29 +264,7 @@ mod tests {
     }
 
     fn frame(width: u32, counters: &Arc<Counters>) -> Frame {
-        let (sender, _receiver) = pipewire::channel::channel();
-        let file = tempfile::tempfile().unwrap();
-        file.set_len(64).unwrap();
-        let mapping = Mapping::new(file.as_fd(), 0, 64).unwrap();
-        let chunk = Chunk {
-            mapped: 64,
-            offset: 0,
-            size: 64,
-            stride: 0,
-        };
-        Frame {
-            layout: FrameLayout::new(PixelFormat::Bgrx, width, 1, &[chunk]).unwrap(),
-            format: StreamFormat {
-                format: PixelFormat::Bgrx,
-                width,
-                height: 1,
-                framerate: (0, 1),
-                max_framerate: None,
-            },
-            captured: Monotonic::now(),
-            memory: [Some(Arc::new(mapping)), None],
-            _lease: Lease::new(1, sender, counters.clone()),
-        }
+        frame_of(&[0; 64], (width, 1), 0, 8, counters)
     }
 
     fn woken(waiter: &mut Waiter) -> bool {
@@ -255,7 +289,7 @@ mod tests {
             panic!("a frame is there");
         };
         assert_eq!(format.width, 5);
-        assert!(inbox.take(&format).is_some());
+        assert!(inbox.take(&format, |_| true).is_some());
         assert!(matches!(inbox.look(Interest::All), Look::Nothing));
     }
 
@@ -296,7 +330,7 @@ mod tests {
             panic!("a frame is there");
         };
         inbox.put_frame(frame(2, &counters));
-        assert!(inbox.take(&format).is_none());
+        assert!(inbox.take(&format, |_| true).is_none());
         assert!(matches!(inbox.look(Interest::All), Look::Frame(_)));
     }
 
@@ -338,5 +372,39 @@ mod tests {
             };
             assert_eq!(reason, "first");
         }
+    }
+
+    #[test]
+    fn damage_of_frames_that_never_leave_is_not_lost() {
+        let Setup {
+            counters, inbox, ..
+        } = setup();
+        let damaged = |x: i32| {
+            let mut frame = frame(4, &counters);
+            frame.damage = Damage::Rects(vec![Region {
+                x,
+                y: 0,
+                width: 1,
+                height: 1,
+            }]);
+            frame
+        };
+        let rects = |frame: &Frame| match &frame.damage {
+            Damage::Everything => None,
+            Damage::Rects(rects) => Some(rects.iter().map(|rect| rect.x).collect::<Vec<_>>()),
+        };
+        let format = frame(4, &counters).format;
+        inbox.put_frame(damaged(1));
+        inbox.put_frame(damaged(2));
+        let taken = inbox.take(&format, |_| true).unwrap();
+        assert_eq!(rects(&taken), Some(vec![2, 1]));
+        inbox.put_frame(damaged(1));
+        inbox.discard();
+        inbox.put_frame(damaged(2));
+        let taken = inbox.take(&format, |_| true).unwrap();
+        assert_eq!(rects(&taken), None);
+        inbox.put_frame(damaged(3));
+        let taken = inbox.take(&format, |_| true).unwrap();
+        assert_eq!(rects(&taken), Some(vec![3]));
     }
 }

@@ -12,7 +12,10 @@
 //! | [`format`](mod@format) | pixel formats and their names in PipeWire and DRM |
 //! | [`geometry`] | where the pixels are in the producer's memory, checked |
 //! | [`negotiate`] | what is offered to the producer, and reading what it fixes |
-//! | [`frame`] | mapped memory, and the loan of a buffer |
+//! | [`memory`] | a producer's memory, mapped or read |
+//! | [`frame`] | the loan of a buffer, and passing it on |
+//! | [`damage`] | what of a picture has changed |
+//! | [`meta`] | what else comes with a buffer |
 //! | [`clock`] | capture times |
 //! | [`inbox`] | from the loop thread to the consumer |
 //! | `stream` | one PipeWire stream: its callbacks and its buffers |
@@ -29,10 +32,13 @@ use std::thread::{self, JoinHandle};
 use zerocopy_plugin_common::wait::Waker;
 
 pub mod clock;
+pub mod damage;
 pub mod format;
 pub mod frame;
 pub mod geometry;
 pub mod inbox;
+pub mod memory;
+pub mod meta;
 pub mod negotiate;
 mod registry;
 mod stream;
@@ -256,6 +262,9 @@ impl Capture {
 
 impl Drop for Capture {
     fn drop(&mut self) {
+        // Before the end: the producer keeps its buffers for the next consumer, and one that was not
+        // given back stays missing.
+        self.inbox.discard();
         let _ = self.commands.send(Command::Quit);
         if let Some(thread) = self.thread.take() {
             // A panic there has been printed; there is nothing to add to it here.

@@ -17,8 +17,10 @@ use libspa::pod::serialize::PodSerializer;
 use libspa::pod::{ChoiceValue, Object, Pod, Property, Value};
 use libspa::utils::{Choice, ChoiceEnum, ChoiceFlags, Fraction, Id, Rectangle, SpaTypes};
 
+use super::damage::MAX_RECTS;
 use super::format::PixelFormat;
 use super::geometry::MAX_DIMENSION;
+use super::meta::MAX_CURSOR;
 
 /// The framerates offered, as (default, least, greatest).
 ///
@@ -41,7 +43,8 @@ const FRAMERATES: (Fraction, Fraction, Fraction) = (
 const DEFAULT_SIZE: (u32, u32) = (1920, 1080);
 
 /// Buffers asked for, as (default, least, greatest). One may wait to be taken while another is
-/// copied, so fewer than three would leave the producer none to draw into (lesson L4).
+/// copied, so fewer than three would leave the producer none to draw into (lesson L4); frames are
+/// passed on without a copy only from pools of five and more (see [`Pool`](super::frame::Pool)).
 const BUFFERS: (i32, i32, i32) = (8, 3, 16);
 
 /// An inclusive range of pixels.
@@ -121,6 +124,19 @@ pub struct StreamFormat {
     pub framerate: (u32, u32),
     /// The most frames in a second, where the producer says.
     pub max_framerate: Option<(u32, u32)>,
+    /// How its numbers make colours, as far as the producer says.
+    pub color: Color,
+}
+
+/// Colorimetry in the numbers of `spa/param/video/color.h`, which are GStreamer's as well; 0 =
+/// unknown.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[allow(missing_docs)] // The names are those of the header.
+pub struct Color {
+    pub range: u32,
+    pub matrix: u32,
+    pub transfer: u32,
+    pub primaries: u32,
 }
 
 impl StreamFormat {
@@ -146,6 +162,12 @@ impl StreamFormat {
             height: info.size().height,
             framerate: rate(info.framerate()),
             max_framerate: (max.num > 0 && max.denom > 0).then(|| rate(max)),
+            color: Color {
+                range: info.color_range(),
+                matrix: info.color_matrix(),
+                transfer: info.transfer_function(),
+                primaries: info.color_primaries(),
+            },
         })
     }
 }
@@ -250,23 +272,56 @@ pub fn format_answers() -> Vec<PodBytes> {
             ),
         ],
     };
+    let size = |bytes: usize| Value::Int(bytes as i32);
+    let region = size_of::<libspa::sys::spa_meta_region>();
     vec![
         PodBytes::new(buffers),
-        meta::<libspa::sys::spa_meta_header>(libspa::sys::SPA_META_Header),
-        meta::<libspa::sys::spa_meta_region>(libspa::sys::SPA_META_VideoCrop),
+        meta(
+            libspa::sys::SPA_META_Header,
+            size(size_of::<libspa::sys::spa_meta_header>()),
+        ),
+        meta(libspa::sys::SPA_META_VideoCrop, size(region)),
+        meta(
+            libspa::sys::SPA_META_VideoDamage,
+            sizes(region, region * MAX_RECTS, region * MAX_RECTS),
+        ),
+        meta(
+            libspa::sys::SPA_META_VideoTransform,
+            size(size_of::<libspa::sys::spa_meta_videotransform>()),
+        ),
+        meta(
+            libspa::sys::SPA_META_Cursor,
+            sizes(cursor_size(1), cursor_size(64), cursor_size(MAX_CURSOR)),
+        ),
     ]
 }
 
-fn meta<T>(kind: u32) -> PodBytes {
+/// Bytes of metadata for a pointer of that width and height.
+const fn cursor_size(side: u32) -> usize {
+    size_of::<libspa::sys::spa_meta_cursor>()
+        + size_of::<libspa::sys::spa_meta_bitmap>()
+        + (side * side * 4) as usize
+}
+
+/// A choice of sizes in bytes.
+fn sizes(min: usize, default: usize, max: usize) -> Value {
+    Value::Choice(ChoiceValue::Int(Choice(
+        ChoiceFlags::empty(),
+        ChoiceEnum::Range {
+            default: default as i32,
+            min: min as i32,
+            max: max as i32,
+        },
+    )))
+}
+
+fn meta(kind: u32, size: Value) -> PodBytes {
     PodBytes::new(Object {
         type_: SpaTypes::ObjectParamMeta.as_raw(),
         id: ParamType::Meta.as_raw(),
         properties: vec![
             Property::new(libspa::sys::SPA_PARAM_META_type, Value::Id(Id(kind))),
-            Property::new(
-                libspa::sys::SPA_PARAM_META_size,
-                Value::Int(size_of::<T>() as i32),
-            ),
+            Property::new(libspa::sys::SPA_PARAM_META_size, size),
         ],
     })
 }
@@ -364,14 +419,9 @@ mod tests {
     #[test]
     fn a_format_is_answered_with_buffers_and_meta_only() {
         let ids: Vec<_> = format_answers().iter().map(|pod| object(pod).id).collect();
-        assert_eq!(
-            ids,
-            [
-                ParamType::Buffers.as_raw(),
-                ParamType::Meta.as_raw(),
-                ParamType::Meta.as_raw()
-            ]
-        );
+        let (buffers, metas) = ids.split_first().unwrap();
+        assert_eq!(*buffers, ParamType::Buffers.as_raw());
+        assert!(metas.iter().all(|id| *id == ParamType::Meta.as_raw()));
     }
 
     #[test]
@@ -414,6 +464,7 @@ mod tests {
                 height: 720,
                 framerate: (0, 1),
                 max_framerate: Some((60, 1)),
+                color: Color::default(),
             }
         );
         let yuy2 = libspa::param::video::VideoFormat::YUY2.as_raw();

@@ -24,8 +24,11 @@ use pipewire::properties::properties;
 use pipewire::stream::{Stream, StreamFlags, StreamListener, StreamRc, StreamState};
 use pipewire::sys::pw_buffer;
 
-use super::frame::{Frame, Lease, Mapping};
-use super::geometry::{Chunk, FrameLayout, MAX_PLANES, Region};
+use super::damage::Damage;
+use super::frame::{Frame, Lease, Pool};
+use super::geometry::{Chunk, FrameLayout, MAX_PLANES};
+use super::memory::{Mapping, Memory};
+use super::meta::{Cursor, Metas};
 use super::negotiate::{self, Offer, StreamFormat};
 use super::registry::Node;
 use super::worker::Link;
@@ -44,7 +47,9 @@ const MOST_REQUESTS: u32 = 4;
 struct Buffer {
     /// Our number for it, never used twice, also not by the next stream.
     id: u64,
-    memory: [Option<Arc<Mapping>>; MAX_PLANES],
+    memory: [Option<Arc<Memory>>; MAX_PLANES],
+    /// A lease of it exists.
+    out: bool,
 }
 
 /// Why a buffer holds no frame.
@@ -61,8 +66,14 @@ struct State {
     format: Cell<Option<StreamFormat>>,
     /// By the address that PipeWire knows them by.
     buffers: RefCell<HashMap<*mut pw_buffer, Buffer>>,
+    /// Counts the buffers of this generation.
+    pool: RefCell<Arc<Pool>>,
+    /// Something was drawn that never came: the next frame's damage does not cover it.
+    missed: Cell<bool>,
     /// Set when the last buffer went, unset by the next format or buffer.
     gone_since: Cell<Option<Instant>>,
+    /// The pointer, as the producer last said.
+    cursor: RefCell<Cursor>,
     error: RefCell<Option<String>>,
     had_format: Cell<bool>,
     /// Set by a format, unset by the next frame.
@@ -108,7 +119,10 @@ impl CaptureStream {
             link,
             format: Cell::default(),
             buffers: RefCell::default(),
+            pool: RefCell::default(),
+            missed: Cell::new(true),
             gone_since: Cell::default(),
+            cursor: RefCell::default(),
             error: RefCell::default(),
             had_format: Cell::default(),
             frame_due: Cell::default(),
@@ -141,17 +155,37 @@ impl CaptureStream {
 
     /// Gives a buffer back to the producer, unless it has been removed meanwhile.
     pub fn requeue(&self, id: u64) {
-        let found = self
-            .state
-            .buffers
-            .borrow()
-            .iter()
-            .find(|(_, buffer)| buffer.id == id)
-            .map(|(raw, _)| *raw);
-        if let Some(raw) = found {
+        let mut buffers = self.state.buffers.borrow_mut();
+        let found = buffers
+            .iter_mut()
+            .find(|(_, buffer)| buffer.id == id && buffer.out);
+        if let Some((raw, buffer)) = found {
+            buffer.out = false;
             // SAFETY: The buffer was dequeued from this stream, whose list of buffers still has
-            // it, and each lease gives its buffer back exactly once.
-            unsafe { self.stream.queue_raw_buffer(raw) };
+            // it, and it is given back only once: `out` says.
+            unsafe { self.stream.queue_raw_buffer(*raw) };
+        }
+    }
+
+    /// Gives all buffers back before the stream ends, those that somebody still reads as well:
+    /// what is in them becomes a copy at its place.
+    ///
+    /// Producers keep their buffers for the next consumer. mutter never gets one back that was out
+    /// when the consumer went, and after as many such ends as it has buffers it streams no more.
+    pub fn reclaim(&self) {
+        let mut buffers = self.state.buffers.borrow_mut();
+        for (raw, buffer) in buffers.iter_mut().filter(|(_, buffer)| buffer.out) {
+            let detached = buffer.memory.iter().flatten().try_for_each(|m| m.detach());
+            if let Err(error) = detached {
+                self.state.log(
+                    Level::Warning,
+                    format_args!("a buffer stays with its reader, for want of memory: {error}"),
+                );
+                continue;
+            }
+            buffer.out = false;
+            // SAFETY: As in `requeue`.
+            unsafe { self.stream.queue_raw_buffer(*raw) };
         }
     }
 
@@ -260,6 +294,7 @@ impl State {
             Ok(format) => {
                 self.log(Level::Info, format_args!("producer fixed {format:?}"));
                 self.format.set(Some(format));
+                self.missed.set(true);
                 self.had_format.set(true);
                 self.requests.set(0);
                 self.frame_due.set(Some(Instant::now() + FRAME_AFTER));
@@ -291,36 +326,49 @@ impl State {
         // entries in `datas`; both structures lie in this process.
         let datas = unsafe { datas(raw) };
         for (slot, data) in memory.iter_mut().zip(datas) {
-            match map(data) {
-                Ok((mapping, sealed)) => {
+            match open(data) {
+                Ok(memory) => {
                     self.log(
                         Level::Debug,
                         format_args!(
                             "buffer of {} bytes added, {}",
-                            mapping.len(),
-                            if sealed {
-                                "sealed"
-                            } else {
-                                "not sealed against shrinking"
+                            memory.len(),
+                            match memory {
+                                Memory::Mapped(_) => "mapped",
+                                Memory::File(_) =>
+                                    "not sealed against shrinking: its frames are copied",
                             }
                         ),
                     );
-                    *slot = Some(Arc::new(mapping));
+                    *slot = Some(Arc::new(memory));
                 }
                 Err(error) => self.log(
                     Level::Warning,
-                    format_args!("a buffer cannot be mapped, its frames are skipped: {error}"),
+                    format_args!("a buffer cannot be read, its frames are skipped: {error}"),
                 ),
             }
         }
         let id = self.link.next_buffer.get();
         self.link.next_buffer.set(id + 1);
-        self.buffers.borrow_mut().insert(raw, Buffer { id, memory });
+        let mut buffers = self.buffers.borrow_mut();
+        if buffers.is_empty() {
+            // A new generation: what is still out of the last one does not count for it.
+            self.pool.replace(Arc::default());
+        }
+        self.pool.borrow().add();
+        let buffer = Buffer {
+            id,
+            memory,
+            out: false,
+        };
+        buffers.insert(raw, buffer);
     }
 
     fn remove_buffer(&self, raw: *mut pw_buffer) {
         let mut buffers = self.buffers.borrow_mut();
-        buffers.remove(&raw);
+        if buffers.remove(&raw).is_some() {
+            self.pool.borrow().remove();
+        }
         if buffers.is_empty() {
             self.log(
                 Level::Debug,
@@ -350,6 +398,7 @@ impl State {
                 }
                 Err(Skip::Corrupted(why)) => {
                     self.link.counters.corrupted.fetch_add(1, Ordering::Relaxed);
+                    self.missed.set(true);
                     let why = why.unwrap_or_else(|| "marked as corrupted".into());
                     let level = if self.complained.replace(true) {
                         Level::Trace
@@ -367,12 +416,12 @@ impl State {
     /// The frame in a buffer that has just been dequeued.
     fn frame(&self, raw: *mut pw_buffer) -> Result<Frame, Skip> {
         let received = Monotonic::now();
-        let buffers = self.buffers.borrow();
-        let (Some(buffer), Some(format)) = (buffers.get(&raw), self.format.get()) else {
+        let mut buffers = self.buffers.borrow_mut();
+        let (Some(buffer), Some(format)) = (buffers.get_mut(&raw), self.format.get()) else {
             return Err(Skip::Corrupted(Some("it belongs to no format".into())));
         };
         // SAFETY: The buffer is in our list, so PipeWire has added and not yet removed it.
-        let (datas, metas) = unsafe { (datas(raw), metas(raw)) };
+        let (datas, metas) = unsafe { (datas(raw), Metas::new(metas(raw))) };
 
         let mut chunks = [Chunk::default(); MAX_PLANES];
         let mut flags = 0;
@@ -392,12 +441,30 @@ impl State {
                 stride: chunk.stride,
             };
         }
+        let empty = chunks[0].size == 0;
+        let cursor = metas.cursor(&self.cursor.borrow());
+        if let Some(cursor) = cursor {
+            self.log(
+                Level::Trace,
+                format_args!(
+                    "pointer at {:?}, {}",
+                    cursor.position,
+                    if cursor.bitmap.is_some() {
+                        "visible"
+                    } else {
+                        "hidden"
+                    }
+                ),
+            );
+            self.cursor.replace(cursor.clone());
+            self.link.inbox.put_cursor(cursor, !empty);
+        }
         // Compositors send buffers without pixels when only the cursor moved (L8), and mutter
         // marks those as corrupted as well.
-        if chunks[0].size == 0 {
+        if empty {
             return Err(Skip::Empty);
         }
-        let header = header(metas);
+        let header = metas.header();
         let marked = flags & spa_sys::SPA_CHUNK_FLAG_CORRUPTED as i32 != 0
             || header.is_some_and(|h| h.flags & spa_sys::SPA_META_HEADER_FLAG_CORRUPTED != 0);
         if marked {
@@ -406,9 +473,15 @@ impl State {
         let mut layout =
             FrameLayout::new(format.format, format.width, format.height, &chunks[..count])
                 .map_err(|error| Skip::Corrupted(Some(error.to_string())))?;
-        if let Some(region) = crop(metas) {
+        if let Some(region) = metas.crop() {
             layout = layout.crop(region);
         }
+        let damage = if self.missed.replace(false) {
+            Damage::Everything
+        } else {
+            Damage::of_buffer(metas.damage(), &layout)
+        };
+        buffer.out = true;
         Ok(Frame {
             layout,
             format: StreamFormat {
@@ -417,9 +490,12 @@ impl State {
                 ..format
             },
             captured: Monotonic::of_capture(header.map(|header| header.pts), received),
+            damage,
+            transform: metas.transform(),
             memory: buffer.memory.clone(),
-            _lease: Lease::new(
+            lease: Lease::new(
                 buffer.id,
+                self.pool.borrow().clone(),
                 self.link.commands.clone(),
                 self.link.counters.clone(),
             ),
@@ -458,34 +534,8 @@ unsafe fn metas<'a>(raw: *mut pw_buffer) -> &'a [spa_sys::spa_meta] {
     }
 }
 
-/// One item of metadata, read once: the producer may change it at any time.
-fn read_meta<T: Copy>(metas: &[spa_sys::spa_meta], kind: u32) -> Option<T> {
-    let meta = metas.iter().find(|meta| meta.type_ == kind)?;
-    if meta.data.is_null() || (meta.size as usize) < size_of::<T>() {
-        return None;
-    }
-    // SAFETY: PipeWire has mapped `size` bytes at `data`, enough for a T (checked above). The
-    // types read are structures of integers, for which every bit pattern is a value; reading
-    // them unaligned asks nothing of the address.
-    Some(unsafe { meta.data.cast::<T>().read_unaligned() })
-}
-
-fn header(metas: &[spa_sys::spa_meta]) -> Option<spa_sys::spa_meta_header> {
-    read_meta(metas, spa_sys::SPA_META_Header)
-}
-
-fn crop(metas: &[spa_sys::spa_meta]) -> Option<Region> {
-    let meta: spa_sys::spa_meta_region = read_meta(metas, spa_sys::SPA_META_VideoCrop)?;
-    Some(Region {
-        x: meta.region.position.x,
-        y: meta.region.position.y,
-        width: meta.region.size.width,
-        height: meta.region.size.height,
-    })
-}
-
-/// Maps a block, and says whether it can no longer shrink.
-fn map(data: &spa_sys::spa_data) -> Result<(Mapping, bool), String> {
+/// Opens a block for reading.
+fn open(data: &spa_sys::spa_data) -> Result<Memory, String> {
     let text = |error: std::io::Error| error.to_string();
     match data.type_ {
         spa_sys::SPA_DATA_MemFd => {
@@ -495,15 +545,14 @@ fn map(data: &spa_sys::spa_data) -> Result<(Mapping, bool), String> {
                 .ok_or("it has no file descriptor")?;
             // SAFETY: PipeWire keeps the descriptor open until remove_buffer, longer than this.
             let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-            let mapping = Mapping::new(fd, data.mapoffset, data.maxsize).map_err(text)?;
-            Ok((mapping, Mapping::is_sealed(fd)))
+            Memory::new(fd, data.mapoffset, data.maxsize).map_err(text)
         }
-        // Memory that the daemon has allocated for both sides; PipeWire has mapped it.
+        // Memory that the daemon has allocated for both sides, and sealed; PipeWire has mapped it.
         spa_sys::SPA_DATA_MemPtr => {
             let address = NonNull::new(data.data).ok_or("it has no address")?;
             // SAFETY: PipeWire keeps `maxsize` bytes mapped there until remove_buffer.
             let mapping = unsafe { Mapping::again(address, data.maxsize) }.map_err(text)?;
-            Ok((mapping, true))
+            Ok(Memory::Mapped(mapping))
         }
         other => Err(format!("memory of type {other} was not asked for")),
     }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The loop thread: connects, finds the target, keeps a stream on it, and sees it vanish.
+//! The loop thread: connects, finds the target, keeps a stream on it, sees it vanish, and finds
+//! a restarted daemon.
 //!
 //! PipeWire's callbacks only note what has happened. After each turn of the loop, outside any
 //! callback, [`Worker::after_turn`] looks at the notes and acts on them. That is the one place
@@ -26,6 +27,11 @@ use super::{Config, Counters, Failure, Inbox, Level, Log, Offer, Remote, Stage};
 
 /// How often to try again to stream from a node that exists but has stopped streaming.
 const RETRY_AFTER: Duration = Duration::from_secs(1);
+
+/// How often, and after what time, to ask again for a link that was refused. A session manager gets
+/// to know of a new node when we do, and refuses to link to one that it has not looked at yet.
+const LINK_TRIES: u32 = 4;
+const LINK_AGAIN_AFTER: Duration = Duration::from_millis(150);
 
 /// How long the daemon may take to confirm that our objects on a shared socket are gone.
 const GOODBYE_LIMIT: Duration = Duration::from_millis(500);
@@ -86,8 +92,18 @@ enum End {
     Lost,
 }
 
+/// What outlives a connection.
+#[derive(Default)]
+struct Past {
+    /// The node that the stream is, or was last, connected to.
+    node: Option<(u32, Node)>,
+    /// What the consumer was told of a missing producer, until a format comes.
+    told: Option<Told>,
+    offer: Option<Offer>,
+}
+
 struct Worker {
-    config: Config,
+    config: Rc<Config>,
     link: Rc<Link>,
     commands: Rc<RefCell<VecDeque<Command>>>,
     notes: Rc<CoreNotes>,
@@ -95,13 +111,11 @@ struct Worker {
     /// The sync after which the registry is complete.
     first_sync: i32,
     listed: bool,
-    /// The node that the stream is, or was last, connected to.
-    node: Option<(u32, Node)>,
+    past: Past,
     stream: Option<CaptureStream>,
-    /// What the consumer was told of a missing producer, until a format comes.
-    told: Option<Told>,
     retry_at: Option<Instant>,
-    offer: Option<Offer>,
+    /// Links that were refused since the last format.
+    refusals: u32,
     end: Option<End>,
     /// Somebody else has the connection's socket open as well.
     shared_socket: bool,
@@ -132,25 +146,86 @@ pub(super) fn run(config: Config, link: Link, receiver: Receiver<Command>) {
     // data thread would run our callbacks itself instead of handing them to this thread.
     // SAFETY: Paired with the leave below, on the same thread.
     unsafe { looped.enter() };
-    match Worker::connect(config, &looped, link.clone(), commands) {
-        Ok(mut worker) => {
-            while worker.end.is_none() {
-                let timeout = worker.timeout();
-                // SAFETY: Entered above, left below.
-                unsafe { looped.iterate_unguarded(timeout) };
-                worker.after_turn();
-            }
-            worker.say_goodbye(&looped);
-        }
-        Err(failure) => link.inbox.put_failed(failure),
-    }
+    stay_connected(config, &looped, &link, &commands);
     // SAFETY: Paired with the enter above. The worker and its stream are gone by now.
     unsafe { looped.leave() };
 }
 
+/// Runs one worker after another, each with a connection of its own, until told to quit or until
+/// there is no way back to the daemon.
+fn stay_connected(
+    mut config: Config,
+    looped: &LoopRc,
+    link: &Rc<Link>,
+    commands: &Rc<RefCell<VecDeque<Command>>>,
+) {
+    let mut remote = std::mem::replace(&mut config.remote, Remote::Default);
+    let mut past = Past::default();
+    let config = Rc::new(config);
+    loop {
+        let once = matches!(remote, Remote::Socket(_));
+        let remote = std::mem::replace(&mut remote, Remote::Default);
+        match Worker::connect(
+            config.clone(),
+            remote,
+            looped,
+            link.clone(),
+            commands.clone(),
+        ) {
+            Ok(mut worker) => {
+                worker.past = past;
+                while worker.end.is_none() {
+                    let timeout = worker.timeout();
+                    // SAFETY: Entered by `run`, and left after this.
+                    unsafe { looped.iterate_unguarded(timeout) };
+                    worker.after_turn();
+                }
+                let end = worker.end;
+                past = worker.say_goodbye(looped);
+                if once || end == Some(End::Quit) {
+                    return;
+                }
+            }
+            // It has been there: it is being restarted, or is not, and `on-disconnect` has decided.
+            Err(failure) if past.told == Some(Told::Vanished) => {
+                (link.log)(Level::Debug, format_args!("{failure}"));
+            }
+            Err(failure) => return link.inbox.put_failed(failure),
+        }
+        if !past.wait(looped, commands) {
+            return;
+        }
+    }
+}
+
+impl Past {
+    /// Waits until it is time to try again. False when told to quit instead.
+    fn wait(&mut self, looped: &LoopRc, commands: &RefCell<VecDeque<Command>>) -> bool {
+        let end = Instant::now() + RETRY_AFTER;
+        loop {
+            while let Some(command) = commands.borrow_mut().pop_front() {
+                match command {
+                    Command::Offer(offer) => self.offer = Some(offer),
+                    // Of a buffer that is no more.
+                    Command::Requeue(_) => {}
+                    Command::Quit => return false,
+                }
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return true;
+            }
+            let left = Timeout::Finite(left + Duration::from_millis(1));
+            // SAFETY: Entered by `run`, and left after this.
+            unsafe { looped.iterate_unguarded(left) };
+        }
+    }
+}
+
 impl Worker {
     fn connect(
-        mut config: Config,
+        config: Rc<Config>,
+        remote: Remote,
         looped: &LoopRc,
         link: Rc<Link>,
         commands: Rc<RefCell<VecDeque<Command>>>,
@@ -160,9 +235,9 @@ impl Worker {
         };
         let context = ContextRc::new(looped, None)
             .map_err(|error| cannot("setting up a PipeWire context", &error))?;
-        let shared_socket = matches!(config.remote, Remote::Socket(_));
+        let shared_socket = matches!(remote, Remote::Socket(_));
         let name = properties! { *pipewire::keys::APP_NAME => config.name.as_str() };
-        let core = match std::mem::replace(&mut config.remote, Remote::Default) {
+        let core = match remote {
             Remote::Default => context.connect_rc(Some(name)).map_err(|_| {
                 // libpipewire says why in errno, which nothing has touched since.
                 let error = io::Error::last_os_error();
@@ -221,11 +296,10 @@ impl Worker {
             nodes,
             first_sync,
             listed: false,
-            node: None,
+            past: Past::default(),
             stream: None,
-            told: None,
             retry_at: None,
-            offer: None,
+            refusals: 0,
             end: None,
             shared_socket,
             _core_listener: core_listener,
@@ -258,11 +332,17 @@ impl Worker {
     /// Acts on what the callbacks of one turn of the loop have core_notes.
     fn after_turn(&mut self) {
         self.obey();
-        if let Some(reason) = self.notes.lost.borrow_mut().take() {
-            let text = format!(
-                "the PipeWire daemon has gone away ({reason}); was it stopped or restarted?"
+        let lost = self.notes.lost.borrow_mut().take();
+        if let Some(reason) = lost {
+            self.vanish(
+                format!("the PipeWire daemon has gone away ({reason})"),
+                None,
             );
-            self.link.inbox.put_failed(Failure::Daemon(text));
+            if self.shared_socket {
+                let text = "the PipeWire daemon has gone away, and the socket that was given leads \
+                            to it no more: start again with a new one";
+                self.link.inbox.put_failed(Failure::Daemon(text.into()));
+            }
             self.end = Some(End::Lost);
         }
         if self.end.is_some() {
@@ -307,7 +387,7 @@ impl Worker {
                 format_args!("changing the offered formats failed: {error}"),
             );
         }
-        self.offer = Some(offer);
+        self.past.offer = Some(offer);
         if self.stream.is_none() && self.listed {
             self.find_target();
         }
@@ -315,7 +395,12 @@ impl Worker {
 
     /// The target's node has left the registry: that is certain, and at once (L2).
     fn see_removal(&mut self, removed: &[u32]) {
-        let Some((id, node)) = self.node.as_ref().filter(|(id, _)| removed.contains(id)) else {
+        let Some((id, node)) = self
+            .past
+            .node
+            .as_ref()
+            .filter(|(id, _)| removed.contains(id))
+        else {
             return;
         };
         let reason = format!("{} has been removed", describe(*id, node));
@@ -328,7 +413,8 @@ impl Worker {
             return;
         };
         if stream.had_format() {
-            self.told = None;
+            self.past.told = None;
+            self.refusals = 0;
         }
         if stream.frame_due().is_some_and(|at| at <= Instant::now()) {
             self.log(Level::Debug, format_args!("asking for a frame"));
@@ -336,11 +422,11 @@ impl Worker {
                 self.log(Level::Warning, format_args!("pausing failed: {error}"));
             }
         }
-        let target = self.node.as_ref().map_or_else(
+        let target = self.past.node.as_ref().map_or_else(
             || self.config.target.to_string(),
             |(id, n)| describe(*id, n),
         );
-        let known = stream.had_format() || self.told == Some(Told::Vanished);
+        let known = stream.had_format() || self.past.told == Some(Told::Vanished);
         let (what, reason) = if let Some(error) = stream.take_error() {
             (Trouble::Error, error)
         } else if stream.gone_at().is_some_and(|at| at <= Instant::now()) {
@@ -358,11 +444,18 @@ impl Worker {
             self.vanish(reason, Some(Instant::now() + RETRY_AFTER));
             return;
         }
+        self.refusals += 1;
+        if what == Trouble::Error && self.refusals < LINK_TRIES {
+            self.log(Level::Debug, format_args!("{target}: {reason}; once more"));
+            self.stream = None;
+            self.retry_at = Some(Instant::now() + LINK_AGAIN_AFTER);
+            return;
+        }
         let reason = match what {
             Trouble::Error => reason,
             Trouble::Gone => "the session manager has not linked the two".into(),
         };
-        let offer = self.offer.as_ref().map(Offer::to_string);
+        let offer = self.past.offer.as_ref().map(Offer::to_string);
         self.stream = None;
         self.link.inbox.put_failed(Failure::Stream(format!(
             "streaming from {target} failed: {reason} (what is downstream takes {})",
@@ -375,7 +468,7 @@ impl Worker {
         self.stream = None;
         self.retry_at = retry_at;
         self.link.counters.set_stage(Stage::Absent);
-        if self.told.replace(Told::Vanished) != Some(Told::Vanished) {
+        if self.past.told.replace(Told::Vanished) != Some(Told::Vanished) {
             self.link.inbox.put_vanished(reason);
         }
     }
@@ -389,12 +482,12 @@ impl Worker {
         if self.stream.is_some() || (self.retry_at.is_some() && !self.retry_due()) {
             return;
         }
-        let known_as = self.node.as_ref().map(|(_, node)| node);
+        let known_as = self.past.node.as_ref().map(|(_, node)| node);
         let Some((id, node)) = self.nodes.find(&self.config.target, known_as) else {
             self.retry_at = None;
             self.link.counters.set_stage(Stage::Absent);
-            if self.told.is_none() && self.node.is_none() {
-                self.told = Some(Told::Absent);
+            if self.past.told.is_none() && self.past.node.is_none() {
+                self.past.told = Some(Told::Absent);
                 self.link.inbox.put_absent(format!(
                     "{} does not exist (pw-cli ls Node lists what this client may see)",
                     self.config.target
@@ -410,7 +503,7 @@ impl Worker {
             )));
             return;
         }
-        let Some(offer) = &self.offer else {
+        let Some(offer) = &self.past.offer else {
             return;
         };
         self.retry_at = None;
@@ -431,20 +524,26 @@ impl Worker {
                 "setting up a stream from {what} failed: {error}"
             ))),
         }
-        self.node = Some((id, node));
+        self.past.node = Some((id, node));
     }
 
     /// Ends what the daemon does for us. On a socket that somebody else keeps open, such as the
     /// portal's, the daemon does not notice that we have gone, and would go on streaming to us:
     /// there, wait until it has confirmed.
-    fn say_goodbye(mut self, looped: &LoopRc) {
-        self.stream = None;
-        if self.end == Some(End::Lost) || !self.shared_socket {
-            return;
+    fn say_goodbye(mut self, looped: &LoopRc) -> Past {
+        let stream = self.stream.take();
+        if self.end == Some(End::Lost) {
+            return self.past;
+        }
+        if let Some(stream) = stream {
+            stream.reclaim();
+        }
+        if !self.shared_socket {
+            return self.past;
         }
         let deadline = Instant::now() + GOODBYE_LIMIT;
         let Ok(sync) = self.core.sync(0) else {
-            return;
+            return self.past;
         };
         while self.notes.done.get() != Some(sync.seq())
             && self.notes.lost.borrow().is_none()
@@ -453,6 +552,7 @@ impl Worker {
             // SAFETY: `run` has entered the loop, and leaves it after this.
             unsafe { looped.iterate_unguarded(Timeout::Finite(GOODBYE_LIMIT)) };
         }
+        self.past
     }
 }
 

@@ -2,9 +2,14 @@
 
 //! From downstream's caps to what is offered to PipeWire, and from what the producer fixed to caps.
 
+use gst::glib::translate::FromGlib;
 use gst::prelude::*;
-use gst_video::{VideoCapsBuilder, VideoFormat};
+use gst_video::{
+    VideoCapsBuilder, VideoColorMatrix, VideoColorPrimaries, VideoColorRange, VideoColorimetry,
+    VideoFormat, VideoInfo, VideoTransferFunction,
+};
 
+use crate::capture::negotiate::Color;
 use crate::capture::{Offer, OfferEntry, PixelFormat, Span, StreamFormat};
 
 /// The most alternatives of downstream's caps that are offered, each as its own object. What is
@@ -145,16 +150,18 @@ pub(super) fn caps_for(format: &StreamFormat, allowed: &gst::Caps) -> Option<gst
         if let Some(max) = format.max_framerate.filter(|_| rate.numer() == 0) {
             wanted = wanted.field("max-framerate", fraction(max));
         }
-        let wanted = wanted.build();
+        if let Some(colorimetry) = colorimetry(format, name) {
+            wanted = wanted.field("colorimetry", colorimetry.to_string());
+        }
+        let mut wanted = wanted.build();
         let mut caps = wanted.intersect_with_mode(allowed, gst::CapsIntersectMode::First);
-        if caps.is_empty() && wanted.structure(0)?.has_field("max-framerate") {
-            // It is information; downstream need not agree.
-            let mut without = wanted.copy();
-            without
-                .get_mut()?
-                .structure_mut(0)?
-                .remove_field("max-framerate");
-            caps = without.intersect_with_mode(allowed, gst::CapsIntersectMode::First);
+        // What is information, or a guess, downstream need not agree with.
+        let guessed = format.color == Color::default();
+        for field in ["max-framerate", "colorimetry"] {
+            if caps.is_empty() && (guessed || field != "colorimetry") {
+                wanted.get_mut()?.structure_mut(0)?.remove_field(field);
+                caps = wanted.intersect_with_mode(allowed, gst::CapsIntersectMode::First);
+            }
         }
         if caps.is_empty() {
             continue;
@@ -178,6 +185,69 @@ pub(super) fn caps_for(format: &StreamFormat, allowed: &gst::Caps) -> Option<gst
         return Some(caps);
     }
     None
+}
+
+/// What the producer says of its colours, and GStreamer's own guess where it says nothing.
+fn colorimetry(format: &StreamFormat, name: PixelFormat) -> Option<VideoColorimetry> {
+    let info = VideoInfo::builder(video_format(name), format.width, format.height).build();
+    let guess = info.ok()?.colorimetry();
+    let Color {
+        range,
+        matrix,
+        transfer,
+        primaries,
+    } = format.color;
+    // SAFETY: Converting a number only wraps it: one that GStreamer does not know becomes an
+    // unknown value of the enumeration. The numbers are the same in both worlds.
+    let (range, matrix, transfer, primaries) = unsafe {
+        (
+            VideoColorRange::from_glib(range as i32),
+            VideoColorMatrix::from_glib(matrix as i32),
+            VideoTransferFunction::from_glib(transfer as i32),
+            VideoColorPrimaries::from_glib(primaries as i32),
+        )
+    };
+    // RGB has no other matrix, and GStreamer knows no other range of it.
+    let rgb = guess.matrix() == VideoColorMatrix::Rgb;
+    let unknown_range = matches!(
+        range,
+        VideoColorRange::Unknown | VideoColorRange::__Unknown(_)
+    );
+    let unknown_matrix = matches!(
+        matrix,
+        VideoColorMatrix::Unknown | VideoColorMatrix::Rgb | VideoColorMatrix::__Unknown(_)
+    );
+    let unknown_transfer = matches!(
+        transfer,
+        VideoTransferFunction::Unknown | VideoTransferFunction::__Unknown(_)
+    );
+    let unknown_primaries = matches!(
+        primaries,
+        VideoColorPrimaries::Unknown | VideoColorPrimaries::__Unknown(_)
+    );
+    let choose = |unknown| rgb || unknown;
+    Some(VideoColorimetry::new(
+        if choose(unknown_range) {
+            guess.range()
+        } else {
+            range
+        },
+        if choose(unknown_matrix) {
+            guess.matrix()
+        } else {
+            matrix
+        },
+        if unknown_transfer {
+            guess.transfer()
+        } else {
+            transfer
+        },
+        if unknown_primaries {
+            guess.primaries()
+        } else {
+            primaries
+        },
+    ))
 }
 
 fn allows_variable(structure: &gst::StructureRef) -> bool {
@@ -215,7 +285,12 @@ mod tests {
             height: 720,
             framerate: (0, 1),
             max_framerate: Some((60, 1)),
+            color: Color::default(),
         }
+    }
+
+    fn colorimetry_of(caps: &gst::Caps) -> String {
+        caps.structure(0).unwrap().get("colorimetry").unwrap()
     }
 
     fn framerate(caps: &gst::Caps) -> gst::Fraction {
@@ -305,5 +380,50 @@ mod tests {
         assert_eq!(got.structure(0).unwrap().get::<&str>("format"), Ok("BGRx"));
         assert!(caps_for(&mutter(), &allowed("video/x-raw,format=RGBA")).is_none());
         assert!(caps_for(&mutter(), &allowed("video/x-raw,width=640")).is_none());
+    }
+
+    #[test]
+    fn colours_are_said_as_the_producer_says_them_or_guessed() {
+        let any = allowed("video/x-raw");
+        let got = caps_for(&mutter(), &any).unwrap();
+        assert_eq!(colorimetry_of(&got), "sRGB");
+        let nv12 = StreamFormat {
+            format: PixelFormat::Nv12,
+            ..mutter()
+        };
+        assert_eq!(colorimetry_of(&caps_for(&nv12, &any).unwrap()), "bt709");
+        let full = StreamFormat {
+            // SPA_VIDEO_COLOR_RANGE_0_255, _MATRIX_BT601, SPA_VIDEO_TRANSFER_BT709, an unknown one
+            color: Color {
+                range: 1,
+                matrix: 4,
+                transfer: 5,
+                primaries: 999,
+            },
+            ..nv12
+        };
+        assert_eq!(colorimetry_of(&caps_for(&full, &any).unwrap()), "1:4:5:1");
+        let odd = StreamFormat {
+            color: full.color,
+            ..mutter()
+        };
+        assert_eq!(colorimetry_of(&caps_for(&odd, &any).unwrap()), "1:1:5:1");
+    }
+
+    #[test]
+    fn a_guess_of_colours_gives_way_and_what_the_producer_says_does_not() {
+        let other = allowed("video/x-raw,colorimetry=bt601");
+        assert_eq!(
+            colorimetry_of(&caps_for(&mutter(), &other).unwrap()),
+            "bt601"
+        );
+        let sure = StreamFormat {
+            color: Color {
+                transfer: 7,
+                ..Color::default()
+            },
+            ..mutter()
+        };
+        assert!(caps_for(&sure, &other).is_none());
     }
 }

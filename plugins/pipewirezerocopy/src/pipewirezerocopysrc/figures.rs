@@ -21,6 +21,9 @@ pub(super) struct Figures {
     pub reconnects: u64,
     frames: u64,
     keepalives: u64,
+    copies: u64,
+    /// The last frame was copied.
+    copying: bool,
     bytes_received: u64,
     bytes_sent: u64,
     latency: Quantiles,
@@ -35,12 +38,24 @@ impl Figures {
         }
     }
 
-    /// A frame of `bytes` was copied and is about to leave, `latency` after it was captured.
+    /// A frame of `bytes` is about to leave, `latency` after it was captured.
     pub fn add_frame(&mut self, bytes: usize, latency: Duration) {
         self.frames += 1;
         self.bytes_received += bytes as u64;
         self.bytes_sent += bytes as u64;
         self.latency.add(latency);
+    }
+
+    /// The last frame of `bytes` is about to leave with a pointer that has moved.
+    pub fn add_pointer(&mut self, bytes: usize) {
+        self.frames += 1;
+        self.bytes_sent += bytes as u64;
+    }
+
+    /// The CPU has copied a frame, or it was not necessary.
+    pub fn add_transfer(&mut self, copied: bool) {
+        self.copies += u64::from(copied);
+        self.copying = copied;
     }
 
     /// A frame of `bytes` is about to leave once more.
@@ -61,9 +76,9 @@ impl Figures {
             .field("dropped", load(&counters.dropped))
             .field("errors", self.errors)
             .field("reconnects", self.reconnects)
-            .field("transfer", "copy")
+            .field("transfer", if self.copying { "copy" } else { "shared" })
             .field("keepalives", self.keepalives)
-            .field("copies", self.frames)
+            .field("copies", self.copies)
             .field("corrupted", load(&counters.corrupted))
             .field("empty", load(&counters.empty))
             .field("held-buffers", load(&counters.held))

@@ -21,7 +21,8 @@
 //!
 //! Two streams on one node disturb each other: use one source and a tee.
 //!
-//! This version puts out system memory, with one copy for each frame.
+//! This version puts out system memory: the producer's own, without a copy, where that is sealed
+//! against shrinking and the producer can spare it.
 //!
 //! ## Examples
 //!
@@ -53,6 +54,7 @@ use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake, Waker};
 
 use super::caps;
 use super::figures::Figures;
+use super::output::Takes;
 use super::settings::Settings;
 use super::streaming::{Ending, Negotiated, Streaming};
 use crate::capture::{Capture, Config, Counters, Failure, Level, Log, StreamFormat};
@@ -208,7 +210,10 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
         *lock(&self.waker) = None;
         // Dropped with no lock held: it joins the loop thread, which logs.
         let streaming = lock(&self.streaming).take();
-        drop(streaming);
+        if let Some(mut streaming) = streaming {
+            // Its buffer can go back only while the capture is there.
+            streaming.last = None;
+        }
         Ok(())
     }
 
@@ -232,8 +237,8 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
 
     fn query(&self, query: &mut gst::QueryRef) -> bool {
         if let gst::QueryViewMut::Latency(latency) = query.view_mut() {
-            // A frame is here at the latest when the next one is drawn. Frames are copied, so
-            // downstream may keep them as long as it likes.
+            // A frame is here at the latest when the next one is drawn. Downstream may keep as many
+            // as it likes, as long as it likes: frames are copied where the producer runs short.
             latency.set(true, self.latency(), gst::ClockTime::NONE);
             return true;
         }
@@ -338,6 +343,15 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
         let with_meta = query
             .find_allocation_meta::<gst_video::VideoMeta>()
             .is_some();
+        let overlays = query
+            .find_allocation_meta::<gst_video::VideoOverlayCompositionMeta>()
+            .is_some();
+        if let Some(streaming) = &mut *lock(&self.streaming) {
+            streaming.takes = Takes {
+                video_meta: with_meta,
+                overlays,
+            };
+        }
         let configure = |pool: &gst::BufferPool, size: u32, min: u32, max: u32| {
             let mut config = pool.config();
             config.set_params(Some(&caps), size, min, max);
@@ -358,10 +372,11 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
             chosen
         } else {
             let pool = gst_video::VideoBufferPool::new().upcast();
-            if !configure(&pool, size, 2, 0) {
+            // None before one is needed: most frames leave in the producer's memory.
+            if !configure(&pool, size, 0, 0) {
                 return Err(gst::loggable_error!(CAT, "no buffer pool for {caps}"));
             }
-            (pool, size, 2, 0)
+            (pool, size, 0, 0)
         };
         if query.allocation_pools().next().is_some() {
             query.set_nth_allocation_pool(0, Some(&pool), size, min, max);

@@ -4,9 +4,10 @@ use gst::glib;
 use gst::prelude::*;
 
 mod caps;
-mod damage;
 mod figures;
 mod imp;
+mod output;
+mod pointer;
 mod schedule;
 mod settings;
 mod streaming;

@@ -9,14 +9,17 @@ use std::time::{Duration, Instant};
 use gst::prelude::*;
 use gst::subclass::prelude::*;
 use gst_base::prelude::*;
-use gst_video::prelude::*;
+use zerocopy_plugin_common::mark_damage;
 use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake};
 
+use super::OnDisconnect;
 use super::imp::{CAT, PipeWireZeroCopySrc, failure_message, lock};
+use super::output::{Takes, can_leave_in_place, copy_frame, draw, in_place, orientation};
+use super::pointer::Pointer;
 use super::schedule::Schedule;
 use super::settings::LiveSettings;
-use super::{OnDisconnect, damage};
-use crate::capture::frame::Frame;
+use crate::capture::damage::Damage;
+use crate::capture::meta::{Cursor, Transform};
 use crate::capture::{Capture, Counters, Interest, Look, Monotonic, Offer, StreamFormat};
 
 /// What downstream and the producer have agreed on.
@@ -52,6 +55,11 @@ pub(super) struct Streaming {
     pub stale: Option<StreamFormat>,
     /// The last frame, for resending it.
     pub last: Option<gst::Buffer>,
+    /// What downstream can do with buffers.
+    pub takes: Takes,
+    pub pointer: Pointer,
+    /// What downstream knows of it.
+    transform: Transform,
     pub last_pts: Option<gst::ClockTime>,
     pub schedule: Schedule,
     /// Since when the first frame, or the first of a new format, is waited for.
@@ -88,6 +96,9 @@ impl Streaming {
             negotiated: None,
             stale: None,
             last: None,
+            takes: Takes::default(),
+            pointer: Pointer::default(),
+            transform: Transform::default(),
             last_pts: None,
             schedule: Schedule::default(),
             waiting_since: None,
@@ -116,12 +127,15 @@ impl Streaming {
         match (self.capture.inbox().look(interest), early) {
             // A frame is held back, or `look` was asked to be silent about one: until then, a
             // newer one may take its place.
-            (Look::Frame(_) | Look::Nothing, Some(due)) => Step::Wait(Deadline::at(due)),
+            (Look::Frame(_) | Look::Cursor | Look::Nothing, Some(due)) => {
+                Step::Wait(Deadline::at(due))
+            }
             (Look::Frame(format), None) if self.stale == Some(format) => Step::Discard,
             (Look::Frame(format), None) => match &self.negotiated {
                 Some(negotiated) if negotiated.source == format => Step::Push(format),
                 _ => Step::Negotiate(format),
             },
+            (Look::Cursor, None) if self.last.is_some() && !self.vanished => Step::Resend,
             (Look::Vanished(reason), _) => Step::Vanished(reason),
             (Look::Failed(failure), _) => Step::Fail(failure_message(&failure)),
             (Look::Absent(reason), _) if settings.on_disconnect != OnDisconnect::None => {
@@ -129,7 +143,8 @@ impl Streaming {
             }
             // Its return is waited for; look again for what else there is.
             (Look::Absent(_), _) => Step::Wait(Deadline::at(now)),
-            (Look::Nothing, None) => self.idle_step(settings, counters, now),
+            // Without a picture to draw it on, a pointer waits for the next one.
+            (Look::Cursor | Look::Nothing, None) => self.idle_step(settings, counters, now),
         }
     }
 
@@ -197,7 +212,7 @@ impl PipeWireZeroCopySrc {
                 Step::Negotiate(format) => self.renegotiate(format)?,
                 Step::Discard => self.discard_stale(),
                 Step::Resend => {
-                    if let Some(buffer) = self.resend(&settings) {
+                    if let Some(buffer) = self.resend(&settings)? {
                         return Ok(buffer);
                     }
                 }
@@ -258,52 +273,81 @@ impl PipeWireZeroCopySrc {
     fn discard_stale(&self) {
         let frame = lock(&self.streaming)
             .as_ref()
-            .and_then(|streaming| streaming.capture.inbox().take(&streaming.stale?));
+            .and_then(|streaming| streaming.capture.inbox().take(&streaming.stale?, |_| true));
         if frame.is_some() {
             let figures = lock(&self.figures);
             figures.counters.dropped.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// Copies the frame that is there into a buffer of the pool, and gives PipeWire's back. None
-    /// if a frame of another format has taken its place.
+    /// The frame that is there as a buffer: in place where that can be, else copied, and PipeWire's
+    /// buffer given back. None if a frame of another format has taken its place.
     fn take_frame(
         &self,
         format: &StreamFormat,
         settings: &LiveSettings,
     ) -> Result<Option<gst::Buffer>, gst::FlowError> {
-        let Some(pool) = self.obj().buffer_pool() else {
-            return Err(gst::FlowError::NotNegotiated);
-        };
-        // First, because the pool may make us wait: no frame is held meanwhile (L4).
-        let mut buffer = pool.acquire_buffer(None)?;
-        let (frame, info) = {
-            let streaming = lock(&self.streaming);
-            let Some(streaming) = &*streaming else {
+        let (inbox, last, info, takes) = {
+            let mut streaming = lock(&self.streaming);
+            let Some(streaming) = &mut *streaming else {
                 return Err(gst::FlowError::Flushing);
             };
             let Some(negotiated) = &streaming.negotiated else {
                 return Ok(None);
             };
-            match streaming.capture.inbox().take(format) {
-                Some(frame) => (frame, negotiated.info.clone()),
+            (
+                streaming.capture.inbox().clone(),
+                streaming.last.take(),
+                negotiated.info.clone(),
+                streaming.takes,
+            )
+        };
+        // A new frame replaces it, and may leave in place only because its buffer is back.
+        drop(last);
+        let spared = inbox.take(format, |frame| {
+            can_leave_in_place(frame, &info, takes) && frame.reserve()
+        });
+        let (mut frame, pooled) = if let Some(frame) = spared {
+            (frame, None)
+        } else {
+            // The pool may make us wait: no frame is held meanwhile (L4).
+            let buffer = self.pooled_buffer()?;
+            match inbox.take(format, |_| true) {
+                Some(frame) => (frame, Some(buffer)),
                 None => return Ok(None),
             }
         };
-        let captured = frame.captured;
-        let copied = copy(&frame, &mut buffer, &info);
-        drop(frame);
-        if !copied {
+        let (captured, transform) = (frame.captured, frame.transform);
+        let damage = std::mem::replace(&mut frame.damage, Damage::Everything);
+        let copied = pooled.is_some();
+        let picture = match pooled {
+            None => in_place(frame, &info),
+            Some(buffer) => {
+                let copy = copy_frame(&frame, buffer, &info);
+                drop(frame);
+                if matches!(copy, Ok(None)) {
+                    gst::debug!(CAT, imp = self, "the producer has shrunk a frame's memory");
+                    let figures = lock(&self.figures);
+                    figures.counters.corrupted.fetch_add(1, Ordering::Relaxed);
+                    inbox.miss();
+                    return Ok(None);
+                }
+                copy.ok().flatten()
+            }
+        };
+        let Some(picture) = picture else {
             return self.fail(gst::error_msg!(
                 gst::StreamError::Failed,
                 [
-                    "a frame of {}x{} does not fit a buffer of the pool",
+                    "a frame of {}x{} does not fit a buffer",
                     info.width(),
                     info.height()
                 ]
             ));
-        }
-        self.stamp(&mut buffer, captured);
+        };
+        self.turn(transform);
+        lock(&self.figures).add_transfer(copied);
+        let buffer = self.leave(&picture, damage, captured)?;
         let now = Instant::now();
         lock(&self.figures).add_frame(info.size(), Monotonic::now().since(captured));
         let mut announce = None;
@@ -311,8 +355,10 @@ impl PipeWireZeroCopySrc {
             streaming.frame_seen = true;
             streaming.waiting_since = None;
             streaming.schedule.frame_left(now, settings.min_interval());
-            let keep = settings.keepalive_time > 0 || settings.resend_last;
-            streaming.last = keep.then(|| buffer.clone());
+            let keep = settings.keepalive_time > 0
+                || settings.resend_last
+                || streaming.pointer.overlay().is_some();
+            streaming.last = keep.then_some(picture);
             if !streaming.announced {
                 announce = Some("streaming");
             } else if streaming.vanished {
@@ -331,29 +377,120 @@ impl PipeWireZeroCopySrc {
         Ok(Some(buffer))
     }
 
-    /// The last frame once more: the same memory, a new timestamp, a mark.
-    fn resend(&self, settings: &LiveSettings) -> Option<gst::Buffer> {
-        let last = {
+    /// The last frame once more, with the pointer where it is now: the same memory, a new timestamp.
+    fn resend(&self, settings: &LiveSettings) -> Result<Option<gst::Buffer>, gst::FlowError> {
+        let (last, moved) = {
             let mut streaming = lock(&self.streaming);
-            let streaming = streaming.as_mut()?;
-            let period = settings.keepalive().unwrap_or_default();
-            streaming
-                .schedule
-                .keepalive_left(Instant::now(), period, settings.min_interval());
-            streaming.last.clone()?
+            let Some(streaming) = streaming.as_mut() else {
+                return Err(gst::FlowError::Flushing);
+            };
+            let Some(last) = streaming.last.clone() else {
+                return Ok(None);
+            };
+            let moved = streaming.capture.inbox().has_cursor();
+            let (now, interval) = (Instant::now(), settings.min_interval());
+            if moved {
+                streaming.schedule.frame_left(now, interval);
+            } else {
+                let period = settings.keepalive().unwrap_or_default();
+                streaming.schedule.keepalive_left(now, period, interval);
+            }
+            (last, moved)
         };
-        let mut buffer = last.copy();
-        {
-            let buffer = buffer.get_mut()?;
-            // So that the pool does not reuse the memory while downstream has this buffer.
-            gst::ParentBufferMeta::add(buffer, &last);
-            damage::mark_unchanged(buffer);
-            buffer.unset_flags(gst::BufferFlags::DISCONT);
+        let buffer = self.leave(&last, Damage::Rects(Vec::new()), Monotonic::now())?;
+        let mut figures = lock(&self.figures);
+        if moved {
+            figures.add_pointer(buffer.size());
+        } else {
+            figures.add_keepalive(buffer.size());
         }
-        self.stamp(&mut buffer, Monotonic::now());
-        lock(&self.figures).add_keepalive(buffer.size());
-        gst::trace!(CAT, imp = self, "keepalive {:?}", buffer.pts());
-        Some(buffer)
+        drop(figures);
+        gst::trace!(CAT, imp = self, "resent {:?}", buffer.pts());
+        Ok(Some(buffer))
+    }
+
+    /// A picture as it leaves: with the pointer, a timestamp, and what has changed.
+    fn leave(
+        &self,
+        picture: &gst::Buffer,
+        mut damage: Damage,
+        captured: Monotonic,
+    ) -> Result<gst::Buffer, gst::FlowError> {
+        let (overlay, info, takes) = {
+            let mut streaming = lock(&self.streaming);
+            let Some(Streaming {
+                capture,
+                pointer,
+                negotiated: Some(negotiated),
+                takes,
+                ..
+            }) = streaming.as_mut()
+            else {
+                return Err(gst::FlowError::Flushing);
+            };
+            if let Some(cursor) = capture.inbox().take_cursor() {
+                pointer.update(cursor);
+            }
+            let info = negotiated.info.clone();
+            damage.add(Damage::Rects(pointer.leaves(info.width(), info.height())));
+            (pointer.overlay().cloned(), info, *takes)
+        };
+        let mut buffer;
+        if let Some(overlay) = overlay.as_ref().filter(|_| !takes.overlays) {
+            buffer = self.pooled_buffer()?;
+            if let Err(error) = draw(picture, overlay, &mut buffer, &info) {
+                return self.fail(gst::error_msg!(
+                    gst::StreamError::Failed,
+                    ["drawing the pointer into the picture failed: {error}"]
+                ));
+            }
+            lock(&self.figures).add_transfer(true);
+        } else {
+            buffer = picture.copy();
+            if let Some(buffer) = buffer.get_mut() {
+                // So that a pool does not reuse the memory while downstream has this buffer.
+                gst::ParentBufferMeta::add(buffer, picture);
+                if let Some(overlay) = &overlay {
+                    gst_video::VideoOverlayCompositionMeta::add(buffer, overlay);
+                }
+            }
+        }
+        // A frame that may have changed everywhere says nothing.
+        if let (Damage::Rects(rects), Some(buffer)) = (&damage, buffer.get_mut()) {
+            let rects = rects.iter().map(|rect| {
+                let start = [rect.x, rect.y].map(|n| n.max(0).unsigned_abs());
+                [start[0], start[1], rect.width, rect.height]
+            });
+            mark_damage(buffer, rects);
+        }
+        self.stamp(&mut buffer, captured);
+        Ok(buffer)
+    }
+
+    /// A buffer of the pool that was negotiated with downstream; waits for one.
+    fn pooled_buffer(&self) -> Result<gst::Buffer, gst::FlowError> {
+        let pool = self.obj().buffer_pool();
+        pool.ok_or(gst::FlowError::NotNegotiated)?
+            .acquire_buffer(None)
+    }
+
+    /// Says downstream how the frames from now on are turned.
+    fn turn(&self, transform: Transform) {
+        if let Some(streaming) = &mut *lock(&self.streaming) {
+            if streaming.transform == transform {
+                return;
+            }
+            streaming.transform = transform;
+        }
+        let mut tags = gst::TagList::new();
+        if let Some(tags) = tags.get_mut() {
+            let orientation = orientation(transform);
+            tags.set_scope(gst::TagScope::Stream);
+            tags.add::<gst::tags::ImageOrientation>(&orientation, gst::TagMergeMode::Replace);
+        }
+        gst::info!(CAT, imp = self, "tags {tags}");
+        // The base class sends it before the next buffer, and after the segment.
+        self.parent_send_event(gst::event::Tag::new(tags));
     }
 
     /// Sets the running time at which the buffer was captured, later than that of the one before.
@@ -383,6 +520,7 @@ impl PipeWireZeroCopySrc {
         self.announce("vanished", Some(reason));
         if let Some(streaming) = &mut *lock(&self.streaming) {
             streaming.vanished = true;
+            streaming.pointer.update(Cursor::default());
         }
         match meaning {
             OnDisconnect::Error => self.fail(gst::error_msg!(
@@ -432,25 +570,4 @@ impl PipeWireZeroCopySrc {
         // Fails only while the element is being disposed of.
         let _ = self.obj().post_message(message);
     }
-}
-
-/// Copies a frame's rows, each once, into a buffer of `info`'s format. Padding becomes opaque
-/// alpha where the output has alpha and the frame has not.
-fn copy(frame: &Frame, buffer: &mut gst::Buffer, info: &gst_video::VideoInfo) -> bool {
-    let Some(buffer) = buffer.get_mut() else {
-        return false;
-    };
-    let Ok(mut out) = gst_video::VideoFrameRef::from_buffer_ref_writable(buffer, info) else {
-        return false;
-    };
-    let opaque_at = info
-        .format_info()
-        .has_alpha()
-        .then(|| frame.layout.format.sibling()?.alpha_byte())
-        .flatten();
-    (0..frame.layout.planes().len()).all(|plane| {
-        let stride = usize::try_from(out.plane_stride()[plane]).unwrap_or(0);
-        out.plane_data_mut(plane as u32)
-            .is_ok_and(|data| frame.copy_plane(plane, data, stride, opaque_at))
-    })
 }

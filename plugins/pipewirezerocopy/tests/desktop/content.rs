@@ -8,7 +8,7 @@ use gst::prelude::*;
 use gstpipewirezerocopy::capture::PixelFormat;
 
 use super::desktop;
-use super::painter::{MEMORY, Painter, Picture};
+use super::painter::{Painter, Picture};
 use super::run::{Run, expected_pixels, pixels};
 
 /// A run on a producer by name, for a sink that takes `caps`.
@@ -61,7 +61,7 @@ fn every_format_arrives_as_it_was_drawn() {
 fn padding_goes_out_as_opaque_alpha_where_alpha_is_asked_for() {
     let desktop = desktop();
     let size = (16, 8);
-    let painter = Painter::start(&desktop, "sibling", PixelFormat::Bgrx, size, MEMORY);
+    let painter = Painter::start(&desktop, "sibling", PixelFormat::Bgrx, size);
     painter.show(Picture::plain([1, 2, 3, 4].repeat(16 * 8), 16 * 4));
     let run = run_on(&desktop, "sibling", "video/x-raw,format=BGRA");
     run.play();

@@ -9,31 +9,31 @@ use gstpipewirezerocopy::capture::PixelFormat;
 
 use super::content::run_on;
 use super::desktop;
-use super::painter::{MEMORY, Painter, Picture};
+use super::painter::{Canvas, MEMORY, Painter, Picture};
 use super::run::{LONG, Run, pixels};
 
-const WIDTH: u32 = 16;
-const HEIGHT: u32 = 8;
-const STRIDE: i32 = WIDTH as i32 * 4;
-const SIZE: u32 = WIDTH * HEIGHT * 4;
+pub const WIDTH: u32 = 16;
+pub const HEIGHT: u32 = 8;
+pub const STRIDE: i32 = WIDTH as i32 * 4;
+pub const SIZE: u32 = WIDTH * HEIGHT * 4;
 
-fn painter(desktop: &zerocopy_test_support::desktop::Desktop, name: &str) -> Painter {
-    Painter::start(desktop, name, PixelFormat::Bgrx, (WIDTH, HEIGHT), MEMORY)
+pub fn painter(desktop: &zerocopy_test_support::desktop::Desktop, name: &str) -> Painter {
+    Painter::start(desktop, name, PixelFormat::Bgrx, (WIDTH, HEIGHT))
 }
 
 /// A picture of one colour.
-fn plain(colour: u8) -> Picture {
+pub fn plain(colour: u8) -> Picture {
     Picture::plain(vec![colour; SIZE as usize], STRIDE)
 }
 
-fn playing(desktop: &zerocopy_test_support::desktop::Desktop, name: &str) -> Run {
+pub fn playing(desktop: &zerocopy_test_support::desktop::Desktop, name: &str) -> Run {
     let run = run_on(desktop, name, "video/x-raw");
     run.src.set_property("keepalive-time", 0u32);
     run.play();
     run
 }
 
-fn size(sample: &gst::Sample) -> (i32, i32) {
+pub fn size(sample: &gst::Sample) -> (i32, i32) {
     let structure = sample.caps().unwrap().structure(0).unwrap();
     (
         structure.get("width").unwrap(),
@@ -43,7 +43,7 @@ fn size(sample: &gst::Sample) -> (i32, i32) {
 
 /// Shows a picture until the element has counted it under `stat`: PipeWire passes one picture at a
 /// time, and one that meets a busy machine is replaced by the next.
-fn show_until_counted(painter: &Painter, run: &Run, picture: &Picture, stat: &str) {
+pub fn show_until_counted(painter: &Painter, run: &Run, picture: &Picture, stat: &str) {
     let before = run.stat(stat);
     let end = Instant::now() + LONG;
     while Instant::now() < end {
@@ -62,7 +62,7 @@ fn show_until_counted(painter: &Painter, run: &Run, picture: &Picture, stat: &st
 
 /// What comes out after a picture was shown; see [`show_until_counted`] for why it may be shown
 /// again.
-fn shown(painter: &Painter, run: &Run, picture: &Picture) -> gst::Sample {
+pub fn shown(painter: &Painter, run: &Run, picture: &Picture) -> gst::Sample {
     let end = Instant::now() + LONG;
     while Instant::now() < end {
         painter.show(picture.clone());
@@ -179,20 +179,20 @@ fn pictures_that_are_none_are_skipped_and_counted() {
     assert_eq!(pixels(&sample)[0], 2, "nothing in between was pushed");
     // More where one was shown again too early.
     assert!(run.stat("corrupted") >= count);
-    assert_eq!(run.stat("held-buffers"), 0);
+    // The sink keeps the last one it gave out.
+    assert!(run.stat("held-buffers") <= 1);
 }
 
 #[test]
 fn memory_that_is_shorter_than_announced_is_not_read() {
     let desktop = desktop();
     // Reading it would end this process with SIGBUS.
-    let painter = Painter::start(
-        &desktop,
-        "short",
-        PixelFormat::Bgrx,
-        (WIDTH, HEIGHT),
-        16 * MEMORY,
-    );
+    let canvas = Canvas {
+        announced: 16 * MEMORY,
+        ..Canvas::default()
+    };
+    let size = (WIDTH, HEIGHT);
+    let painter = Painter::on_canvas(&desktop, "short", PixelFormat::Bgrx, size, canvas);
     let run = playing(&desktop, "short");
     let picture = Picture {
         offset: 8 * MEMORY,
@@ -236,5 +236,6 @@ fn many_pictures_go_through_few_buffers() {
         assert_eq!(got, vec![n; SIZE as usize]);
     }
     assert!(run.stat("frames") >= 101);
-    assert_eq!(run.stat("held-buffers"), 0);
+    // The sink keeps the last one it gave out.
+    assert!(run.stat("held-buffers") <= 1);
 }

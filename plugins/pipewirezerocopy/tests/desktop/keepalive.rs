@@ -2,12 +2,15 @@
 
 //! A desktop that stands still, and the end of the stream.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use gst::prelude::*;
 use zerocopy_test_support::desktop::Recording;
 
+use super::content::run_on;
 use super::desktop;
+use super::hostile::{painter, plain};
 use super::painter::Painter;
 use super::run::{Run, is_keepalive, pts};
 
@@ -54,6 +57,38 @@ fn a_still_desktop_is_kept_alive_at_the_period() {
         "19 periods of 50 ms took {took}"
     );
     desktop.close(&cast);
+}
+
+#[test]
+fn other_wake_ups_do_not_move_the_period() {
+    let desktop = desktop();
+    let painter = painter(&desktop, "woken");
+    let run = run_on(&desktop, "woken", "video/x-raw");
+    run.src.set_property("keepalive-time", 50u32);
+    run.play();
+    painter.show(plain(1));
+    run.frame();
+    let done = AtomicBool::new(false);
+    let keepalives = std::thread::scope(|scope| {
+        let (src, stop) = (&run.src, &done);
+        scope.spawn(move || {
+            while !stop.load(Ordering::Relaxed) {
+                // Each wakes the thread, to the same end.
+                src.set_property("keepalive-time", 50u32);
+                std::thread::sleep(Duration::from_millis(3));
+            }
+        });
+        let keepalives: Vec<_> = (0..21).map(|_| run.frame()).collect();
+        done.store(true, Ordering::Relaxed);
+        keepalives
+    });
+    assert!(keepalives.iter().all(is_keepalive));
+    let took = pts(&keepalives[20]) - pts(&keepalives[0]);
+    let off = took.absdiff(gst::ClockTime::from_mseconds(20 * 50));
+    assert!(
+        off < gst::ClockTime::from_mseconds(150),
+        "20 periods took {took}"
+    );
 }
 
 #[test]

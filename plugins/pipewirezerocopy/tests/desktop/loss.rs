@@ -2,14 +2,17 @@
 
 //! Producers that vanish, daemons that die, nodes that do not exist.
 
+use std::io::Read;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
 use zerocopy_test_support::desktop::{Desktop, Recording, Victim};
 
 use super::desktop;
+use super::lifecycle::gst_launch;
 use super::painter::Painter;
-use super::run::{Run, is_keepalive};
+use super::run::{Run, expected_pixels, is_keepalive};
 
 /// Within this a vanished producer must have been noticed.
 const SOON: Duration = Duration::from_secs(2);
@@ -101,10 +104,58 @@ fn a_killed_compositor_and_a_killed_daemon_are_errors_soon() {
     run.frame();
     desktop.kill(Victim::PipeWire);
     let start = Instant::now();
+    // The socket leads nowhere now: there is nothing to wait for.
+    let reason = run.capture_message("vanished");
+    assert!(reason.contains("daemon"), "{reason}");
     let error = run.error();
     assert!(start.elapsed() < SOON, "after {:?}", start.elapsed());
     assert!(error.contains("daemon"), "{error}");
     run.stop();
+}
+
+#[test]
+fn a_restarted_daemon_is_found_again() {
+    let mut desktop = Desktop::start(320, 240);
+    let folder = tempfile::tempdir().unwrap();
+    // In a process of its own, which finds the daemon by its environment.
+    let mut child = gst_launch(
+        folder.path(),
+        "-q pipewirezerocopysrc target-object=desk on-disconnect=none keepalive-time=0 ! fdsink",
+    )
+    .envs(desktop.environment().iter().cloned())
+    .stdout(Stdio::piped())
+    .spawn()
+    .unwrap();
+    let mut frames = child.stdout.take().unwrap();
+    for caps in [
+        "format=BGRx,width=64,height=48",
+        "format=RGBA,width=16,height=8",
+    ] {
+        let expected = expected_pixels(caps);
+        let _producer = Painter::still(&desktop, "desk", caps);
+        let mut frame = vec![0; expected.len()];
+        frames
+            .read_exact(&mut frame)
+            .expect("a frame, and no error");
+        assert_eq!(frame, expected);
+        desktop.restart_pipewire();
+    }
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_daemon_that_goes_away_is_the_end_of_the_stream_when_asked_for() {
+    let mut desktop = Desktop::start(320, 240);
+    let _producer = Painter::still(&desktop, "desk", "format=BGRx,width=64,height=48");
+    let run = Run::new(&desktop, "video/x-raw");
+    run.src.set_property("target-object", "desk");
+    run.src.set_property_from_str("on-disconnect", "none");
+    run.play();
+    run.frame();
+    run.src.set_property_from_str("on-disconnect", "eos");
+    desktop.kill(Victim::PipeWire);
+    run.eos();
 }
 
 #[test]

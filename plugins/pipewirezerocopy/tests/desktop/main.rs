@@ -15,9 +15,11 @@ mod hostile;
 mod keepalive;
 mod lifecycle;
 mod loss;
+mod metadata;
 mod painter;
 mod run;
 mod screencast;
+mod sharing;
 
 /// The shared desktop, for one test at a time.
 fn desktop() -> MutexGuard<'static, Desktop> {

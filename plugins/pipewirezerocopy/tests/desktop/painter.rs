@@ -8,7 +8,7 @@
 use std::cell::RefCell;
 use std::collections::{HashMap, VecDeque};
 use std::fs::File;
-use std::io::Cursor;
+use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;
@@ -36,6 +36,10 @@ const CYCLE: Duration = Duration::from_millis(4);
 /// Bytes of memory that each buffer really has.
 pub const MEMORY: u32 = 64 * 1024;
 
+/// Bytes of metadata for a pointer, enough for 8x8 pixels.
+const CURSOR_BYTES: usize =
+    size_of::<spa_sys::spa_meta_cursor>() + size_of::<spa_sys::spa_meta_bitmap>() + 8 * 8 * 4;
+
 /// What is in a buffer, and what is said about it.
 #[derive(Clone, Debug, Default)]
 pub struct Picture {
@@ -50,6 +54,20 @@ pub struct Picture {
     pub header_flags: u32,
     /// x, y, width, height
     pub crop: Option<(i32, i32, u32, u32)>,
+    /// Likewise; the list ends at an empty one.
+    pub damage: Vec<(i32, i32, u32, u32)>,
+    /// SPA_META_TRANSFORMATION_*
+    pub transform: u32,
+    pub cursor: Option<Cursor>,
+}
+
+/// A pointer that lies beside the picture.
+#[derive(Clone, Debug)]
+pub struct Cursor {
+    pub position: (i32, i32),
+    pub hotspot: (i32, i32),
+    /// Width, height and pixels in BGRA; the last one again where there is none.
+    pub bitmap: Option<(u32, u32, Vec<u8>)>,
 }
 
 impl Picture {
@@ -64,9 +82,32 @@ impl Picture {
     }
 }
 
+/// The memory of a painter's buffers.
+#[derive(Clone, Copy, Debug)]
+pub struct Canvas {
+    /// How large it says that they are.
+    pub announced: u32,
+    pub buffers: u32,
+    /// Whether they cannot shrink, as those of compositors.
+    pub sealed: bool,
+}
+
+impl Default for Canvas {
+    fn default() -> Self {
+        Self {
+            announced: MEMORY,
+            buffers: 8,
+            sealed: true,
+        }
+    }
+}
+
 enum Command {
     Show(Picture),
+    /// Shows it now, and again whenever the stream begins, as compositors do.
+    Keep(Picture),
     Change(u32, u32),
+    Shrink,
     Quit,
 }
 
@@ -76,27 +117,24 @@ pub struct Painter {
 }
 
 impl Painter {
-    /// A node of that name with pictures of that format and size. `announced` is how large it says
-    /// that its buffers are.
-    pub fn start(
+    /// A node of that name with pictures of that format and size.
+    pub fn start(desktop: &Desktop, name: &str, format: PixelFormat, size: (u32, u32)) -> Self {
+        Self::on_canvas(desktop, name, format, size, Canvas::default())
+    }
+
+    /// The same with other memory.
+    pub fn on_canvas(
         desktop: &Desktop,
         name: &str,
         format: PixelFormat,
-        (width, height): (u32, u32),
-        announced: u32,
+        size: (u32, u32),
+        canvas: Canvas,
     ) -> Self {
         let name = name.to_owned();
         let socket = desktop.pipewire();
         let (commands, receiver) = pipewire::channel::channel();
         let thread = std::thread::spawn(move || {
-            run(
-                socket.into(),
-                &name,
-                format,
-                (width, height),
-                announced,
-                receiver,
-            );
+            run(socket.into(), &name, format, size, canvas, receiver);
         });
         Self {
             commands,
@@ -111,15 +149,21 @@ impl Painter {
         let info = gst_video::VideoInfo::from_caps(sample.caps().unwrap()).unwrap();
         let format = PixelFormat::from_name(info.name()).unwrap();
         let size = (info.width(), info.height());
-        let painter = Self::start(desktop, name, format, size, MEMORY);
+        let painter = Self::start(desktop, name, format, size);
         // As GStreamer lays it out: rows with padding, planes behind each other.
         let bytes = sample.buffer().unwrap().map_readable().unwrap().to_vec();
-        painter.show(Picture::plain(bytes, info.stride()[0]));
+        let still = Command::Keep(Picture::plain(bytes, info.stride()[0]));
+        assert!(painter.commands.send(still).is_ok());
         painter
     }
 
     pub fn show(&self, picture: Picture) {
         assert!(self.commands.send(Command::Show(picture)).is_ok());
+    }
+
+    /// Cuts all memory that is not sealed off.
+    pub fn shrink(&self) {
+        assert!(self.commands.send(Command::Shrink).is_ok());
     }
 
     /// Changes the size of its pictures.
@@ -140,8 +184,9 @@ impl Drop for Painter {
 /// What the callbacks share.
 struct State {
     pictures: RefCell<VecDeque<Picture>>,
+    still: RefCell<Option<Picture>>,
     memory: RefCell<HashMap<*mut pw_buffer, File>>,
-    announced: u32,
+    canvas: Canvas,
 }
 
 fn run(
@@ -149,7 +194,7 @@ fn run(
     name: &str,
     format: PixelFormat,
     size: (u32, u32),
-    announced: u32,
+    canvas: Canvas,
     receiver: Receiver<Command>,
 ) {
     pipewire::init();
@@ -168,12 +213,22 @@ fn run(
     .unwrap();
     let state = Rc::new(State {
         pictures: RefCell::default(),
+        still: RefCell::default(),
         memory: RefCell::default(),
-        announced,
+        canvas,
     });
     let shared = || state.clone();
     let _listener = stream
         .add_local_listener::<()>()
+        .state_changed({
+            let state = shared();
+            move |_, (), _, new| {
+                let mut pictures = state.pictures.borrow_mut();
+                if new == StreamState::Streaming && pictures.is_empty() {
+                    pictures.extend(state.still.borrow().clone());
+                }
+            }
+        })
         .param_changed({
             let state = shared();
             move |stream, (), id, pod| {
@@ -215,14 +270,25 @@ fn run(
     let _ = timer.update_timer(Some(CYCLE), Some(CYCLE));
 
     let quit = main_loop.clone();
+    let shrinking = shared();
     let _receiver = receiver.attach(main_loop.loop_(), move |command| match command {
         Command::Show(picture) => {
             state.pictures.borrow_mut().push_back(picture);
+        }
+        Command::Keep(picture) => {
+            state.pictures.borrow_mut().push_back(picture.clone());
+            state.still.replace(Some(picture));
         }
         Command::Change(width, height) => {
             let pods = offer(format, (width, height)).pods();
             let mut params: Vec<&Pod> = pods.iter().map(PodBytes::pod).collect();
             stream.update_params(&mut params).unwrap();
+        }
+        Command::Shrink => {
+            for memory in shrinking.memory.borrow().values() {
+                // Fails where it is sealed.
+                let _ = memory.set_len(0);
+            }
         }
         Command::Quit => quit.quit(),
     });
@@ -253,9 +319,9 @@ impl State {
             SpaTypes::ObjectParamBuffers,
             ParamType::Buffers,
             vec![
-                int(spa_sys::SPA_PARAM_BUFFERS_buffers, 4),
+                int(spa_sys::SPA_PARAM_BUFFERS_buffers, self.canvas.buffers),
                 int(spa_sys::SPA_PARAM_BUFFERS_blocks, 1),
-                int(spa_sys::SPA_PARAM_BUFFERS_size, self.announced),
+                int(spa_sys::SPA_PARAM_BUFFERS_size, self.canvas.announced),
                 int(
                     spa_sys::SPA_PARAM_BUFFERS_dataType,
                     1 << spa_sys::SPA_DATA_MemFd,
@@ -282,6 +348,15 @@ impl State {
                 spa_sys::SPA_META_VideoCrop,
                 size_of::<spa_sys::spa_meta_region>(),
             ),
+            meta(
+                spa_sys::SPA_META_VideoDamage,
+                4 * size_of::<spa_sys::spa_meta_region>(),
+            ),
+            meta(
+                spa_sys::SPA_META_VideoTransform,
+                size_of::<spa_sys::spa_meta_videotransform>(),
+            ),
+            meta(spa_sys::SPA_META_Cursor, CURSOR_BYTES),
         ];
         let mut params: Vec<&Pod> = pods
             .iter()
@@ -293,11 +368,18 @@ impl State {
     fn add_buffer(&self, raw: *mut pw_buffer) {
         // SAFETY: The name is a C string, and the descriptor is new and ours.
         let memory = unsafe {
-            let fd = libc::memfd_create(c"painter".as_ptr(), libc::MFD_CLOEXEC);
+            let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+            let fd = libc::memfd_create(c"painter".as_ptr(), flags);
             assert!(fd >= 0);
             File::from_raw_fd(fd)
         };
         memory.set_len(MEMORY.into()).unwrap();
+        if self.canvas.sealed {
+            // SAFETY: Plain fcntl on a descriptor of ours.
+            let sealed =
+                unsafe { libc::fcntl(memory.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) };
+            assert_eq!(sealed, 0);
+        }
         // SAFETY: PipeWire passes a buffer with one block, as was asked for, to be filled in.
         unsafe {
             let data = &mut *(*(*raw).buffer).datas;
@@ -305,7 +387,7 @@ impl State {
             data.flags = spa_sys::SPA_DATA_FLAG_READWRITE;
             data.fd = memory.as_raw_fd().into();
             data.mapoffset = 0;
-            data.maxsize = self.announced;
+            data.maxsize = self.canvas.announced;
         }
         self.memory.borrow_mut().insert(raw, memory);
     }
@@ -337,15 +419,51 @@ impl State {
                     header.flags = picture.header_flags;
                     header.pts = -1;
                 } else if meta.type_ == spa_sys::SPA_META_VideoCrop {
-                    let region = &mut (*meta.data.cast::<spa_sys::spa_meta_region>()).region;
-                    let (x, y, width, height) = picture.crop.unwrap_or_default();
-                    (region.position.x, region.position.y) = (x, y);
-                    (region.size.width, region.size.height) = (width, height);
+                    let crop = picture.crop.unwrap_or_default();
+                    meta.data.cast::<spa_sys::spa_region>().write(region(crop));
+                } else if meta.type_ == spa_sys::SPA_META_VideoDamage {
+                    let list = picture.damage.iter().copied().chain([(0, 0, 0, 0)]);
+                    for (index, rect) in list.take(4).enumerate() {
+                        let place = meta.data.cast::<spa_sys::spa_region>().add(index);
+                        place.write(region(rect));
+                    }
+                } else if meta.type_ == spa_sys::SPA_META_VideoTransform {
+                    meta.data.cast::<u32>().write(picture.transform);
+                } else if meta.type_ == spa_sys::SPA_META_Cursor {
+                    let bytes = cursor_bytes(picture.cursor.as_ref());
+                    let place = meta.data.cast::<u8>();
+                    std::ptr::copy_nonoverlapping(bytes.as_ptr(), place, bytes.len());
                 }
             }
             stream.queue_raw_buffer(raw);
         }
     }
+}
+
+fn region((x, y, width, height): (i32, i32, u32, u32)) -> spa_sys::spa_region {
+    spa_sys::spa_region {
+        position: spa_sys::spa_point { x, y },
+        size: spa_sys::spa_rectangle { width, height },
+    }
+}
+
+/// A pointer as SPA_META_Cursor has it.
+fn cursor_bytes(cursor: Option<&Cursor>) -> Vec<u8> {
+    // id, flags, position, hotspot, bitmap_offset
+    let mut words = vec![0; 7];
+    let mut pixels: &[u8] = &[];
+    if let Some(cursor) = cursor {
+        let ((x, y), (left, top)) = (cursor.position, cursor.hotspot);
+        words = vec![1, 0, x as u32, y as u32, left as u32, top as u32, 0];
+        if let Some((width, height, bitmap)) = &cursor.bitmap {
+            words[6] = 28;
+            let format = PixelFormat::Bgra.spa().as_raw();
+            words.extend([format, *width, *height, width * 4, 20]);
+            pixels = bitmap;
+        }
+    }
+    let words = words.into_iter().flat_map(u32::to_ne_bytes);
+    words.chain(pixels.iter().copied()).collect()
 }
 
 fn pod(type_: SpaTypes, id: ParamType, properties: Vec<Property>) -> Vec<u8> {
@@ -354,7 +472,7 @@ fn pod(type_: SpaTypes, id: ParamType, properties: Vec<Property>) -> Vec<u8> {
         id: id.as_raw(),
         properties,
     });
-    PodSerializer::serialize(Cursor::new(Vec::new()), &object)
+    PodSerializer::serialize(io::Cursor::new(Vec::new()), &object)
         .unwrap()
         .0
         .into_inner()

@@ -73,6 +73,21 @@ impl Run {
         self.filter.set_property_from_str("caps", caps);
     }
 
+    /// Makes the sink answer allocation queries with this meta.
+    pub fn propose<M: MetaAPI>(&self) {
+        let pad = self.sink.static_pad("sink").unwrap();
+        pad.add_probe(gst::PadProbeType::QUERY_DOWNSTREAM, |_, info| {
+            let Some(query) = info.query_mut() else {
+                return gst::PadProbeReturn::Ok;
+            };
+            if let gst::QueryViewMut::Allocation(query) = query.view_mut() {
+                query.add_allocation_meta::<M>(None);
+                return gst::PadProbeReturn::Handled;
+            }
+            gst::PadProbeReturn::Ok
+        });
+    }
+
     pub fn play(&self) {
         let started = self.pipeline.set_state(gst::State::Playing);
         assert!(started.is_ok(), "starting failed: {}", self.error());

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! One console of QEMU's: asked, and listened to.
+
+use std::future::{pending, poll_fn};
+use std::num::NonZeroUsize;
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixStream;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_core::Stream;
+use tokio::time::sleep;
+use zbus::connection::Builder;
+use zbus::fdo::{PropertiesChangedStream, PropertiesProxy};
+use zbus::proxy::CacheProperties;
+use zbus::{Connection, Fd, MessageStream};
+
+use crate::error::Error;
+use crate::listener::serve;
+use crate::proxies::ConsoleProxy;
+use crate::screen::Screen;
+
+/// The name that QEMU takes on a bus, and that it goes by without one.
+const SERVICE: &str = "org.qemu";
+
+/// Messages of a listener that are read ahead. Each may be a picture.
+const READ_AHEAD: NonZeroUsize = NonZeroUsize::new(4).unwrap();
+
+/// QEMU's answer to a listener too many (`DBUS_DISPLAY_ERROR_INVALID` in its ui/dbus-error.c).
+const TAKEN: &str = "org.qemu.Display1.Error.Invalid";
+
+/// Answers of QEMU's to wait for after a listener was closed: one, and one that was asked for after
+/// it had come.
+const ANSWERS: u32 = 2;
+
+/// How often, and for how long, to try when QEMU still has the listener before.
+const AGAIN_PAUSE: Duration = Duration::from_millis(5);
+const AGAIN_LIMIT: Duration = Duration::from_secs(5);
+
+/// A console.
+pub struct Console {
+    proxy: ConsoleProxy<'static>,
+    properties: PropertiesProxy<'static>,
+    /// For errors.
+    address: String,
+}
+
+impl Console {
+    /// The console of this number, whether there is one or not.
+    pub async fn new(control: &Connection, id: u32, address: String) -> zbus::Result<Self> {
+        let path = format!("/org/qemu/Display1/Console_{id}");
+        Ok(Self {
+            proxy: ConsoleProxy::builder(control)
+                .path(path.clone())
+                .cache_properties(CacheProperties::No)
+                .build()
+                .await?,
+            properties: PropertiesProxy::builder(control)
+                .destination(SERVICE)
+                .path(path)
+                .cache_properties(CacheProperties::No)
+                .build()
+                .await?,
+            address,
+        })
+    }
+
+    /// Whether it belongs to a graphics card, and is not a terminal of QEMU's own.
+    pub async fn is_graphic(&self) -> zbus::Result<bool> {
+        Ok(self.proxy.kind().await? == "Graphic")
+    }
+
+    /// Its name for people.
+    pub async fn label(&self) -> zbus::Result<String> {
+        self.proxy.label().await
+    }
+
+    /// Tells the guest in which size it is shown.
+    pub async fn set_size(&self, (width, height): (u32, u32)) -> zbus::Result<()> {
+        // Millimetres and positions are unknown.
+        self.proxy.set_ui_info(0, 0, 0, 0, width, height).await
+    }
+
+    /// What will have changed of it from now on.
+    pub async fn changes(&self) -> zbus::Result<PropertiesChangedStream> {
+        self.properties.receive_properties_changed().await
+    }
+
+    /// Has QEMU say what the console shows, beginning with a whole picture.
+    pub async fn listen(&self) -> zbus::Result<MessageStream> {
+        let (ours, theirs) = UnixStream::pair()?;
+        // QEMU is the server of this handshake and does nothing else until it is over: it must
+        // not wait for the answer to the call, nor the other way round.
+        let handshake = Builder::unix_stream(ours)
+            .p2p()
+            .max_queued(READ_AHEAD)
+            .build_message_stream();
+        let register = self.proxy.register_listener(Fd::from(theirs.as_fd()));
+        let (messages, ()) = tokio::try_join!(handshake, register)?;
+        Ok(messages)
+    }
+
+    /// Has QEMU begin anew, with a whole picture, instead of going on with `messages`.
+    ///
+    /// QEMU 7.2 has room for one listener of each client. Over a bus it refuses another one until it
+    /// has noticed that the one before is closed. Without a bus it takes that one's place, and is
+    /// closed in its stead when that is noticed. One thread of QEMU's reads all sockets, in the order
+    /// in which something happens to them: who has been answered has been noticed before.
+    async fn listen_anew(&self, messages: MessageStream) -> zbus::Result<MessageStream> {
+        // It may be closed already.
+        let _ = Connection::from(&messages).close().await;
+        drop(messages);
+        for _ in 0..ANSWERS {
+            self.proxy.width().await?;
+        }
+        let end = Instant::now() + AGAIN_LIMIT;
+        loop {
+            match self.listen().await {
+                Err(zbus::Error::MethodError(name, ..))
+                    if name == TAKEN && Instant::now() < end =>
+                {
+                    sleep(AGAIN_PAUSE).await;
+                }
+                done => return done,
+            }
+        }
+    }
+
+    /// Puts into `screen` what QEMU says, until the connection ends. Returns why it did.
+    /// `changes` are those since before QEMU was first listened to.
+    ///
+    /// A QEMU without shared memory does not say that the picture has another size before it is
+    /// changed as a whole, and a screen of text never is: QEMU 7.2 then goes on with parts of a
+    /// picture that nobody has. The console's size tells, and listening anew brings all of it.
+    pub async fn watch(
+        &self,
+        mut changes: PropertiesChangedStream,
+        mut messages: MessageStream,
+        screen: &Arc<Screen>,
+    ) -> Error {
+        loop {
+            tokio::select! {
+                error = serve(&mut messages, screen, &self.address) => return error,
+                () = self.other_size(&mut changes, screen) => screen.forget(),
+            }
+            messages = match self.listen_anew(messages).await {
+                Ok(messages) => messages,
+                Err(error) => {
+                    return Error::Gone {
+                        address: self.address.clone(),
+                        reason: error.to_string(),
+                    };
+                }
+            };
+        }
+    }
+
+    /// Returns when the console has another size than its picture, or has one and no picture: the one
+    /// that is on its way may be the one before.
+    async fn other_size(&self, changes: &mut PropertiesChangedStream, screen: &Screen) {
+        while poll_fn(|context| Pin::new(&mut *changes).poll_next(context))
+            .await
+            .is_some()
+        {
+            if let (Ok(width), Ok(height)) = (self.proxy.width().await, self.proxy.height().await)
+                && screen.size() != Some((width, height))
+            {
+                return;
+            }
+        }
+        // Nobody can be asked any more; the listener goes on, or knows what has happened.
+        pending::<()>().await;
+    }
+}

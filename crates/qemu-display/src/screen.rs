@@ -1,0 +1,437 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The latest picture of one console.
+//!
+//! The connection's thread puts in what QEMU says, as fast as it comes; whoever shows the screen
+//! takes a picture when it is time for one. Between two takings changes pile up as [`Damage`] and
+//! never as pictures.
+
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use tokio::sync::oneshot;
+
+use crate::cursor::{Cursor, CursorShape};
+use crate::damage::{Damage, Rect};
+use crate::error::Error;
+use crate::memory::{Canvas, DmaBuf, Lease, Leases, SharedFile, Spares};
+use crate::picture::{Layout, Picture, Pixels, check_size};
+
+/// For how long after QEMU has drawn into memory that was lent, more of that is expected.
+const BUSY: Duration = Duration::from_secs(1);
+
+/// What there is to be done about a screen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Look {
+    /// There is no picture yet.
+    Empty,
+    /// A picture, taken before, and nothing new.
+    Still,
+    /// The cursor has changed, and nothing else.
+    Cursor,
+    /// A new picture, or a changed one.
+    News,
+    /// QEMU has switched the screen off; there is no picture until it is on again.
+    Off,
+    /// It has ended. Nothing will come any more.
+    Failed(Error),
+}
+
+/// What has happened to a screen, counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Figures {
+    /// Pictures and changes of them that QEMU has sent.
+    pub updates: u64,
+    /// Those that came before the one before them was taken.
+    pub coalesced: u64,
+    /// Changes of something that is not in the picture; ignored.
+    pub ignored: u64,
+    /// Pictures copied because QEMU changed them while they were in use.
+    pub copies: u64,
+    /// Times that QEMU drew into shared memory while it was in use.
+    pub overlaps: u64,
+    /// Bytes of pixels in messages.
+    pub bytes: u64,
+}
+
+#[derive(Debug)]
+enum Content {
+    Bytes(Layout, Arc<Canvas>),
+    Shared(Layout, Arc<SharedFile>, u64),
+    DmaBuf(Arc<DmaBuf>),
+}
+
+impl Content {
+    fn size(&self) -> (u32, u32) {
+        match self {
+            Self::Bytes(layout, _) | Self::Shared(layout, ..) => (layout.width, layout.height),
+            Self::DmaBuf(buffer) => (buffer.width, buffer.height),
+        }
+    }
+}
+
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each says one thing, and all combinations occur"
+)]
+struct State {
+    content: Option<Content>,
+    damage: Damage,
+    news: bool,
+    cursor: Cursor,
+    cursor_news: bool,
+    off: bool,
+    failure: Option<Error>,
+    arrived: Instant,
+    /// Dropped or given away with a lease, it lets QEMU go on.
+    reply: Option<oneshot::Sender<()>>,
+    /// QEMU has waited in vain, and is not made to do that again before a picture is taken.
+    unattended: bool,
+    leases: Leases,
+    drawn_while_lent: Option<Instant>,
+    figures: Figures,
+    spares: Spares,
+}
+
+/// One console's screen.
+pub struct Screen {
+    console: u32,
+    label: String,
+    state: Mutex<State>,
+    notify: Box<dyn Fn() + Send + Sync>,
+}
+
+impl Screen {
+    /// A screen of which nothing is known. `notify` is called by the connection's thread when
+    /// [`Screen::look`] may say something new.
+    pub(crate) fn new(
+        console: u32,
+        label: String,
+        notify: impl Fn() + Send + Sync + 'static,
+    ) -> Self {
+        Self {
+            console,
+            label,
+            notify: Box::new(notify),
+            state: Mutex::new(State {
+                content: None,
+                damage: Damage::All,
+                news: false,
+                cursor: Cursor::default(),
+                cursor_news: false,
+                off: false,
+                failure: None,
+                arrived: Instant::now(),
+                reply: None,
+                unattended: false,
+                leases: Leases::default(),
+                drawn_while_lent: None,
+                figures: Figures::default(),
+                spares: Spares::default(),
+            }),
+        }
+    }
+
+    /// The console's number.
+    pub fn console(&self) -> u32 {
+        self.console
+    }
+
+    /// What QEMU calls the console.
+    pub fn label(&self) -> &str {
+        &self.label
+    }
+
+    /// What there is to be done.
+    pub fn look(&self) -> Look {
+        let state = self.lock();
+        match (&state.failure, &state.content) {
+            (Some(failure), _) => Look::Failed(failure.clone()),
+            _ if state.off => Look::Off,
+            (None, None) => Look::Empty,
+            _ if state.news => Look::News,
+            _ if state.cursor_news => Look::Cursor,
+            _ => Look::Still,
+        }
+    }
+
+    /// The picture now, new or not: whoever comes late to a still screen sees it too.
+    ///
+    /// An error says that QEMU has made its memory smaller than the picture in it.
+    pub fn take(&self) -> Result<Option<Picture>, Error> {
+        let mut state = self.lock();
+        let state = &mut *state;
+        let Some(content) = state.content.as_ref().filter(|_| !state.off) else {
+            return Ok(None);
+        };
+        let pixels = match content {
+            Content::Bytes(layout, canvas) => Pixels::Bytes {
+                layout: *layout,
+                canvas: canvas.clone(),
+            },
+            Content::Shared(layout, file, offset) => {
+                file.has(offset + layout.bytes() as u64)?;
+                let lease = Lease::new(None);
+                state.leases.add(&lease);
+                Pixels::Shared {
+                    layout: *layout,
+                    file: file.clone(),
+                    offset: *offset,
+                    lease,
+                    busy: state
+                        .drawn_while_lent
+                        .is_some_and(|moment| moment.elapsed() < BUSY),
+                }
+            }
+            Content::DmaBuf(buffer) => Pixels::DmaBuf {
+                buffer: buffer.clone(),
+                lease: Lease::new(state.reply.take()),
+            },
+        };
+        state.news = false;
+        state.unattended = false;
+        Ok(Some(Picture {
+            pixels,
+            cursor_changed: std::mem::take(&mut state.cursor_news),
+            damage: std::mem::replace(&mut state.damage, Damage::NONE),
+            cursor: state.cursor.clone(),
+            arrived: state.arrived,
+        }))
+    }
+
+    /// What has happened so far.
+    pub fn figures(&self) -> Figures {
+        self.lock().figures
+    }
+
+    /// Width and height of the picture in pixels, if there is one.
+    pub fn size(&self) -> Option<(u32, u32)> {
+        self.lock().content.as_ref().map(Content::size)
+    }
+
+    /// The picture is that of another size, and what comes now changes one that is not here yet.
+    pub(crate) fn forget(&self) {
+        let mut state = self.lock();
+        state.content = None;
+        state.reply = None;
+        state.news = false;
+    }
+
+    /// A whole picture in a message.
+    pub(crate) fn scanout(&self, layout: Layout, canvas: Canvas) -> Result<(), Error> {
+        let there = canvas.as_ref().len();
+        if there < layout.bytes() {
+            return Err(Error::Nonsense(format!(
+                "{there} bytes for a picture of {}",
+                layout.bytes()
+            )));
+        }
+        let mut state = self.lock();
+        state.figures.bytes += there as u64;
+        state.content = Some(Content::Bytes(layout, Arc::new(canvas)));
+        self.changed(state, None);
+        Ok(())
+    }
+
+    /// Part of a picture in a message: `data` lies as `layout` says.
+    pub(crate) fn update(&self, at: (i32, i32), layout: Layout, data: &[u8]) -> Result<(), Error> {
+        // The last row may end with its pixels.
+        let (row, stride) = (layout.row_bytes(), layout.stride as usize);
+        let needed = stride * (layout.height as usize - 1) + row;
+        if data.len() < needed {
+            return Err(Error::Nonsense(format!(
+                "{} bytes for a change of {needed}",
+                data.len()
+            )));
+        }
+        let mut guard = self.lock();
+        let state = &mut *guard;
+        state.figures.bytes += data.len() as u64;
+        let extent = (layout.width as i32, layout.height as i32);
+        let target = match &mut state.content {
+            Some(Content::Bytes(whole, canvas)) if whole.format == layout.format => {
+                Rect::checked(at, extent, (whole.width, whole.height))
+                    .map(|rect| (rect, *whole, canvas))
+            }
+            _ => None,
+        };
+        // QEMU may change a new picture before it has sent it whole.
+        let Some((rect, whole, canvas)) = target else {
+            state.figures.ignored += 1;
+            return Ok(());
+        };
+        if Arc::get_mut(canvas).is_none_or(|canvas| canvas.own_bytes().is_none()) {
+            let used = &(**canvas).as_ref()[..whole.bytes()];
+            *canvas = Arc::new(Canvas::copied(used, &state.spares));
+            state.figures.copies += 1;
+        }
+        let bytes = Arc::get_mut(canvas).and_then(Canvas::own_bytes);
+        let bytes = bytes.expect("it is a copy of ours now, and nobody else has it");
+        let start = rect.y as usize * whole.stride as usize
+            + rect.x as usize * whole.format.bytes_per_pixel();
+        let rows = bytes[start..].chunks_mut(whole.stride as usize);
+        for (to, from) in rows.zip(data.chunks(stride)).take(layout.height as usize) {
+            to[..row].copy_from_slice(&from[..row]);
+        }
+        self.changed(guard, Some(rect));
+        Ok(())
+    }
+
+    /// A picture in a memfd.
+    pub(crate) fn scanout_map(
+        &self,
+        fd: OwnedFd,
+        offset: u32,
+        layout: Layout,
+    ) -> Result<(), Error> {
+        let offset = u64::from(offset);
+        let file = SharedFile::checked(fd, offset + layout.bytes() as u64)?;
+        let mut state = self.lock();
+        state.content = Some(Content::Shared(layout, Arc::new(file), offset));
+        // The guest may draw into the memory before this one from now on.
+        Self::drawn(&mut state);
+        self.changed(state, None);
+        Ok(())
+    }
+
+    /// QEMU has drawn into the memfd.
+    pub(crate) fn update_map(&self, at: (i32, i32), extent: (i32, i32)) {
+        let mut state = self.lock();
+        Self::drawn(&mut state);
+        let shared = matches!(state.content, Some(Content::Shared(..)));
+        self.changed_part(state, shared, at, extent);
+    }
+
+    /// A picture in DMA-BUFs.
+    pub(crate) fn scanout_dmabuf(&self, buffer: DmaBuf) -> Result<(), Error> {
+        check_size(buffer.width, buffer.height)?;
+        let mut state = self.lock();
+        state.reply = None;
+        state.content = Some(Content::DmaBuf(Arc::new(buffer)));
+        self.changed(state, None);
+        Ok(())
+    }
+
+    /// The guest has drawn into the DMA-BUFs and waits until what is returned is closed.
+    pub(crate) fn update_dmabuf(
+        &self,
+        at: (i32, i32),
+        extent: (i32, i32),
+    ) -> oneshot::Receiver<()> {
+        let (reply, receiver) = oneshot::channel();
+        let mut state = self.lock();
+        let there = matches!(state.content, Some(Content::DmaBuf(_)));
+        // QEMU waits for the answers to all parts of a change: one of them is enough to hold it.
+        if there && !state.unattended && state.reply.is_none() {
+            state.reply = Some(reply);
+        }
+        self.changed_part(state, there, at, extent);
+        receiver
+    }
+
+    /// QEMU has waited for as long as it may. If nobody has taken the picture, nobody looks.
+    pub(crate) fn waited(&self) {
+        let mut state = self.lock();
+        state.unattended |= state.reply.take().is_some();
+    }
+
+    /// The screen is switched off.
+    pub(crate) fn disable(&self) {
+        let mut state = self.lock();
+        state.content = None;
+        state.reply = None;
+        state.news = false;
+        let told = std::mem::replace(&mut state.off, true);
+        drop(state);
+        if !told {
+            (self.notify)();
+        }
+    }
+
+    /// The cursor has another shape.
+    pub(crate) fn cursor_define(&self, shape: CursorShape) {
+        let mut state = self.lock();
+        state.cursor.shape = Some(Arc::new(shape));
+        self.cursor_changed(state);
+    }
+
+    /// The cursor is elsewhere.
+    pub(crate) fn mouse_set(&self, x: i32, y: i32, visible: bool) {
+        let mut state = self.lock();
+        let cursor = &mut state.cursor;
+        if (cursor.x, cursor.y, cursor.visible) == (x, y, visible) {
+            return;
+        }
+        (cursor.x, cursor.y, cursor.visible) = (x, y, visible);
+        self.cursor_changed(state);
+    }
+
+    /// The end.
+    pub(crate) fn fail(&self, error: Error) {
+        let mut state = self.lock();
+        state.reply = None;
+        state.failure.get_or_insert(error);
+        drop(state);
+        (self.notify)();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn drawn(state: &mut State) {
+        if state.leases.any() {
+            state.drawn_while_lent = Some(Instant::now());
+            state.figures.overlaps += 1;
+        }
+    }
+
+    fn changed_part(
+        &self,
+        mut state: MutexGuard<'_, State>,
+        there: bool,
+        at: (i32, i32),
+        extent: (i32, i32),
+    ) {
+        let content = state.content.as_ref().filter(|_| there);
+        match content.and_then(|content| Rect::checked(at, extent, content.size())) {
+            Some(rect) => self.changed(state, Some(rect)),
+            None => state.figures.ignored += 1,
+        }
+    }
+
+    /// All of the picture has changed, or a part.
+    fn changed(&self, mut state: MutexGuard<'_, State>, part: Option<Rect>) {
+        state.figures.updates += 1;
+        state.arrived = Instant::now();
+        state.off = false;
+        match part {
+            Some(rect) => state.damage.add(rect),
+            None => state.damage = Damage::All,
+        }
+        let told = std::mem::replace(&mut state.news, true);
+        if told {
+            state.figures.coalesced += 1;
+        }
+        drop(state);
+        // Hundreds of updates a second wake nobody more often than pictures are taken.
+        if !told {
+            (self.notify)();
+        }
+    }
+
+    fn cursor_changed(&self, mut state: MutexGuard<'_, State>) {
+        if !state.news && !state.cursor_news {
+            state.arrived = Instant::now();
+        }
+        let told = std::mem::replace(&mut state.cursor_news, true);
+        drop(state);
+        if !told {
+            (self.notify)();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,522 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The EGL display of a DRM node, and what it can import.
+
+use std::collections::HashMap;
+use std::ffi::{c_char, c_void};
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, LazyLock, Mutex, PoisonError};
+
+use khronos_egl as egl;
+
+use super::image::Image;
+use super::library::{self, Egl, Gbm};
+use super::{DmaBuf, Error, MAX_PLANES, fourcc_name};
+
+// From eglext.h.
+const PLATFORM_DEVICE_EXT: egl::Enum = 0x313F;
+const PLATFORM_GBM_KHR: egl::Enum = 0x31D7;
+const DRM_DEVICE_FILE_EXT: egl::Int = 0x3233;
+const DRM_RENDER_NODE_FILE_EXT: egl::Int = 0x3377;
+const LINUX_DMA_BUF_EXT: egl::Enum = 0x3270;
+const LINUX_DRM_FOURCC_EXT: egl::Attrib = 0x3271;
+/// For each plane: descriptor, offset, pitch, low and high half of the modifier.
+const PLANE_ATTRIBUTES: [[egl::Attrib; 5]; MAX_PLANES] = [
+    [0x3272, 0x3273, 0x3274, 0x3443, 0x3444],
+    [0x3275, 0x3276, 0x3277, 0x3445, 0x3446],
+    [0x3278, 0x3279, 0x327A, 0x3447, 0x3448],
+    [0x3440, 0x3441, 0x3442, 0x3449, 0x344A],
+];
+
+type DeviceExt = *mut c_void;
+type QueryDevices =
+    unsafe extern "system" fn(egl::Int, *mut DeviceExt, *mut egl::Int) -> egl::Boolean;
+type QueryDeviceString = unsafe extern "system" fn(DeviceExt, egl::Int) -> *const c_char;
+type QueryFormats = unsafe extern "system" fn(
+    egl::EGLDisplay,
+    egl::Int,
+    *mut egl::Int,
+    *mut egl::Int,
+) -> egl::Boolean;
+type QueryModifiers = unsafe extern "system" fn(
+    egl::EGLDisplay,
+    egl::Int,
+    egl::Int,
+    *mut u64,
+    *mut egl::Boolean,
+    *mut egl::Int,
+) -> egl::Boolean;
+
+/// More than any driver says; what lies beyond is not asked for.
+const MOST: usize = 4096;
+
+/// A format that can be imported and sampled as an ordinary texture.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Format {
+    /// DRM fourcc.
+    pub fourcc: u32,
+    /// DRM format modifiers, in the driver's order. Those that only an external texture can be
+    /// made of are left out: neither CUDA nor a plain shader reads them.
+    pub modifiers: Vec<u64>,
+}
+
+/// The EGL display of a DRM node. Cheap to clone; all clones are the same display.
+#[derive(Clone)]
+pub struct Display {
+    inner: Arc<Inner>,
+}
+
+pub(super) struct Inner {
+    pub egl: &'static Egl,
+    pub raw: egl::Display,
+    node: PathBuf,
+    extensions: String,
+    /// Modifiers can be said on import.
+    with_modifiers: bool,
+    /// What the display was made from; it uses them as long as it lives.
+    _native: Option<(Gbm, File)>,
+}
+
+// SAFETY: EGL displays may be used from any thread, and so may what is done with one here: EGL
+// locks it itself. The GBM device is only kept.
+unsafe impl Send for Inner {}
+// SAFETY: see above; nothing in it changes after it was made.
+unsafe impl Sync for Inner {}
+
+/// All displays of this process, by the number of their device. A display is never closed:
+/// `eglTerminate` would end it for whoever else in this process has the same one.
+static DISPLAYS: LazyLock<Mutex<HashMap<u64, Display>>> = LazyLock::new(Mutex::default);
+
+impl Display {
+    /// Opens the display of a DRM node, for example `/dev/dri/renderD128`. The driver's own EGL
+    /// device is preferred; where none goes with the node, Mesa's GBM is asked (software
+    /// rendering on a primary node).
+    pub fn open(node: &Path) -> Result<Self, Error> {
+        let unavailable = |text: String| Error::Unavailable(format!("{}: {text}", node.display()));
+        let device = node
+            .metadata()
+            .map_err(|error| unavailable(error.to_string()))?
+            .rdev();
+        if device == 0 {
+            return Err(unavailable("is no device".into()));
+        }
+        let mut displays = DISPLAYS.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(display) = displays.get(&device) {
+            return Ok(display.clone());
+        }
+        let egl = library::egl()?;
+        let opened = match Self::of_device(egl, node, device) {
+            Ok(display) => Ok(display),
+            Err(of_device) => Self::of_gbm(egl, node).map_err(|of_gbm| {
+                unavailable(format!(
+                    "no EGL display; as EGL device: {of_device}; through GBM: {of_gbm}"
+                ))
+            }),
+        }?;
+        displays.insert(device, opened.clone());
+        Ok(opened)
+    }
+
+    /// The display of the EGL device that says this node is its own.
+    fn of_device(egl: &'static Egl, node: &Path, wanted: u64) -> Result<Self, Error> {
+        // SAFETY: the types are those of EGL_EXT_device_enumeration and EGL_EXT_device_query.
+        let (query_devices, query_string): (QueryDevices, QueryDeviceString) = unsafe {
+            (
+                library::extension(egl, "eglQueryDevicesEXT")?,
+                library::extension(egl, "eglQueryDeviceStringEXT")?,
+            )
+        };
+        let mut devices = [std::ptr::null_mut(); 64];
+        let mut count = 0;
+        // SAFETY: there is room for as many as are asked for.
+        let known = unsafe {
+            query_devices(
+                devices.len() as egl::Int,
+                devices.as_mut_ptr(),
+                &raw mut count,
+            )
+        };
+        if known != egl::TRUE {
+            return Err(failed(egl, "eglQueryDevicesEXT"));
+        }
+        let string = |device, name| {
+            // SAFETY: the device was enumerated just now, and its strings are static.
+            unsafe { library::text(query_string(device, name)) }.and_then(|text| text.to_str().ok())
+        };
+        let count = usize::try_from(count).unwrap_or(0).min(devices.len());
+        let device = devices[..count].iter().copied().find(|&device| {
+            // A string that the device does not have is an error to ask for.
+            let extensions = string(device, egl::EXTENSIONS).unwrap_or_default();
+            let files = [
+                ("EGL_EXT_device_drm_render_node", DRM_RENDER_NODE_FILE_EXT),
+                ("EGL_EXT_device_drm", DRM_DEVICE_FILE_EXT),
+            ];
+            files
+                .into_iter()
+                .filter(|(extension, _)| has(extensions, extension))
+                .filter_map(|(_, name)| string(device, name))
+                .any(|path| {
+                    Path::new(path)
+                        .metadata()
+                        .is_ok_and(|data| data.rdev() == wanted)
+                })
+        });
+        let device = device.ok_or_else(|| {
+            Error::Unavailable(format!("none of {count} EGL devices belongs to it"))
+        })?;
+        // SAFETY: the device was enumerated just now, and lives as long as the library.
+        let raw =
+            unsafe { egl.get_platform_display(PLATFORM_DEVICE_EXT, device, &[egl::ATTRIB_NONE]) }
+                .map_err(|error| Error::Unavailable(format!("eglGetPlatformDisplay: {error}")))?;
+        Self::new(egl, raw, node, None)
+    }
+
+    fn of_gbm(egl: &'static Egl, node: &Path) -> Result<Self, Error> {
+        let file = File::options()
+            .read(true)
+            .write(true)
+            .open(node)
+            .map_err(|error| Error::Unavailable(error.to_string()))?;
+        let gbm = Gbm::open(file.as_fd())?;
+        // SAFETY: the device lives as long as the display, which is for ever (see `DISPLAYS`).
+        let raw = unsafe {
+            egl.get_platform_display(PLATFORM_GBM_KHR, gbm.native(), &[egl::ATTRIB_NONE])
+        }
+        .map_err(|error| Error::Unavailable(format!("eglGetPlatformDisplay: {error}")))?;
+        Self::new(egl, raw, node, Some((gbm, file)))
+    }
+
+    fn new(
+        egl: &'static Egl,
+        raw: egl::Display,
+        node: &Path,
+        native: Option<(Gbm, File)>,
+    ) -> Result<Self, Error> {
+        egl.initialize(raw)
+            .map_err(|error| Error::Unavailable(format!("eglInitialize: {error}")))?;
+        let extensions = egl
+            .query_string(Some(raw), egl::EXTENSIONS)
+            .map_err(|error| Error::Unavailable(format!("eglQueryString: {error}")))?
+            .to_string_lossy()
+            .into_owned();
+        if !has(&extensions, "EGL_EXT_image_dma_buf_import") {
+            return Err(Error::Unavailable(
+                "its driver has no EGL_EXT_image_dma_buf_import".into(),
+            ));
+        }
+        Ok(Self {
+            inner: Arc::new(Inner {
+                egl,
+                raw,
+                node: node.to_owned(),
+                with_modifiers: has(&extensions, "EGL_EXT_image_dma_buf_import_modifiers"),
+                extensions,
+                _native: native,
+            }),
+        })
+    }
+
+    /// The node it was opened for.
+    pub fn node(&self) -> &Path {
+        &self.inner.node
+    }
+
+    /// Whether the display has an EGL extension.
+    pub fn has_extension(&self, name: &str) -> bool {
+        has(&self.inner.extensions, name)
+    }
+
+    /// What can be imported. A format without modifiers is left out; a driver that knows no
+    /// modifiers at all says nothing here.
+    pub fn formats(&self) -> Result<Vec<Format>, Error> {
+        let Inner { egl, raw, .. } = *self.inner;
+        if !self.inner.with_modifiers {
+            return Ok(Vec::new());
+        }
+        // SAFETY: the types are those of EGL_EXT_image_dma_buf_import_modifiers.
+        let (query_formats, query_modifiers): (QueryFormats, QueryModifiers) = unsafe {
+            (
+                library::extension(egl, "eglQueryDmaBufFormatsEXT")?,
+                library::extension(egl, "eglQueryDmaBufModifiersEXT")?,
+            )
+        };
+        let fourccs = counted(|room, count| {
+            let mut fourccs: Vec<egl::Int> = vec![0; room];
+            // SAFETY: there is room for as many as are asked for.
+            let known = unsafe {
+                query_formats(raw.as_ptr(), room as egl::Int, fourccs.as_mut_ptr(), count)
+            };
+            (known == egl::TRUE).then_some(fourccs)
+        })
+        .ok_or_else(|| failed(egl, "eglQueryDmaBufFormatsEXT"))?;
+        let mut formats = Vec::new();
+        for fourcc in fourccs {
+            let modifiers = counted(|room, count| {
+                let mut modifiers = vec![0_u64; room];
+                let mut external = vec![egl::FALSE; room];
+                // SAFETY: there is room in both for as many as are asked for.
+                let known = unsafe {
+                    query_modifiers(
+                        raw.as_ptr(),
+                        fourcc,
+                        room as egl::Int,
+                        modifiers.as_mut_ptr(),
+                        external.as_mut_ptr(),
+                        count,
+                    )
+                };
+                let pairs = modifiers.into_iter().zip(external);
+                (known == egl::TRUE).then(|| pairs.collect())
+            })
+            .ok_or_else(|| failed(egl, "eglQueryDmaBufModifiersEXT"))?;
+            let modifiers: Vec<u64> = modifiers
+                .into_iter()
+                .filter(|&(_, external)| external == egl::FALSE)
+                .map(|(modifier, _)| modifier)
+                .collect();
+            if !modifiers.is_empty() {
+                formats.push(Format {
+                    fourcc: fourcc.cast_unsigned(),
+                    modifiers,
+                });
+            }
+        }
+        Ok(formats)
+    }
+
+    /// Makes an image of a DMA-BUF. The image keeps the memory; the descriptors may be closed.
+    ///
+    /// The pixels are the producer's as before: the image shows whatever is in the memory when it
+    /// is read (lesson L8).
+    pub fn import(&self, buffer: &DmaBuf) -> Result<Image, Error> {
+        let refused = |reason: &str| Error::Refused(self.inner.about(buffer, reason));
+        if buffer.planes.is_empty() || buffer.planes.len() > MAX_PLANES {
+            return Err(refused(&format!("it has {} planes", buffer.planes.len())));
+        }
+        let attributes = attributes(buffer, self.inner.with_modifiers)
+            .ok_or_else(|| refused("the driver cannot import with a modifier"))?;
+        // SAFETY: a null context and a null client buffer are what this target wants.
+        let (context, source) = unsafe {
+            (
+                egl::Context::from_ptr(egl::NO_CONTEXT),
+                egl::ClientBuffer::from_ptr(std::ptr::null_mut()),
+            )
+        };
+        let raw = self
+            .inner
+            .egl
+            .create_image(
+                self.inner.raw,
+                context,
+                LINUX_DMA_BUF_EXT,
+                source,
+                &attributes,
+            )
+            .map_err(|error| refused(&format!("eglCreateImage: {error}")))?;
+        Ok(Image::new(self.inner.clone(), raw, buffer))
+    }
+
+    pub(super) fn inner(&self) -> &Arc<Inner> {
+        &self.inner
+    }
+}
+
+impl Inner {
+    /// Says what was tried with which buffer.
+    pub fn about(&self, buffer: &DmaBuf, reason: &str) -> String {
+        let modifier = buffer
+            .modifier
+            .map_or("no modifier".to_owned(), |modifier| {
+                format!("modifier {modifier:#x}")
+            });
+        format!(
+            "a {}x{} {} DMA-BUF with {modifier} on {}: {reason}",
+            buffer.width,
+            buffer.height,
+            fourcc_name(buffer.fourcc),
+            self.node.display()
+        )
+    }
+}
+
+/// What `eglCreateImage` is told, or `None` where a modifier cannot be said and must be.
+fn attributes(buffer: &DmaBuf, with_modifiers: bool) -> Option<Vec<egl::Attrib>> {
+    /// drm_fourcc.h: rows one after another, which is what a driver without modifiers takes.
+    const LINEAR: u64 = 0;
+    let modifier = if with_modifiers {
+        buffer.modifier
+    } else {
+        match buffer.modifier {
+            None | Some(LINEAR) => None,
+            Some(_) => return None,
+        }
+    };
+    let mut list = vec![
+        egl::WIDTH as egl::Attrib,
+        buffer.width as egl::Attrib,
+        egl::HEIGHT as egl::Attrib,
+        buffer.height as egl::Attrib,
+        LINUX_DRM_FOURCC_EXT,
+        buffer.fourcc as egl::Attrib,
+    ];
+    for (plane, names) in buffer.planes.iter().zip(PLANE_ATTRIBUTES) {
+        let [fd, offset, pitch, low, high] = names;
+        list.extend([
+            fd,
+            std::os::fd::AsRawFd::as_raw_fd(&plane.fd) as egl::Attrib,
+        ]);
+        list.extend([offset, plane.offset as egl::Attrib]);
+        list.extend([pitch, plane.stride as egl::Attrib]);
+        if let Some(modifier) = modifier {
+            list.extend([low, (modifier & 0xffff_ffff) as egl::Attrib]);
+            list.extend([high, (modifier >> 32) as egl::Attrib]);
+        }
+    }
+    list.push(egl::ATTRIB_NONE);
+    Some(list)
+}
+
+/// Asks how many there are, then for them.
+fn counted<T>(mut query: impl FnMut(usize, &mut egl::Int) -> Option<Vec<T>>) -> Option<Vec<T>> {
+    let mut count = 0;
+    query(0, &mut count)?;
+    let room = usize::try_from(count).ok()?.min(MOST);
+    let mut items = query(room, &mut count)?;
+    items.truncate(usize::try_from(count).ok()?);
+    Some(items)
+}
+
+/// Whether a list of extensions has one.
+fn has(extensions: &str, name: &str) -> bool {
+    extensions.split_ascii_whitespace().any(|one| one == name)
+}
+
+/// A call that failed, with EGL's word for it.
+fn failed(egl: &Egl, call: &str) -> Error {
+    let reason = egl
+        .get_error()
+        .map_or("no reason given".to_owned(), |error| error.to_string());
+    Error::Unavailable(format!("{call}: {reason}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Plane;
+    use super::*;
+
+    const XR24: u32 = 0x3432_5258;
+
+    #[test]
+    fn what_is_no_device_says_so() {
+        let Err(Error::Unavailable(text)) = Display::open(Path::new("/dev/dri/renderD4711")) else {
+            panic!("there is no such node");
+        };
+        assert!(
+            text.starts_with("/dev/dri/renderD4711: No such file"),
+            "{text}"
+        );
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let Err(Error::Unavailable(text)) = Display::open(file.path()) else {
+            panic!("a file is no node");
+        };
+        assert!(text.ends_with("is no device"), "{text}");
+    }
+
+    #[test]
+    fn a_device_that_is_no_gpu_says_what_was_tried() {
+        let Err(Error::Unavailable(text)) = Display::open(Path::new("/dev/null")) else {
+            panic!("/dev/null draws nothing");
+        };
+        assert!(
+            text.starts_with("/dev/null: no EGL display; as EGL device: "),
+            "{text}"
+        );
+        assert!(text.contains("; through GBM: "), "{text}");
+    }
+
+    #[test]
+    fn every_plane_is_said_with_its_offset_stride_and_modifier() {
+        let file = File::open("/dev/null").unwrap();
+        let fd = std::os::fd::AsRawFd::as_raw_fd(&file) as egl::Attrib;
+        let plane = |offset, stride| Plane {
+            fd: file.as_fd(),
+            offset,
+            stride,
+        };
+        let planes = [plane(0, 1408), plane(5120, 704)];
+        let buffer = DmaBuf {
+            fourcc: XR24,
+            modifier: Some(0x0300_0000_0060_6014),
+            width: 1366,
+            height: 768,
+            planes: &planes,
+        };
+        let list = attributes(&buffer, true).unwrap();
+        let (pairs, end) = list.as_chunks::<2>();
+        assert_eq!(end, [egl::ATTRIB_NONE]);
+        let wanted = [
+            [0x3057, 1366],
+            [0x3056, 768],
+            [0x3271, XR24 as usize],
+            [0x3272, fd],
+            [0x3273, 0],
+            [0x3274, 1408],
+            [0x3443, 0x0060_6014],
+            [0x3444, 0x0300_0000],
+            [0x3275, fd],
+            [0x3276, 5120],
+            [0x3277, 704],
+            [0x3445, 0x0060_6014],
+            [0x3446, 0x0300_0000],
+        ];
+        assert_eq!(pairs, wanted);
+    }
+
+    #[test]
+    fn a_driver_without_modifiers_takes_linear_only() {
+        let file = File::open("/dev/null").unwrap();
+        let planes = [Plane {
+            fd: file.as_fd(),
+            offset: 0,
+            stride: 64,
+        }];
+        let buffer = |modifier| DmaBuf {
+            fourcc: XR24,
+            modifier,
+            width: 16,
+            height: 16,
+            planes: &planes,
+        };
+        assert_eq!(attributes(&buffer(Some(0)), false).unwrap().len(), 13);
+        assert_eq!(attributes(&buffer(None), true).unwrap().len(), 13);
+        assert!(attributes(&buffer(Some(1)), false).is_none());
+    }
+
+    #[test]
+    fn extensions_are_whole_words() {
+        let list = "EGL_EXT_image_dma_buf_import_modifiers EGL_KHR_fence_sync";
+        assert!(!has(list, "EGL_EXT_image_dma_buf_import"));
+        assert!(has(list, "EGL_KHR_fence_sync"));
+    }
+
+    #[test]
+    fn a_count_that_shrinks_or_is_huge_does_no_harm() {
+        let mut asked = Vec::new();
+        let items = counted(|room, count| {
+            asked.push(room);
+            *count = if room == 0 { i32::MAX } else { 2 };
+            Some(vec![7; room])
+        });
+        assert_eq!((items, asked), (Some(vec![7, 7]), vec![0, MOST]));
+        assert_eq!(
+            counted(|_, count| {
+                *count = -1;
+                Some(vec![0; 0])
+            }),
+            None
+        );
+    }
+}

@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! From a captured frame to a buffer: the producer's memory in place where that can be, else a copy.
+
+use gst_video::prelude::*;
+
+use crate::capture::PixelFormat;
+use crate::capture::frame::Frame;
+use crate::capture::meta::Transform;
+
+/// What downstream's answer to the allocation query said.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Takes {
+    /// Any stride and offset: it reads the GstVideoMeta.
+    pub video_meta: bool,
+    /// Overlays, which it draws itself.
+    pub overlays: bool,
+}
+
+/// Whether a frame can leave as it lies: in memory that stays, as far as downstream understands the
+/// layout, and without a byte that would have to be changed.
+pub(super) fn can_leave_in_place(frame: &Frame, info: &gst_video::VideoInfo, takes: Takes) -> bool {
+    opaque_at(frame.layout.format, info).is_none()
+        && (takes.video_meta || has_default_layout(frame, info))
+        && frame.is_mapped()
+}
+
+/// Whether rows and planes lie where those lie who do not know the GstVideoMeta.
+fn has_default_layout(frame: &Frame, info: &gst_video::VideoInfo) -> bool {
+    let offsets = frame.layout.offsets_in_extents();
+    let size: usize = frame.layout.extents().map(|extent| extent.len).sum();
+    size >= info.size()
+        && frame
+            .layout
+            .planes()
+            .iter()
+            .enumerate()
+            .all(|(index, plane)| {
+                info.stride()[index] as usize == plane.stride
+                    && info.offset()[index] == offsets[index]
+            })
+}
+
+/// A frame as it lies, in read-only memory. Its PipeWire buffer goes back when the last reference to
+/// that memory is gone.
+pub(super) fn in_place(frame: Frame, info: &gst_video::VideoInfo) -> Option<gst::Buffer> {
+    let layout = frame.layout;
+    let mut buffer = gst::Buffer::new();
+    let writable = buffer.get_mut()?;
+    for part in frame.parts() {
+        writable.append_memory(gst::Memory::from_slice(part));
+    }
+    let planes = layout.planes();
+    let mut strides = [0; crate::capture::geometry::MAX_PLANES];
+    for (stride, plane) in strides.iter_mut().zip(planes) {
+        *stride = i32::try_from(plane.stride).ok()?;
+    }
+    gst_video::VideoMeta::add_full(
+        writable,
+        gst_video::VideoFrameFlags::empty(),
+        info.format(),
+        layout.width,
+        layout.height,
+        &layout.offsets_in_extents()[..planes.len()],
+        &strides[..planes.len()],
+    )
+    .ok()?;
+    Some(buffer)
+}
+
+/// Copies a frame's rows, each once, into a buffer of `info`'s format. Padding becomes opaque
+/// alpha where the output has alpha and the frame has not. None where the frame's memory is no
+/// longer what it was.
+pub(super) fn copy_frame(
+    frame: &Frame,
+    mut buffer: gst::Buffer,
+    info: &gst_video::VideoInfo,
+) -> Result<Option<gst::Buffer>, gst::glib::BoolError> {
+    let mut out = writable(&mut buffer, info)?;
+    let opaque_at = opaque_at(frame.layout.format, info);
+    for plane in 0..frame.layout.planes().len() {
+        let stride = usize::try_from(out.plane_stride()[plane]).unwrap_or(0);
+        let data = out.plane_data_mut(plane as u32)?;
+        if !frame.copy_plane(plane, data, stride, opaque_at) {
+            return Ok(None);
+        }
+    }
+    drop(out);
+    Ok(Some(buffer))
+}
+
+/// Copies a picture into `buffer` and draws `overlay` on it.
+pub(super) fn draw(
+    picture: &gst::BufferRef,
+    overlay: &gst_video::VideoOverlayCompositionRef,
+    buffer: &mut gst::Buffer,
+    info: &gst_video::VideoInfo,
+) -> Result<(), gst::glib::BoolError> {
+    let from = gst_video::VideoFrameRef::from_buffer_ref_readable(picture, info)?;
+    let mut to = writable(buffer, info)?;
+    from.copy(&mut to)?;
+    make_opaque(overlay, &mut to)?;
+    overlay.blend(&mut to)
+}
+
+/// Fills the padding of the pixels under `overlay`: GStreamer's blending takes it for alpha.
+fn make_opaque(
+    overlay: &gst_video::VideoOverlayCompositionRef,
+    frame: &mut gst_video::VideoFrameRef<&mut gst::BufferRef>,
+) -> Result<(), gst::glib::BoolError> {
+    let format = PixelFormat::from_name(frame.format().to_str());
+    let padding = format
+        .filter(|format| format.alpha_byte().is_none())
+        .and_then(PixelFormat::sibling)
+        .and_then(PixelFormat::alpha_byte);
+    let Some(padding) = padding else {
+        return Ok(());
+    };
+    let (width, height) = (i64::from(frame.width()), i64::from(frame.height()));
+    let stride = usize::try_from(frame.plane_stride()[0]).unwrap_or(0);
+    let data = frame.plane_data_mut(0)?;
+    for rectangle in overlay.iter() {
+        let (x, y, w, h) = rectangle.render_rectangle();
+        let range = |start: i32, length: u32, limit: i64| {
+            let end = i64::from(start) + i64::from(length);
+            i64::from(start).clamp(0, limit) as usize..end.clamp(0, limit) as usize
+        };
+        for row in range(y, h, height) {
+            for column in range(x, w, width) {
+                data[row * stride + column * 4 + padding] = u8::MAX;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn writable<'a>(
+    buffer: &'a mut gst::Buffer,
+    info: &gst_video::VideoInfo,
+) -> Result<gst_video::VideoFrameRef<&'a mut gst::BufferRef>, gst::glib::BoolError> {
+    let buffer = buffer
+        .get_mut()
+        .ok_or_else(|| gst::glib::bool_error!("the pool's buffer is in use"))?;
+    gst_video::VideoFrameRef::from_buffer_ref_writable(buffer, info)
+}
+
+/// The byte of each pixel that must become 255: what is padding in `format` and alpha in `info`.
+fn opaque_at(format: PixelFormat, info: &gst_video::VideoInfo) -> Option<usize> {
+    let sibling = format.sibling().filter(|_| format.alpha_byte().is_none());
+    sibling
+        .filter(|_| info.format_info().has_alpha())?
+        .alpha_byte()
+}
+
+/// The value of the tag `image-orientation` that undoes what the producer did.
+pub(super) fn orientation(transform: Transform) -> &'static str {
+    // The tag says: mirror, then turn with the clock. Undoing a mirrored turn to the left takes
+    // the turn to the right first; mirroring first instead makes it one to the left.
+    match (transform.mirrored, transform.quarters) {
+        (false, 1) => "rotate-90",
+        (false, 2) => "rotate-180",
+        (false, 3) => "rotate-270",
+        (false, _) => "rotate-0",
+        (true, 1) => "flip-rotate-270",
+        (true, 2) => "flip-rotate-180",
+        (true, 3) => "flip-rotate-90",
+        (true, _) => "flip-rotate-0",
+    }
+}

@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Pictures that leave in the producer's own memory, and those that must be copied.
+
+use std::time::{Duration, Instant};
+
+use gst::prelude::*;
+use gstpipewirezerocopy::capture::PixelFormat;
+use zerocopy_test_support::desktop::Recording;
+
+use super::content::run_on;
+use super::desktop;
+use super::hostile::{
+    HEIGHT, SIZE, STRIDE, WIDTH, painter, plain, playing, show_until_counted, shown,
+};
+use super::painter::{Canvas, Painter, Picture};
+use super::run::{LONG, Run, pixels};
+
+/// Whether downstream could write to it: memory of a pool, not the producer's.
+fn is_pooled(sample: &gst::Sample) -> bool {
+    let memory = sample.buffer().unwrap().peek_memory(0);
+    !memory.flags().contains(gst::MemoryFlags::READONLY)
+}
+
+#[test]
+fn a_consumer_that_sits_on_pictures_gets_copies_before_the_producer_runs_short() {
+    let desktop = desktop();
+    let painter = painter(&desktop, "sat-on");
+    let run = playing(&desktop, "sat-on");
+    let mut kept = Vec::new();
+    for colour in 0..40 {
+        kept.push(shown(&painter, &run, &plain(colour)));
+        let held = run.stat("held-buffers");
+        assert!(
+            held <= 6,
+            "{held} of 8 buffers held: the producer has less than two"
+        );
+    }
+    let shared = kept.iter().filter(|sample| !is_pooled(sample)).count();
+    assert_eq!(shared, 4, "all that the producer can spare, and no more");
+    assert_eq!(run.stat("copies"), 36);
+    for (colour, sample) in kept.iter().enumerate() {
+        assert_eq!(pixels(sample), vec![colour as u8; SIZE as usize]);
+    }
+    // What is let go of goes back, and pictures leave in place again. The sink has the last one.
+    kept.clear();
+    let copies = run.stat("copies");
+    for colour in 0..20 {
+        assert!(!is_pooled(&shown(&painter, &run, &plain(colour))));
+    }
+    assert_eq!(run.stat("copies"), copies);
+}
+
+#[test]
+fn a_full_queue_does_not_stall_a_compositor() {
+    let mut desktop = desktop();
+    let cast = desktop.screencast(Recording::Monitor);
+    let run = Run::on_node(&desktop, cast.node);
+    // All that comes is kept: an endless queue that nobody reads.
+    run.src.set_property("keepalive-time", 0u32);
+    run.play();
+    let client = desktop.moving_picture(30);
+    let start = Instant::now();
+    while run.stat("copies") < 20 {
+        assert!(start.elapsed() < LONG, "capture stalled");
+        assert!(run.stat("held-buffers") <= 6, "mutter has two of its eight");
+        // Nothing tells when a frame was copied.
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    desktop.stop(client);
+    desktop.close(&cast);
+}
+
+#[test]
+fn pictures_keep_their_content_when_the_stream_is_gone() {
+    let desktop = desktop();
+    let painter = painter(&desktop, "outlived");
+    let run = playing(&desktop, "outlived");
+    let mut kept = vec![
+        shown(&painter, &run, &plain(1)),
+        shown(&painter, &run, &plain(2)),
+    ];
+    // The consumer stops; another one has the producer's buffers painted over.
+    run.stop();
+    let other = playing(&desktop, "outlived");
+    for colour in 100..120 {
+        assert_eq!(pixels(&shown(&painter, &other, &plain(colour)))[0], colour);
+    }
+    kept.push(shown(&painter, &other, &plain(3)));
+    // Other buffers, then no stream at all.
+    painter.change(WIDTH * 2, HEIGHT);
+    let wide = Picture::plain(vec![99; SIZE as usize * 2], STRIDE * 2);
+    while pixels(&shown(&painter, &other, &wide)).len() != SIZE as usize * 2 {}
+    drop(painter);
+    other.capture_message("vanished");
+    for (sample, colour) in kept.iter().zip([1, 2, 3]) {
+        assert!(!is_pooled(sample));
+        assert_eq!(pixels(sample), vec![colour; SIZE as usize]);
+    }
+}
+
+#[test]
+fn memory_that_can_shrink_is_copied_and_shrinking_it_harms_nobody() {
+    let desktop = desktop();
+    let canvas = Canvas {
+        sealed: false,
+        ..Canvas::default()
+    };
+    let size = (WIDTH, HEIGHT);
+    let painter = Painter::on_canvas(&desktop, "shrinks", PixelFormat::Bgrx, size, canvas);
+    let run = playing(&desktop, "shrinks");
+    let sample = shown(&painter, &run, &plain(7));
+    assert!(is_pooled(&sample));
+    assert!(run.stat("copies") >= 1);
+    painter.shrink();
+    assert_eq!(pixels(&sample), vec![7; SIZE as usize]);
+    // Reading what is not there would end this process with SIGBUS.
+    let empty = Picture {
+        bytes: Vec::new(),
+        ..plain(8)
+    };
+    show_until_counted(&painter, &run, &empty, "corrupted");
+}
+
+#[test]
+fn sealed_memory_cannot_be_shrunk() {
+    let desktop = desktop();
+    let painter = painter(&desktop, "sealed");
+    let run = playing(&desktop, "sealed");
+    let sample = shown(&painter, &run, &plain(7));
+    painter.shrink();
+    assert_eq!(pixels(&shown(&painter, &run, &plain(8)))[0], 8);
+    assert_eq!(pixels(&sample), vec![7; SIZE as usize]);
+}
+
+#[test]
+fn a_pool_without_buffers_to_spare_is_copied_from() {
+    let desktop = desktop();
+    let canvas = Canvas {
+        buffers: 3,
+        ..Canvas::default()
+    };
+    let size = (WIDTH, HEIGHT);
+    let painter = Painter::on_canvas(&desktop, "scarce", PixelFormat::Bgrx, size, canvas);
+    let run = playing(&desktop, "scarce");
+    for colour in 0..10 {
+        assert!(is_pooled(&shown(&painter, &run, &plain(colour))));
+        assert!(run.stat("held-buffers") <= 1);
+    }
+}
+
+#[test]
+fn rows_with_padding_leave_in_place_for_who_reads_the_video_meta() {
+    let desktop = desktop();
+    let painter = painter(&desktop, "padded");
+    let mut bytes = Vec::new();
+    for row in 0..HEIGHT as u8 {
+        bytes.extend(vec![row; STRIDE as usize]);
+        bytes.extend([0xee; 12]);
+    }
+    let picture = Picture {
+        crop: Some((1, 2, 4, 3)),
+        ..Picture::plain(bytes, STRIDE + 12)
+    };
+    let expected: Vec<u8> = (2..5u8).flat_map(|row| [row; 16]).collect();
+    for takes_meta in [false, true] {
+        let run = run_on(&desktop, "padded", "video/x-raw");
+        run.src.set_property("keepalive-time", 0u32);
+        if takes_meta {
+            run.propose::<gst_video::VideoMeta>();
+        }
+        run.play();
+        let sample = shown(&painter, &run, &picture);
+        assert_eq!(is_pooled(&sample), !takes_meta);
+        assert_eq!(pixels(&sample), expected);
+    }
+}
+
+#[test]
+fn a_keepalive_shares_the_memory_of_the_producer() {
+    let desktop = desktop();
+    let painter = painter(&desktop, "resent");
+    let run = run_on(&desktop, "resent", "video/x-raw");
+    run.src.set_property("keepalive-time", 20u32);
+    run.play();
+    painter.show(plain(5));
+    let address = |sample: &gst::Sample| {
+        let memory = sample.buffer().unwrap().peek_memory(0);
+        memory.map_readable().unwrap().as_ptr()
+    };
+    let first = run.frame();
+    for _ in 0..5 {
+        let again = run.frame();
+        assert_eq!(address(&again), address(&first));
+        assert_eq!(run.stat("held-buffers"), 1);
+    }
+    assert_eq!(run.stat("copies"), 0);
+}

@@ -1,0 +1,375 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! A QEMU of ours, as far as `-display dbus,p2p=on` and QMP show it. What it draws, and whether
+//! that can be, is up to the test.
+
+use std::io::{BufRead, BufReader, IoSliceMut, Write};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::{Arc, Mutex};
+
+use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::runtime::{Handle, Runtime};
+use zbus::connection::Builder;
+use zbus::{Connection, DynamicType, Fd, Guid, interface};
+
+use crate::LIMIT;
+
+/// x8r8g8b8 of pixman.h: in memory blue, green, red, nothing.
+pub const X8R8G8B8: u32 = 0x2002_0888;
+
+const LISTENER: &str = "org.qemu.Display1.Listener";
+const MAP: &str = "org.qemu.Display1.Listener.Unix.Map";
+
+/// Sizes that clients have asked for: console, width, height.
+type Sizes = Arc<Mutex<Sender<(u32, u32, u32)>>>;
+
+/// The fake. It serves one client after the other, as QMP does.
+pub struct FakeQemu {
+    folder: TempDir,
+    listeners: Receiver<Listener>,
+    sizes: Receiver<(u32, u32, u32)>,
+    connections: Arc<Mutex<Vec<Connection>>>,
+    _runtime: Runtime,
+}
+
+impl FakeQemu {
+    /// A QEMU with these consoles.
+    ///
+    /// # Panics
+    ///
+    /// If there is no folder for its socket.
+    pub fn start(consoles: &[u32]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = UnixListener::bind(folder.path().join("qmp")).unwrap();
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(1)
+            .enable_all()
+            .build()
+            .unwrap();
+        let (listener_sender, listeners) = channel();
+        let (size_sender, sizes) = channel();
+        let connections = Arc::new(Mutex::new(Vec::new()));
+        let server = Server {
+            consoles: consoles.to_vec(),
+            listeners: listener_sender,
+            sizes: Arc::new(Mutex::new(size_sender)),
+            connections: connections.clone(),
+            handle: runtime.handle().clone(),
+        };
+        // Ends with the process; it holds nothing but a socket.
+        std::thread::spawn(move || server.run(&socket));
+        Self {
+            folder,
+            listeners,
+            sizes,
+            connections,
+            _runtime: runtime,
+        }
+    }
+
+    /// Its QMP socket.
+    pub fn qmp(&self) -> PathBuf {
+        self.folder.path().join("qmp")
+    }
+
+    /// The next listener that a client registers.
+    ///
+    /// # Panics
+    ///
+    /// If none does.
+    pub fn listener(&self) -> Listener {
+        self.listeners.recv_timeout(LIMIT).expect("a listener")
+    }
+
+    /// The next size that a client asks for: console, width, height.
+    ///
+    /// # Panics
+    ///
+    /// If none does.
+    pub fn size(&self) -> (u32, u32, u32) {
+        self.sizes.recv_timeout(LIMIT).expect("a size")
+    }
+
+    /// Closes the connections on which clients ask things; listeners stay.
+    ///
+    /// # Panics
+    ///
+    /// Never.
+    pub fn forget_clients(&self) {
+        self.connections.lock().unwrap().clear();
+    }
+}
+
+/// A client's listener, on which this QEMU says what it shows.
+pub struct Listener {
+    /// Of which console.
+    pub console: u32,
+    connection: Connection,
+    handle: Handle,
+}
+
+impl Listener {
+    /// Calls any method, and returns when the client has answered.
+    pub fn call<B>(&self, interface: &str, member: &str, body: &B) -> zbus::Result<()>
+    where
+        B: zbus::export::serde::Serialize + DynamicType + Sync,
+    {
+        let path = "/org/qemu/Display1/Listener";
+        let call = self
+            .connection
+            .call_method(None::<()>, path, Some(interface), member, body);
+        self.handle.block_on(call).map(|_| ())
+    }
+
+    /// A whole picture of x8r8g8b8 pixels without padding.
+    pub fn scanout(&self, width: u32, height: u32, data: &[u8]) -> zbus::Result<()> {
+        let body = (width, height, width * 4, X8R8G8B8, data);
+        self.call(LISTENER, "Scanout", &body)
+    }
+
+    /// A part of a picture, likewise.
+    pub fn update(&self, at: (i32, i32), size: (i32, i32), data: &[u8]) -> zbus::Result<()> {
+        let stride = size.0.unsigned_abs() * 4;
+        let body = (at.0, at.1, size.0, size.1, stride, X8R8G8B8, data);
+        self.call(LISTENER, "Update", &body)
+    }
+
+    /// A picture of x8r8g8b8 pixels in a file.
+    pub fn scanout_map(
+        &self,
+        fd: BorrowedFd<'_>,
+        offset: u32,
+        (width, height, stride): (u32, u32, u32),
+    ) -> zbus::Result<()> {
+        let body = (Fd::from(fd), offset, width, height, stride, X8R8G8B8);
+        self.call(MAP, "ScanoutMap", &body)
+    }
+
+    /// Something was drawn into the file.
+    pub fn update_map(&self, at: (i32, i32), size: (i32, i32)) -> zbus::Result<()> {
+        self.call(MAP, "UpdateMap", &(at.0, at.1, size.0, size.1))
+    }
+
+    /// The console is off.
+    pub fn disable(&self) -> zbus::Result<()> {
+        self.call(LISTENER, "Disable", &())
+    }
+
+    /// A cursor's shape: blue, green, red, alpha.
+    pub fn cursor_define(&self, width: i32, height: i32, data: &[u8]) -> zbus::Result<()> {
+        self.call(LISTENER, "CursorDefine", &(width, height, 0, 0, data))
+    }
+
+    /// A cursor's place.
+    pub fn mouse_set(&self, x: i32, y: i32, on: bool) -> zbus::Result<()> {
+        self.call(LISTENER, "MouseSet", &(x, y, i32::from(on)))
+    }
+
+    /// The extensions that the client has.
+    ///
+    /// # Panics
+    ///
+    /// If the client does not answer as it should.
+    pub fn interfaces(&self) -> Vec<String> {
+        let path = "/org/qemu/Display1/Listener";
+        let properties = Some("org.freedesktop.DBus.Properties");
+        let body = (LISTENER, "Interfaces");
+        let call = self
+            .connection
+            .call_method(None::<()>, path, properties, "Get", &body);
+        let reply = self.handle.block_on(call).expect("the client answers");
+        let body = reply.body();
+        let value: zbus::Variant<'_> = body.deserialize().unwrap();
+        value.downcast::<Vec<String>>().unwrap()
+    }
+
+    /// Closes the connection, as a QEMU that ends does.
+    pub fn close(self) {
+        let closing = self.connection.close();
+        let _ = self.handle.block_on(closing);
+    }
+
+    /// Waits until the client has closed the connection.
+    pub fn wait_for_close(&self) {
+        self.handle.block_on(self.connection.closed());
+    }
+}
+
+/// What runs in the fake's thread.
+struct Server {
+    consoles: Vec<u32>,
+    listeners: Sender<Listener>,
+    sizes: Sizes,
+    connections: Arc<Mutex<Vec<Connection>>>,
+    handle: Handle,
+}
+
+impl Server {
+    fn run(&self, socket: &UnixListener) {
+        for client in socket.incoming().map_while(Result::ok) {
+            // A client that goes away early is none of the fake's problems.
+            let _ = self.serve(client);
+        }
+    }
+
+    /// QMP: three commands, of which two matter.
+    fn serve(&self, mut client: UnixStream) -> std::io::Result<()> {
+        writeln!(
+            client,
+            "{}",
+            json!({ "QMP": { "version": {}, "capabilities": [] } })
+        )?;
+        // As real ones do at any time.
+        writeln!(client, "{}", json!({ "event": "RESUME", "data": {} }))?;
+        let mut given = None;
+        let mut commands = Commands(client.try_clone()?, Vec::new());
+        while let Some((command, fd)) = commands.next()? {
+            given = fd.or(given);
+            if command["execute"] == "add_client" {
+                let display = command["arguments"]["protocol"] == "@dbus-display";
+                if let Some(fd) = given.take().filter(|_| display) {
+                    self.add_client(UnixStream::from(fd));
+                }
+            }
+            writeln!(client, "{}", json!({ "return": {} }))?;
+        }
+        Ok(())
+    }
+
+    fn add_client(&self, socket: UnixStream) {
+        let mut builder = Builder::unix_stream(socket)
+            .server(Guid::generate())
+            .p2p()
+            .serve_at("/org/qemu/Display1/VM", Vm(self.consoles.clone()));
+        for id in &self.consoles {
+            let console = Console {
+                id: *id,
+                listeners: self.listeners.clone(),
+                sizes: self.sizes.clone(),
+                handle: self.handle.clone(),
+            };
+            builder = builder.serve_at(format!("/org/qemu/Display1/Console_{id}"), console);
+        }
+        let connections = self.connections.clone();
+        self.handle.spawn(async move {
+            if let Ok(connection) = builder.build().await {
+                connections.lock().unwrap().push(connection);
+            }
+        });
+    }
+}
+
+/// Lines of a socket, with the descriptors that came beside them.
+struct Commands(UnixStream, Vec<u8>);
+
+impl Commands {
+    fn next(&mut self) -> std::io::Result<Option<(Value, Option<OwnedFd>)>> {
+        let mut fd = None;
+        loop {
+            if let Some(end) = self.1.iter().position(|byte| *byte == b'\n') {
+                let line: Vec<u8> = self.1.drain(..=end).collect();
+                let text = BufReader::new(&line[..]).lines().next().transpose()?;
+                let command = serde_json::from_str(&text.unwrap_or_default())?;
+                return Ok(Some((command, fd)));
+            }
+            let mut bytes = [0; 4096];
+            let mut space = nix::cmsg_space!([RawFd; 4]);
+            let mut slices = [IoSliceMut::new(&mut bytes)];
+            let flags = MsgFlags::MSG_CMSG_CLOEXEC;
+            let message = recvmsg::<()>(self.0.as_raw_fd(), &mut slices, Some(&mut space), flags)?;
+            for control in message.cmsgs()? {
+                if let ControlMessageOwned::ScmRights(fds) = control {
+                    // SAFETY: the kernel has just made these descriptors for us; nobody else
+                    // knows them.
+                    fd = fds.first().map(|fd| unsafe { OwnedFd::from_raw_fd(*fd) });
+                }
+            }
+            let length = message.bytes;
+            if length == 0 {
+                return Ok(None);
+            }
+            self.1.extend_from_slice(&bytes[..length]);
+        }
+    }
+}
+
+struct Vm(Vec<u32>);
+
+#[expect(clippy::unused_self, reason = "the interface macro wants it")]
+#[interface(name = "org.qemu.Display1.VM")]
+impl Vm {
+    #[zbus(property)]
+    fn name(&self) -> String {
+        "fake".to_owned()
+    }
+
+    #[zbus(property, name = "ConsoleIDs")]
+    fn console_ids(&self) -> Vec<u32> {
+        self.0.clone()
+    }
+}
+
+struct Console {
+    id: u32,
+    listeners: Sender<Listener>,
+    sizes: Sizes,
+    handle: Handle,
+}
+
+#[expect(
+    clippy::needless_pass_by_value,
+    clippy::unused_self,
+    reason = "the interface macro wants it"
+)]
+#[interface(name = "org.qemu.Display1.Console")]
+impl Console {
+    fn register_listener(&self, listener: Fd<'_>) {
+        let owned: zbus::OwnedFd = listener.try_to_owned().expect("a descriptor").into();
+        let socket = UnixStream::from(OwnedFd::from(owned));
+        let (console, handle) = (self.id, self.handle.clone());
+        let listeners = self.listeners.clone();
+        // QEMU authenticates after it has answered.
+        self.handle.spawn(async move {
+            let builder = Builder::unix_stream(socket).server(Guid::generate()).p2p();
+            if let Ok(connection) = builder.build().await {
+                // A test that is over listens no more.
+                let _ = listeners.send(Listener {
+                    console,
+                    connection,
+                    handle,
+                });
+            }
+        });
+    }
+
+    #[zbus(name = "SetUIInfo")]
+    fn set_ui_info(
+        &self,
+        width_mm: u16,
+        height_mm: u16,
+        xoff: i32,
+        yoff: i32,
+        width: u32,
+        height: u32,
+    ) {
+        // Clients do not know these.
+        assert_eq!((width_mm, height_mm, xoff, yoff), (0, 0, 0, 0));
+        let sizes = self.sizes.lock().unwrap();
+        let _ = sizes.send((self.id, width, height));
+    }
+
+    #[zbus(property)]
+    fn label(&self) -> String {
+        format!("fake {}", self.id)
+    }
+
+    #[zbus(property, name = "Type")]
+    fn kind(&self) -> String {
+        "Graphic".to_owned()
+    }
+}

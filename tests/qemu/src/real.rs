@@ -1,0 +1,164 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! A stock QEMU without a guest, and a D-Bus for it.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+
+use serde_json::json;
+use tempfile::TempDir;
+
+use crate::ppm::Rgb;
+use crate::{eventually, qmp};
+
+/// A bus of a test's own.
+pub struct Bus {
+    daemon: Child,
+    address: String,
+    _folder: TempDir,
+}
+
+impl Bus {
+    /// Starts one.
+    ///
+    /// # Panics
+    ///
+    /// If there is no dbus-daemon.
+    pub fn start() -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let address = format!("unix:path={}", folder.path().join("bus").display());
+        let mut daemon = Command::new("dbus-daemon")
+            .args(["--session", "--nofork", "--nopidfile", "--print-address=1"])
+            .arg(format!("--address={address}"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("dbus-daemon is installed");
+        // It says so when it listens.
+        let mut said = String::new();
+        let output = daemon.stdout.take().unwrap();
+        BufReader::new(output).read_line(&mut said).unwrap();
+        assert!(said.starts_with("unix:"), "dbus-daemon said {said:?}");
+        Self {
+            daemon,
+            address,
+            _folder: folder,
+        }
+    }
+
+    /// Where it is.
+    pub fn address(&self) -> &str {
+        &self.address
+    }
+
+    /// Starts a machine like [`Qemu::with_vga`] with its display on this bus.
+    ///
+    /// # Panics
+    ///
+    /// If there is no QEMU, or it does not come to the bus.
+    pub fn qemu_with_vga(&self) -> Qemu {
+        let qemu = Qemu::with_vga(&format!("dbus,addr={}", self.address));
+        // QEMU takes its name some time after it can be talked to.
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let has_come = async || {
+            let builder = zbus::connection::Builder::address(self.address.as_str());
+            let connection = builder.build().await.unwrap();
+            let bus = zbus::fdo::DBusProxy::new(&connection).await.unwrap();
+            let name = zbus::names::BusName::try_from("org.qemu").unwrap();
+            bus.name_has_owner(name).await.unwrap()
+        };
+        eventually("QEMU on the bus", || {
+            runtime.block_on(has_come()).then_some(())
+        });
+        qemu
+    }
+}
+
+impl Drop for Bus {
+    fn drop(&mut self) {
+        let _ = self.daemon.kill();
+        let _ = self.daemon.wait();
+    }
+}
+
+/// A running QEMU.
+pub struct Qemu {
+    child: Child,
+    folder: TempDir,
+}
+
+impl Qemu {
+    /// Starts a machine with the given -display and video device. `QEMU` in the environment names
+    /// another program than the usual one.
+    ///
+    /// # Panics
+    ///
+    /// If there is no QEMU.
+    pub fn start(display: &str, devices: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let program = std::env::var("QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned());
+        let socket = folder.path().join("qmp");
+        // A group of pixels is all it draws: no disk, no network, little memory, no KVM (which
+        // can exist and hang).
+        let child = Command::new(program)
+            .args([
+                "-accel",
+                "tcg",
+                "-m",
+                "64",
+                "-nodefaults",
+                "-no-user-config",
+            ])
+            .args(["-name", "test", "-display", display, "-qmp"])
+            .arg(format!("unix:{},server=on,wait=off", socket.display()))
+            .args(devices)
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("qemu-system-x86_64 is installed");
+        let mut qemu = Self { child, folder };
+        eventually("QEMU's QMP socket", || {
+            let ended = qemu.child.try_wait().unwrap();
+            assert!(ended.is_none(), "QEMU ended: {ended:?}");
+            std::os::unix::net::UnixStream::connect(&socket).ok()
+        });
+        qemu
+    }
+
+    /// A machine with a VGA, whose firmware draws a screen of text.
+    pub fn with_vga(display: &str) -> Self {
+        Self::start(display, &["-vga", "std"])
+    }
+
+    /// Its QMP socket.
+    pub fn qmp(&self) -> PathBuf {
+        self.folder.path().join("qmp")
+    }
+
+    /// What the first console shows, as QEMU itself sees it.
+    ///
+    /// # Panics
+    ///
+    /// If QEMU cannot say.
+    pub fn screendump(&self) -> Rgb {
+        let file = self.folder.path().join("screen.ppm");
+        qmp::execute(&self.qmp(), "screendump", &json!({ "filename": file }));
+        Rgb::from_ppm(&fs::read(file).unwrap()).expect("QEMU writes a PPM")
+    }
+
+    /// Stops it as a crash would.
+    pub fn kill(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
