@@ -181,18 +181,6 @@ impl Stream {
         "a unix socket".to_owned()
     }
 
-    /// Whether the other end's address is one of this machine: a unix socket, loopback, or
-    /// AF_VSOCK within this machine. Somebody there may still forward to another machine.
-    pub fn peer_is_local(&self) -> bool {
-        let Ok(peer) = self.socket.peer_addr() else {
-            return false;
-        };
-        if let Some(addr) = peer.as_socket() {
-            return addr.ip().to_canonical().is_loopback();
-        }
-        peer.is_unix() || self.peer_cid() == Some(VSOCK_CID_LOCAL)
-    }
-
     /// The context id of the other end's machine, over AF_VSOCK; the kernel vouches for it.
     pub fn peer_cid(&self) -> Option<u32> {
         #[cfg(target_os = "linux")]

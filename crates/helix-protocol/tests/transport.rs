@@ -72,7 +72,6 @@ fn talk_over_tcp(host: &str) {
         assert!(socket.tcp_nodelay().unwrap());
         assert!(socket.keepalive().unwrap());
         assert!(end.peer().starts_with("tcp:"), "{}", end.peer());
-        assert!(end.peer_is_local());
     }
     talk(client, &host);
 }
@@ -137,7 +136,6 @@ fn unix_sockets_carry_bytes_both_ways() {
     let listener = Listener::bind(&address).unwrap();
     assert_eq!(*listener.address(), address);
     let (client, host) = connected(&listener);
-    assert!(client.peer_is_local() && host.peer_is_local());
     talk(client, &host);
 }
 

@@ -14,7 +14,7 @@ use helix_protocol::message::{
     AuthToken, CODEC_H264, Capabilities, Config, EnableScanout, ErrorCode, ErrorMessage,
     FrameResponse, HELLO_VERSION, Hello,
 };
-use helix_protocol::transport::ConnectError;
+use helix_protocol::transport::{ConnectError, is_local};
 use helix_protocol::wait::{Deadline, Waiter};
 use helix_protocol::{Address, Agreement, Connection, Limits, Message, Payload, Stream, encode};
 
@@ -222,7 +222,7 @@ impl Subscription {
             return HostClock::Synthetic;
         }
         let monotonic = self.host.clock_id.as_deref() == Some(CLOCK_MONOTONIC);
-        if monotonic && self.connection.stream().peer_is_local() {
+        if monotonic && is_local(&self.target.address) {
             HostClock::Shared
         } else {
             HostClock::Foreign
