@@ -46,7 +46,7 @@ impl Manager {
     /// One that closes the first connection after so many replies.
     fn closing_after(
         replies: impl IntoIterator<Item = Reply> + Send + 'static,
-        mut left: usize,
+        mut answers: usize,
     ) -> Self {
         init();
         let dir = tempfile::tempdir().unwrap();
@@ -59,7 +59,7 @@ impl Manager {
             for connection in listener.incoming() {
                 let mut connection = connection.unwrap();
                 let mut request = [0; 9];
-                while left > 0 && connection.read_exact(&mut request).is_ok() {
+                while answers > 0 && connection.read_exact(&mut request).is_ok() {
                     let number =
                         |at: usize| u32::from_le_bytes(request[at..at + 4].try_into().unwrap());
                     let event = Event::Request(request[0], number(1), number(5));
@@ -67,12 +67,12 @@ impl Manager {
                         let (here, there) = UnixStream::pair().unwrap();
                         answer(&connection, reply, &there);
                         let _ = give.send(here);
-                        left -= 1;
+                        answers -= 1;
                     }
                     let _ = tell.send(event);
                 }
                 drop(connection);
-                left = usize::MAX;
+                answers = usize::MAX;
                 let _ = tell.send(Event::Closed);
             }
         });
