@@ -46,6 +46,10 @@ const STRANGER: Limits = Limits {
     hello: 4096,
     skipped: 4096,
 };
+/// Of every message, in front of its payload.
+const HEADER: u32 = 12;
+/// Of FRAME_REQUEST, in front of the pixels: the header and its fields.
+const BEFORE_PIXELS: u32 = HEADER + 44;
 /// How long a client may take to show the token. It sends it at once, but its machine may be busy.
 const ADMISSION: Duration = Duration::from_secs(10);
 const WANTS_TOKEN: &str = "this host lets in only those who begin with HELLO and its token \
@@ -78,6 +82,20 @@ impl Host {
             pixels: self.max_frame_bytes,
             ..Limits::host()
         }
+    }
+
+    /// What a client may send that was told [`Host::max_message`].
+    fn limits_announced(&self) -> Limits {
+        let limits = self.limits();
+        Limits {
+            skipped: limits.skipped.min(self.max_message() - HEADER),
+            ..limits
+        }
+    }
+
+    /// Bytes of the largest message that this host takes, header included.
+    pub fn max_message(&self) -> u32 {
+        BEFORE_PIXELS.saturating_add(self.max_frame_bytes)
     }
 
     /// The pixels of a FRAME_REQUEST that brings none.
@@ -218,7 +236,8 @@ impl Client {
             self.connection.set_reading(
                 self.closing.is_none()
                     && open < OPEN
-                    && self.session.pixels() < self.host.max_frame_bytes as usize,
+                    && self.session.bytes() + self.connection.queued_bytes()
+                        < self.host.max_frame_bytes as usize,
             );
             let deadline = self
                 .moments()
@@ -394,9 +413,8 @@ impl Client {
     fn greet(&mut self, session_id: u16, hello: &Hello) {
         match greeting::answer(&self.host, hello) {
             Ok((response, terms)) => {
-                if !std::mem::replace(&mut self.admitted, true) {
-                    self.connection.set_limits(self.host.limits());
-                }
+                self.admitted = true;
+                self.connection.set_limits(self.host.limits_announced());
                 tracing::info!(client = hello.name, ?terms, "HELLO");
                 self.terms = terms;
                 self.session.agree(terms);
@@ -433,7 +451,7 @@ impl Client {
     fn subscribe(&mut self, scanout_id: u32) {
         let subscription = match self.scanout(scanout_id) {
             None => {
-                tracing::warn!(scanout = scanout_id, "SUBSCRIBE: there is no such scanout");
+                tracing::debug!(scanout = scanout_id, "SUBSCRIBE: there is no such scanout");
                 None
             }
             Some(scanout) => scanout
@@ -444,7 +462,12 @@ impl Client {
         self.connection
             .send(encode::subscribe_resp(scanout_id, subscription.is_some()));
         if subscription.is_some() {
-            tracing::info!(scanout = scanout_id, "subscribed");
+            // A client must not fill the log: one line is enough of a connection.
+            if self.subscription.is_none() {
+                tracing::info!(scanout = scanout_id, "subscribed");
+            } else {
+                tracing::debug!(scanout = scanout_id, "subscribed anew");
+            }
             self.subscription = subscription;
         }
     }
@@ -529,11 +552,11 @@ impl Client {
 }
 
 /// For a client that cannot be served: says why, as far as the socket takes it at once.
-pub fn turn_away(stream: &Stream, text: &str) {
+pub fn turn_away(stream: &Stream, code: ErrorCode, text: &str) {
     let head = encode::error(
         0,
         &ErrorMessage {
-            code: ErrorCode::INTERNAL,
+            code,
             text: text.to_owned(),
             tag: None,
         },

@@ -10,6 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use helix_protocol::message::ErrorCode;
 use helix_protocol::transport::{BindError, is_local};
 use helix_protocol::wait::{Deadline, Waiter, Wake, Waker};
 use helix_protocol::{Address, Listener, Stream};
@@ -434,7 +435,13 @@ impl Acceptor {
         let address = self.listeners[listener].address();
         if !may_connect(&self.allow_cids, address, cid) {
             tracing::warn!(peer, "not among the CIDs that may connect, turned away");
-            turn_away(&stream, "this machine's CID may not connect (--allow-cid)");
+            // About the client, and not the host's state: calling again would change nothing.
+            let code = ErrorCode::INVALID_MESSAGE;
+            turn_away(
+                &stream,
+                code,
+                "this machine's CID may not connect (--allow-cid)",
+            );
             return;
         }
         if self.clients.wakers().len() >= self.max_clients {
@@ -445,6 +452,7 @@ impl Acceptor {
             );
             turn_away(
                 &stream,
+                ErrorCode::INTERNAL,
                 &format!(
                     "too many clients: this host takes {} (--max-clients)",
                     self.max_clients

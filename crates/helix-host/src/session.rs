@@ -32,6 +32,10 @@ const FAILURES: u32 = 3;
 /// Rest after that many failures.
 const REST: Duration = Duration::from_secs(1);
 
+/// The lowest and the highest frame rate that an encoder is told: a picture a minute, and more than
+/// any screen has. They matter to its rate control only.
+const FRAMERATES: [(i32, i32); 2] = [(1, 60), (1000, 1)];
+
 /// One client's encoder.
 pub struct Session {
     spec: Arc<EncoderSpec>,
@@ -128,13 +132,14 @@ impl Session {
         self.replies.len()
     }
 
-    /// Bytes of the pixels that the encoder holds.
-    pub fn pixels(&self) -> usize {
+    /// Bytes of the pixels that the encoder holds, and of the pictures that wait for their turn.
+    pub fn bytes(&self) -> usize {
         self.replies
             .iter()
             .map(|reply| match reply {
                 Reply::Encoding { bytes, .. } => *bytes,
-                Reply::Encoded { .. } | Reply::Refused { .. } => 0,
+                Reply::Encoded { unit, .. } => unit.size(),
+                Reply::Refused { .. } => 0,
             })
             .sum()
     }
@@ -468,15 +473,18 @@ impl Session {
     }
 }
 
-/// The frame rate of a CONFIG_REQ, or 60 where it has none that makes sense.
+/// The frame rate of a CONFIG_REQ: 60 where it has none, the nearest of [`FRAMERATES`] where no
+/// screen has such a one.
 fn framerate(config: &Config) -> gst::Fraction {
-    match (
-        i32::try_from(config.framerate_num),
-        i32::try_from(config.framerate_den),
-    ) {
-        (Ok(num), Ok(den)) if num > 0 && den > 0 && (1..=1000).contains(&(num / den)) => {
-            gst::Fraction::new(num, den)
-        }
-        _ => gst::Fraction::new(60, 1),
+    let (mut num, mut den) = (config.framerate_num, config.framerate_den);
+    if num == 0 || den == 0 {
+        return gst::Fraction::new(60, 1);
     }
+    // GStreamer's fractions have signs. What the last bit is worth is less than any clock's error.
+    if num.max(den) > i32::MAX as u32 {
+        (num, den) = (num.div_ceil(2), den.div_ceil(2));
+    }
+    let signed = |part: u32| i32::try_from(part).unwrap_or(i32::MAX);
+    let [least, most] = FRAMERATES.map(|(num, den)| gst::Fraction::new(num, den));
+    gst::Fraction::new(signed(num), signed(den)).clamp(least, most)
 }

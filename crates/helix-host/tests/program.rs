@@ -12,8 +12,8 @@ use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 
 use common::Peer;
-use helix_protocol::message::{AuthToken, FrameRequest, Hello, PixelFormat};
-use helix_protocol::{Address, encode};
+use helix_protocol::message::{AuthToken, Config, FrameRequest, Hello, PixelFormat};
+use helix_protocol::{Address, Message, encode};
 
 fn helix_host(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_helix-host"));
@@ -304,6 +304,36 @@ fn a_token_is_never_logged() {
     );
     assert!(log.contains("the auth token is wrong"), "{log}");
     assert!(!log.contains("sesame") && !log.contains("barley"), "{log}");
+    let warned = |text: &str| {
+        let hit = |line: &&str| line.contains("WARN") && line.contains(text);
+        log.lines().filter(hit).count()
+    };
+    assert_eq!(warned("HELLO with a wrong token"), 1, "{log}");
+    assert_eq!(warned("fewer than 16 bytes"), 1, "{log}");
+}
+
+#[test]
+fn a_client_does_not_fill_the_log() {
+    let mut host = Running::start(&[
+        "--listen",
+        "tcp:127.0.0.1:0",
+        "--encoder",
+        "x264enc",
+        "--scanout",
+        "1=videotestsrc is-live=true ! video/x-raw,width=64,height=64,framerate=1/30",
+    ]);
+    let mut peer = Peer::connect(&host.address());
+    for _ in 0..100 {
+        peer.send(encode::subscribe(0));
+        peer.send(encode::subscribe(1));
+        peer.send(encode::config_req(1, &Config::default()));
+        peer.send(encode::ping(2));
+        while !matches!(peer.next().message, Message::Pong) {}
+    }
+    let (code, log) = host.end_by(libc::SIGTERM);
+    assert_eq!(code, Some(0));
+    assert_eq!(log.matches("subscribed").count(), 1, "{log}");
+    assert!(log.lines().count() < 30, "{log}");
 }
 
 #[test]
