@@ -79,7 +79,7 @@ gst_features() {
 # and changes nothing that a test or a demonstration sees.
 export CARGO_PROFILE_RELEASE_LTO=off
 
-# The plugins and helix-host in release mode, as ci/demo and ci/vm run them.
+# The plugins and helix-host in release mode, as ci/demo runs them.
 build_release() {
     say "Building the plugins and helix-host (release)"
     # shellcheck disable=SC2046

@@ -106,6 +106,8 @@ class Message:
     session_id: int = 0
     flags: int = 0
     remarks: list = field(default_factory=list, compare=False)
+    size: int = field(default=0, compare=False)
+    """bytes on the wire, header included; 0 for one that did not come from there"""
 
     @property
     def name(self):
@@ -381,6 +383,7 @@ class Decoder:
         except NeedMore:
             return None
         del self.buffer[:size]
+        message.size = size
         return message
 
     def resync(self):

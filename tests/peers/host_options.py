@@ -61,7 +61,8 @@ def parse(arguments=None):
     add = group.add_argument
     add("--hello", action="store_true", help="answer HELLO")
     add("--capabilities", metavar="N", type=lambda text: int(text, 0), default=7,
-        help="capability bits to announce of 1 ids, 2 CONFIG_RESP, 4 KEYFRAME_REQ (7)")
+        help="capability bits to announce of 1 ids, 2 CONFIG_RESP, 4 KEYFRAME_REQ, 8 resource ids (7);"
+        " what ids bring is said by --resources")
     add("--max-in-flight", metavar="N", type=int, default=16, help="requests open at once (16)")
     add("--token", metavar="TEXT", help="refuse clients without this auth token; implies --hello")
     add("--codecs", metavar="N", type=lambda text: int(text, 0), default=1,

@@ -120,12 +120,21 @@ class Session:
             if message.type == wire.FRAME_REQUEST:
                 self.open += 1
                 self.max_open = max(self.max_open, self.open)
-                if self.capabilities and self.open > self.options.max_in_flight:
-                    self.violation(f"{self.open} requests open, {self.options.max_in_flight} allowed")
+            self._hold_to_limits(message)
             if message.type == wire.HELLO and self.options.hello and not self.options.hello_late:
                 self.capabilities = self.options.capabilities & message.capabilities
                 self.decoder.tagged = bool(self.capabilities & wire.CAP_REQUEST_IDS)
             await self.inbox.put(message)
+
+    def _hold_to_limits(self, message):
+        """HELLO_RESP announced them. One that comes late is none for the client."""
+        if not self.greeted or self.options.hello_late:
+            return
+        in_flight, size = self.options.max_in_flight, self.options.max_message
+        if message.type == wire.FRAME_REQUEST and self.open > in_flight:
+            self.violation(f"{self.open} requests open, {in_flight} allowed")
+        if size and message.size > size:
+            self.violation(f"{message.name} of {message.size} bytes, {size} allowed")
 
     def _next(self):
         try:

@@ -477,6 +477,16 @@ class Misbehaving(unittest.TestCase):
                      "1 bytes behind the end"):
             host.wait_violation(text)
 
+    @hosted("--hello", "--capabilities", "0", "--max-in-flight", "1", "--max-message", "57", "--late", "20")
+    def test_limits_are_watched_whatever_was_agreed(self, host):
+        with Connection(host.address) as connection:
+            client.greet(connection)
+            connection.send(wire.pack(client_faults.sample_request()) * 2)
+            for _ in range(2):
+                connection.receive()
+        host.wait_violation("2 requests open, 1 allowed")
+        host.wait_violation("bytes, 57 allowed")
+
 
 class Clients(unittest.TestCase):
     """The client's own limits."""

@@ -73,6 +73,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         resolver: Some(Arc::new(Painted)),
         max_clients: 64,
         max_frame_bytes: 64 * 1024 * 1024,
+        qemu: None,
+        metrics: None,
         stall_limit: STALL_LIMIT,
     })?;
     for address in server.addresses() {

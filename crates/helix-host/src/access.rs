@@ -14,6 +14,9 @@ use subtle::ConstantTimeEq;
 /// Bytes of a token. With other TLVs it must fit into a HELLO, which has at most 4096.
 pub const TOKEN_SIZE: usize = 1024;
 
+/// Bytes under which the log warns that a token can be guessed: 64 bits, in hexadecimal digits.
+const SHORT: usize = 16;
+
 /// What everybody who is neither owner nor of the group may do with a file (inode(7)).
 const OTHERS: u32 = 0o007;
 
@@ -76,7 +79,16 @@ impl Token {
         }
         match bytes.len() {
             0 => Err(TokenError::Empty(path.to_owned())),
-            1..=TOKEN_SIZE => Ok(Self(bytes)),
+            size @ 1..=TOKEN_SIZE => {
+                if size < SHORT {
+                    tracing::warn!(
+                        file = %path.display(),
+                        "the token has fewer than {SHORT} bytes and can be guessed; \
+                         'openssl rand -hex 32' makes a better one"
+                    );
+                }
+                Ok(Self(bytes))
+            }
             _ => Err(TokenError::TooLong(path.to_owned())),
         }
     }

@@ -9,15 +9,18 @@ use std::time::{Duration, Instant};
 use helix_protocol::connection::{Body, ConnectionError, Event};
 use helix_protocol::encode;
 use helix_protocol::message::{
-    Capabilities, Config, ErrorCode, ErrorMessage, FrameResponse, Hello, RequestTag, ScanoutResp,
+    Capabilities, Config, ErrorCode, ErrorMessage, FrameResponse, Hello, RequestTag,
 };
 use helix_protocol::wait::{Deadline, Waiter, Wake};
 use helix_protocol::{Connection, Limits, Message, Stream};
 
 use crate::access::Token;
 use crate::access_unit::Tail;
+use crate::enabling::Enabling;
 use crate::greeting::{self, OPEN, Refusal, Terms};
 use crate::layout::Layout;
+use crate::monitor::figures::Encoded;
+use crate::qemu::Qemu;
 use crate::resource::{ClientIdentity, Resource, ResourceResolver};
 use crate::scanout::{Scanout, Subscription};
 use crate::session::Session;
@@ -43,6 +46,10 @@ const STRANGER: Limits = Limits {
     hello: 4096,
     skipped: 4096,
 };
+/// Of every message, in front of its payload.
+const HEADER: u32 = 12;
+/// Of FRAME_REQUEST, in front of the pixels: the header and its fields.
+const BEFORE_PIXELS: u32 = HEADER + 44;
 /// How long a client may take to show the token. It sends it at once, but its machine may be busy.
 const ADMISSION: Duration = Duration::from_secs(10);
 const WANTS_TOKEN: &str = "this host lets in only those who begin with HELLO and its token \
@@ -54,10 +61,14 @@ pub struct Host {
     pub encoder: Arc<EncoderSpec>,
     /// By id.
     pub scanouts: BTreeMap<u32, Arc<Scanout>>,
+    /// Whose consoles are scanouts.
+    pub qemu: Option<Qemu>,
     /// What a client must know; without one, everybody may come in.
     pub token: Option<Token>,
     /// Where the pixels behind resource ids are found.
     pub resolver: Option<Arc<dyn ResourceResolver>>,
+    /// What clients had encoded.
+    pub encoded: Arc<Encoded>,
     /// Bytes of pixels in one frame.
     pub max_frame_bytes: u32,
     /// See [`crate::server::Config::stall_limit`].
@@ -71,6 +82,20 @@ impl Host {
             pixels: self.max_frame_bytes,
             ..Limits::host()
         }
+    }
+
+    /// What a client may send that was told [`Host::max_message`].
+    fn limits_announced(&self) -> Limits {
+        let limits = self.limits();
+        Limits {
+            skipped: limits.skipped.min(self.max_message() - HEADER),
+            ..limits
+        }
+    }
+
+    /// Bytes of the largest message that this host takes, header included.
+    pub fn max_message(&self) -> u32 {
+        BEFORE_PIXELS.saturating_add(self.max_frame_bytes)
     }
 
     /// The pixels of a FRAME_REQUEST that brings none.
@@ -140,6 +165,7 @@ pub struct Client {
     connection: Connection<Tail>,
     session: Session,
     subscription: Option<Subscription>,
+    enabling: Enabling,
     connected: Instant,
     /// What the client's HELLO and ours agreed on.
     terms: Terms,
@@ -166,7 +192,8 @@ impl Client {
         let admitted = host.token.is_none();
         let limits = if admitted { host.limits() } else { STRANGER };
         let connection = Connection::new(stream, limits, &waiter)?;
-        let session = Session::new(host.encoder.clone(), waiter.waker());
+        let session = Session::new(host.encoder.clone(), host.encoded.clone(), waiter.waker());
+        let enabling = Enabling::new(waiter.waker());
         Ok(Self {
             host,
             identity,
@@ -174,6 +201,7 @@ impl Client {
             connection,
             session,
             subscription: None,
+            enabling,
             connected: Instant::now(),
             terms: Terms::default(),
             admitted,
@@ -193,7 +221,10 @@ impl Client {
             self.trim();
             self.push_frames();
             self.session.collect(&mut self.connection);
-            let open = self.session.open() + self.connection.queued();
+            for answer in self.enabling.collect() {
+                self.connection.send(answer);
+            }
+            let open = self.session.open() + self.enabling.open() + self.connection.queued();
             let deadline = match self.closing {
                 Some(_) if open == 0 => break "it closed".to_owned(),
                 Some(moment) if Instant::now() >= moment => {
@@ -205,7 +236,8 @@ impl Client {
             self.connection.set_reading(
                 self.closing.is_none()
                     && open < OPEN
-                    && self.session.pixels() < self.host.max_frame_bytes as usize,
+                    && self.session.bytes() + self.connection.queued_bytes()
+                        < self.host.max_frame_bytes as usize,
             );
             let deadline = self
                 .moments()
@@ -349,23 +381,17 @@ impl Client {
             }
             Message::Ping => self.connection.send(encode::pong(session_id)),
             Message::EnableScanout(enable) => {
-                let id = enable.scanout_id;
-                let success = self.host.scanouts.contains_key(&id);
-                tracing::debug!(scanout = id, success, "ENABLE_SCANOUT");
-                let resp = ScanoutResp {
-                    scanout_id: id,
-                    success,
-                    connector: if success {
-                        format!("Virtual-{}", id + 1)
-                    } else {
-                        String::new()
-                    },
-                };
-                self.connection
-                    .send(encode::scanout_resp(session_id, &resp));
+                let done = self.enabling.begin(session_id, enable.scanout_id);
+                match self.scanout(enable.scanout_id) {
+                    Some(scanout) => scanout.enable(&enable, done),
+                    None => done(Err("there is no such scanout".to_owned())),
+                }
             }
             Message::DisableScanout { scanout_id } => {
                 tracing::debug!(scanout = scanout_id, "DISABLE_SCANOUT");
+                if let Some(scanout) = self.scanout(scanout_id) {
+                    scanout.disable();
+                }
             }
             Message::Subscribe { scanout_id } => self.subscribe(scanout_id),
             Message::Unknown { .. } => {
@@ -387,9 +413,8 @@ impl Client {
     fn greet(&mut self, session_id: u16, hello: &Hello) {
         match greeting::answer(&self.host, hello) {
             Ok((response, terms)) => {
-                if !std::mem::replace(&mut self.admitted, true) {
-                    self.connection.set_limits(self.host.limits());
-                }
+                self.admitted = true;
+                self.connection.set_limits(self.host.limits_announced());
                 tracing::info!(client = hello.name, ?terms, "HELLO");
                 self.terms = terms;
                 self.session.agree(terms);
@@ -417,10 +442,16 @@ impl Client {
         }
     }
 
+    /// The scanout of this id, if there is one.
+    fn scanout(&self, id: u32) -> Option<&Arc<Scanout>> {
+        let scanout = self.host.scanouts.get(&id)?;
+        scanout.exists().then_some(scanout)
+    }
+
     fn subscribe(&mut self, scanout_id: u32) {
-        let subscription = match self.host.scanouts.get(&scanout_id) {
+        let subscription = match self.scanout(scanout_id) {
             None => {
-                tracing::warn!(scanout = scanout_id, "SUBSCRIBE: there is no such scanout");
+                tracing::debug!(scanout = scanout_id, "SUBSCRIBE: there is no such scanout");
                 None
             }
             Some(scanout) => scanout
@@ -431,7 +462,12 @@ impl Client {
         self.connection
             .send(encode::subscribe_resp(scanout_id, subscription.is_some()));
         if subscription.is_some() {
-            tracing::info!(scanout = scanout_id, "subscribed");
+            // A client must not fill the log: one line is enough of a connection.
+            if self.subscription.is_none() {
+                tracing::info!(scanout = scanout_id, "subscribed");
+            } else {
+                tracing::debug!(scanout = scanout_id, "subscribed anew");
+            }
             self.subscription = subscription;
         }
     }
@@ -516,11 +552,11 @@ impl Client {
 }
 
 /// For a client that cannot be served: says why, as far as the socket takes it at once.
-pub fn turn_away(stream: &Stream, text: &str) {
+pub fn turn_away(stream: &Stream, code: ErrorCode, text: &str) {
     let head = encode::error(
         0,
         &ErrorMessage {
-            code: ErrorCode::INTERNAL,
+            code,
             text: text.to_owned(),
             tag: None,
         },

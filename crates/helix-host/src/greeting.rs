@@ -14,8 +14,6 @@ use crate::picture::MAX_SIDE;
 
 /// Requests and replies of one client at once. Beyond this nothing more is read from it.
 pub const OPEN: usize = 16;
-/// Of FRAME_REQUEST, in front of the pixels: the header and its fields.
-const BEFORE_PIXELS: u32 = 12 + 44;
 /// The clock of pushed frames' times (clock_gettime(2)).
 const CLOCK: &[u8] = b"CLOCK_MONOTONIC";
 
@@ -78,7 +76,11 @@ pub fn answer(host: &Host, hello: &Hello) -> Result<(Hello, Terms), Refusal> {
         && !token.admits(hello.auth_token.as_ref())
     {
         let text = match hello.auth_token {
-            Some(_) => "HELLO: the auth token is wrong",
+            Some(_) => {
+                // Once a connection, which ends by it: somebody may be guessing.
+                tracing::warn!("HELLO with a wrong token");
+                "HELLO: the auth token is wrong"
+            }
             None => "HELLO: the auth token is missing, and this host wants one",
         };
         return Err(invalid(text.to_owned()));
@@ -97,7 +99,7 @@ pub fn answer(host: &Host, hello: &Hello) -> Result<(Hello, Terms), Refusal> {
         max_in_flight: OPEN as u16,
         capabilities: own,
         codecs: CODEC_H264,
-        max_message: BEFORE_PIXELS.saturating_add(host.max_frame_bytes),
+        max_message: host.max_message(),
         max_width: side,
         max_height: side,
         name: Some(concat!("helix-host ", env!("CARGO_PKG_VERSION")).to_owned()),

@@ -12,16 +12,21 @@
 //!   the client and wakes it.
 //! - Each [`scanout`] that somebody watches has one thread, which owns the screen's pipeline and
 //!   its encoder.
+//! - One thread, the [`monitor`], writes a line to the log now and then and answers who asks for figures.
+//! - A [`qemu`] has one thread that keeps the connection to it, and one for its D-Bus.
 
 mod access;
 mod access_unit;
 mod client;
 mod edges;
+mod enabling;
 mod encoder;
 mod greeting;
 mod layout;
+mod monitor;
 mod picture;
 mod probe;
+mod qemu;
 mod resource;
 mod scanout;
 mod server;
@@ -35,6 +40,7 @@ pub use access_unit::AccessUnit;
 pub use encoder::{Encoder, Output};
 pub use layout::Layout;
 pub use picture::Picture;
+pub use qemu::QemuAddress;
 pub use resource::{ClientIdentity, ResolveError, Resource, ResourceResolver};
 pub use scanout::{SCANOUTS, ScanoutSpec};
 pub use server::{Config, Prepared, STALL_LIMIT, Server, StartError};

@@ -9,7 +9,7 @@ use std::sync::mpsc;
 use std::thread;
 
 use clap::{ArgAction, Parser, ValueEnum};
-use helix_host::{Config, Prepared, STALL_LIMIT, ScanoutSpec, Server, StartError};
+use helix_host::{Config, Prepared, QemuAddress, STALL_LIMIT, ScanoutSpec, Server, StartError};
 use helix_protocol::Address;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::iterator::{Handle, Signals};
@@ -39,6 +39,10 @@ Examples:
   Push a recording as it is, without encoding it again:
     helix-host --scanout 2=\"filesrc location=x.h264 ! h264parse ! identity sync=true\"
 
+  Push the screens of a virtual machine, which may come and go:
+    qemu-system-x86_64 -display dbus,p2p=on -qmp unix:/run/vm/qmp,server=on,wait=off ... &
+    helix-host --qemu qmp:/run/vm/qmp
+
 The log goes to standard error; RUST_LOG (for example helix_host=debug) wins over -v.
 SIGTERM and SIGINT end the program and remove its unix sockets.";
 
@@ -64,6 +68,11 @@ struct Options {
     #[arg(long, value_name = "ID=DESCRIPTION")]
     scanout: Vec<ScanoutSpec>,
 
+    /// Make the consoles of this QEMU scanouts, console N as scanout N: dbus:ADDRESS, where it has
+    /// -display dbus,addr=ADDRESS, or qmp:SOCKET, where it has -display dbus,p2p=on and -qmp.
+    #[arg(long, value_name = "ADDRESS")]
+    qemu: Option<QemuAddress>,
+
     /// Let in only clients that send the token in this file (vsockenc and scanoutsrc: auth-token).
     /// Nobody but its owner and group may have access to it.
     #[arg(long, value_name = "FILE")]
@@ -72,6 +81,11 @@ struct Options {
     /// Over AF_VSOCK let in only the guest with this context id; may be given several times.
     #[arg(long, value_name = "CID")]
     allow_cid: Vec<u32>,
+
+    /// Where Prometheus finds figures, over HTTP: tcp:HOST:PORT or unix:PATH. Keep it on the
+    /// loopback: whoever can connect can read them.
+    #[arg(long, value_name = "ADDRESS")]
+    metrics: Option<Address>,
 
     /// Clients at once; more are sent away with an error.
     #[arg(long, value_name = "N", default_value_t = 64,
@@ -120,10 +134,12 @@ fn run(options: Options) -> Result<(), Box<dyn std::error::Error>> {
         listen: options.listen,
         encoder: options.encoder,
         scanouts: options.scanout,
+        qemu: options.qemu,
         token_file: options.token_file,
         allow_cids: options.allow_cid,
         // A stock QEMU gives nobody its guests' pictures by resource id.
         resolver: None,
+        metrics: options.metrics,
         max_clients: options.max_clients.into(),
         max_frame_bytes: options.max_frame_bytes,
         stall_limit: STALL_LIMIT,
@@ -136,6 +152,9 @@ fn run(options: Options) -> Result<(), Box<dyn std::error::Error>> {
     for address in server.addresses() {
         // Nobody may be reading; that is no reason to stop.
         let _ = writeln!(stdout, "listening on {address}");
+    }
+    if let Some(address) = server.metrics() {
+        let _ = writeln!(stdout, "metrics on {address}");
     }
     let _ = stdout.flush();
     if let Some(signal) = signals.forever().next() {

@@ -13,11 +13,13 @@ use std::str::FromStr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use helix_protocol::message::Config;
+use helix_protocol::connection::Body;
+use helix_protocol::message::{Config, EnableScanout};
 use helix_protocol::wait::{Deadline, Waiter, Wake, Waker};
 
 use self::run::Run;
 use crate::access_unit::AccessUnit;
+use crate::qemu::Link;
 use crate::settings::{EncoderSpec, Keyframes, Tuning};
 use crate::source::{Description, Kind};
 use crate::subscriber::{Frame, Next, Subscriber};
@@ -28,6 +30,7 @@ pub const SCANOUTS: u32 = 16;
 const KEYFRAME_DISTANCE: u32 = 60;
 /// Time between two attempts to start what failed.
 const RETRY: Duration = Duration::from_secs(1);
+
 /// `ID=DESCRIPTION`, as on the command line.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ScanoutSpec {
@@ -57,10 +60,43 @@ impl FromStr for ScanoutSpec {
     }
 }
 
+/// Where a scanout's pictures come from.
+pub enum Origin {
+    /// A pipeline.
+    Description(Description),
+    /// The console of this number of a QEMU.
+    Console(Arc<Link>),
+}
+
+impl Origin {
+    /// What it provides.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Self::Description(description) => description.kind(),
+            Self::Console(_) => Kind::Raw,
+        }
+    }
+}
+
+/// What has happened to a scanout since the start, counted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Figures {
+    /// Who watches now.
+    pub subscribers: u64,
+    /// Access units, each counted once however many watch.
+    pub frames: u64,
+    /// Of those.
+    pub bytes: u64,
+    /// Frames that subscribers who were too slow have missed, over all of them.
+    pub dropped: u64,
+    /// Encoders that broke, and pictures that they skipped.
+    pub encode_errors: u64,
+}
+
 /// One screen.
 pub struct Scanout {
     id: u32,
-    description: Description,
+    origin: Origin,
     encoder: Arc<EncoderSpec>,
     state: Mutex<State>,
     stopped: Condvar,
@@ -81,6 +117,7 @@ struct State {
     last_pts: i64,
     /// Whether the present source has brought a frame.
     flowing: bool,
+    figures: Figures,
 }
 
 /// What others have for the scanout's thread.
@@ -100,14 +137,52 @@ pub struct Subscription {
 
 impl Scanout {
     /// A scanout that waits for its first subscriber.
-    pub fn new(id: u32, description: Description, encoder: Arc<EncoderSpec>) -> Arc<Self> {
+    pub fn new(id: u32, origin: Origin, encoder: Arc<EncoderSpec>) -> Arc<Self> {
         Arc::new(Self {
             id,
-            description,
+            origin,
             encoder,
             state: Mutex::default(),
             stopped: Condvar::new(),
         })
+    }
+
+    /// Whether there is such a screen. A QEMU that has never been there may have every console.
+    pub fn exists(&self) -> bool {
+        match &self.origin {
+            Origin::Description(_) => true,
+            Origin::Console(link) => link.may_have(self.id),
+        }
+    }
+
+    /// ENABLE_SCANOUT: switches the screen on. `done` is called soon, by this thread or another
+    /// that it must not block.
+    pub fn enable(
+        &self,
+        request: &EnableScanout,
+        done: impl FnOnce(Result<(), String>) + Send + 'static,
+    ) {
+        match &self.origin {
+            // It is as its description says.
+            Origin::Description(_) => done(Ok(())),
+            Origin::Console(link) => link.enable(request, done),
+        }
+    }
+
+    /// DISABLE_SCANOUT.
+    pub fn disable(&self) {
+        if let Origin::Console(link) = &self.origin {
+            link.disable(self.id);
+        }
+    }
+
+    /// What has happened so far.
+    pub fn figures(&self) -> Figures {
+        let state = self.state();
+        Figures {
+            subscribers: state.subscribers.len() as u64,
+            ..state.figures
+        }
     }
 
     /// Adds a subscriber whose thread `waker` wakes; starts the scanout if it does not run.
@@ -216,9 +291,15 @@ impl Scanout {
         let pts = pts.max(state.last_pts + 1);
         state.last_pts = pts;
         let frame = Frame { unit, pts };
-        for subscriber in &state.subscribers {
-            subscriber.push(&frame);
-        }
+        let dropped: u64 = state
+            .subscribers
+            .iter()
+            .map(|subscriber| subscriber.push(&frame))
+            .sum();
+        let figures = &mut state.figures;
+        figures.frames += 1;
+        figures.bytes += frame.unit.size() as u64;
+        figures.dropped += dropped;
         if !std::mem::replace(&mut state.flowing, true)
             && let Some(worker) = &state.worker
         {
@@ -231,6 +312,7 @@ impl Scanout {
     fn interrupt(&self) {
         let mut state = self.state();
         state.inbox.keyframe_wanted = true;
+        state.figures.encode_errors += 1;
         for subscriber in &state.subscribers {
             subscriber.interrupt();
         }
@@ -272,7 +354,7 @@ impl Subscription {
 
     /// What is in force, for CONFIG_RESP; what the scanout's description decides is 0.
     pub fn in_force(&self) -> Config {
-        let (bitrate, profile) = match self.scanout.description.kind() {
+        let (bitrate, profile) = match self.scanout.origin.kind() {
             Kind::Encoded => (0, 0),
             Kind::Raw => {
                 let tuning = self.scanout.tuning();

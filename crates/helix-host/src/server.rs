@@ -10,15 +10,19 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use helix_protocol::message::ErrorCode;
 use helix_protocol::transport::{BindError, is_local};
 use helix_protocol::wait::{Deadline, Waiter, Wake, Waker};
 use helix_protocol::{Address, Listener, Stream};
 
 use crate::access::{Token, TokenError};
 use crate::client::{Client, Host, turn_away};
+use crate::monitor::Monitor;
+use crate::monitor::figures::Figures;
 use crate::probe;
+use crate::qemu::{Qemu, QemuAddress};
 use crate::resource::{ClientIdentity, ResourceResolver};
-use crate::scanout::{Scanout, ScanoutSpec};
+use crate::scanout::{Origin, SCANOUTS, Scanout, ScanoutSpec};
 use crate::settings::EncoderError;
 use crate::source::Description;
 
@@ -41,12 +45,16 @@ pub struct Config {
     pub encoder: String,
     /// The screens to push.
     pub scanouts: Vec<ScanoutSpec>,
+    /// The QEMU whose consoles are scanouts as well: console N is scanout N.
+    pub qemu: Option<QemuAddress>,
     /// A file with the token that clients must send in HELLO; `None` lets in clients without.
     pub token_file: Option<PathBuf>,
     /// The context ids that may connect over AF_VSOCK; none lets in all.
     pub allow_cids: Vec<u32>,
     /// Where the pixels behind resource ids are found; `None` refuses resource ids.
     pub resolver: Option<Arc<dyn ResourceResolver>>,
+    /// Where Prometheus finds figures.
+    pub metrics: Option<Address>,
     /// Clients at once.
     pub max_clients: usize,
     /// Bytes of pixels in one frame.
@@ -69,6 +77,12 @@ pub enum StartError {
     /// The same id on two scanouts.
     #[error("scanout {0} is given twice; each id stands for one screen")]
     ScanoutTwice(u32),
+    /// The same id on a scanout and on a console.
+    #[error(
+        "scanout {0} is given by --scanout, and console {0} of --qemu is it too; each id stands \
+         for one screen"
+    )]
+    ScanoutOfQemu(u32),
     /// gst-launch's parser refused it.
     #[error(
         "scanout {id}: '{description}' is no description of a screen: {reason} \
@@ -105,6 +119,7 @@ pub struct Prepared {
     host: Arc<Host>,
     listen: Vec<Address>,
     allow_cids: Vec<u32>,
+    metrics: Option<Address>,
     max_clients: usize,
 }
 
@@ -115,6 +130,8 @@ pub struct Server {
     clients: Arc<Clients>,
     waker: Waker,
     acceptor: Option<JoinHandle<()>>,
+    metrics: Option<Address>,
+    monitor: Option<(Waker, JoinHandle<()>)>,
 }
 
 /// The clients' threads, so that they can be ended.
@@ -145,17 +162,47 @@ impl Prepared {
                 return Err(StartError::ScanoutTwice(id));
             }
         }
+        let qemu = match config.qemu {
+            Some(QemuAddress(address)) => Some(Qemu::start(
+                address,
+                descriptions.keys().copied().collect(),
+            )?),
+            None => None,
+        };
+        // One that is not there yet is waited for by its scanouts; a console that turns out to be
+        // a scanout's already is then not shown.
+        let consoles = qemu.as_ref().and_then(Qemu::first_consoles);
+        if let Some(id) = consoles
+            .iter()
+            .flatten()
+            .find(|id| descriptions.contains_key(id))
+        {
+            return Err(StartError::ScanoutOfQemu(*id));
+        }
         let encoder = Arc::new(probe::encoder(&config.encoder)?);
         tracing::info!(encoder = %encoder.name(), "encoder chosen");
-        let scanouts = descriptions
+        let mut scanouts: BTreeMap<_, _> = descriptions
             .into_iter()
-            .map(|(id, description)| (id, Scanout::new(id, description, encoder.clone())))
+            .map(|(id, description)| (id, Origin::Description(description)))
+            .collect();
+        if let Some(qemu) = &qemu {
+            for id in 0..SCANOUTS {
+                scanouts
+                    .entry(id)
+                    .or_insert_with(|| Origin::Console(qemu.link().clone()));
+            }
+        }
+        let scanouts = scanouts
+            .into_iter()
+            .map(|(id, origin)| (id, Scanout::new(id, origin, encoder.clone())))
             .collect();
         let host = Arc::new(Host {
             encoder,
             scanouts,
+            qemu,
             token,
             resolver: config.resolver,
+            encoded: Arc::default(),
             max_frame_bytes: config.max_frame_bytes,
             stall_limit: config.stall_limit,
         });
@@ -163,6 +210,7 @@ impl Prepared {
             host,
             listen: config.listen,
             allow_cids: config.allow_cids,
+            metrics: config.metrics,
             max_clients: config.max_clients,
         })
     }
@@ -180,6 +228,7 @@ impl Server {
             host,
             listen,
             allow_cids,
+            metrics,
             max_clients,
         } = prepared;
         let mut listeners = Vec::new();
@@ -202,11 +251,18 @@ impl Server {
             }
             listeners.push(listener);
         }
+        let metrics = metrics.as_ref().map(Listener::bind).transpose()?;
         let clients = Arc::<Clients>::default();
         let addresses = listeners
             .iter()
             .map(|listener| listener.address().clone())
             .collect();
+        let metrics_address = metrics.as_ref().map(|metrics| metrics.address().clone());
+        if let Some(address) = &metrics_address
+            && !is_local(address)
+        {
+            tracing::warn!(%address, "figures can be read from outside this machine, by anybody");
+        }
         let waiter = Waiter::new()?;
         for listener in &listeners {
             waiter.register(listener.as_fd())?;
@@ -225,13 +281,22 @@ impl Server {
         let acceptor = std::thread::Builder::new()
             .name("helix-accept".to_owned())
             .spawn(move || acceptor.run())?;
-        Ok(Self {
+        let mut server = Self {
             addresses,
             host,
             clients,
             waker,
             acceptor: Some(acceptor),
-        })
+            metrics: metrics_address,
+            monitor: None,
+        };
+        server.monitor = Some(monitor(metrics, &server.host, &server.clients)?);
+        Ok(server)
+    }
+
+    /// Where Prometheus finds figures, with the port that the system chose.
+    pub fn metrics(&self) -> Option<&Address> {
+        self.metrics.as_ref()
     }
 
     /// Where it listens, with the ports that the system chose.
@@ -255,11 +320,21 @@ impl Server {
         if acceptor.join().is_err() {
             tracing::error!("the accepting thread had panicked");
         }
+        if let Some((waker, thread)) = self.monitor.take() {
+            waker.cancel();
+            // It blocks nowhere else either.
+            if thread.join().is_err() {
+                tracing::error!("the monitor's thread had panicked");
+            }
+        }
         for waker in self.clients.wakers().values() {
             waker.cancel();
         }
         for scanout in self.host.scanouts.values() {
             scanout.stop(deadline);
+        }
+        if let Some(qemu) = &self.host.qemu {
+            qemu.stop();
         }
         self.clients.wait(deadline);
     }
@@ -269,6 +344,34 @@ impl Drop for Server {
     fn drop(&mut self) {
         self.end();
     }
+}
+
+/// Starts the thread that says how things stand.
+fn monitor(
+    listener: Option<Listener>,
+    host: &Arc<Host>,
+    clients: &Arc<Clients>,
+) -> io::Result<(Waker, JoinHandle<()>)> {
+    let waiter = Waiter::new()?;
+    let waker = waiter.waker();
+    let (host, clients) = (host.clone(), clients.clone());
+    let monitor = Monitor::new(listener, waiter, move || {
+        let scanouts = host.scanouts.iter();
+        Figures {
+            clients: clients.wakers().len() as u64,
+            scanouts: scanouts
+                .filter(|(_, scanout)| scanout.exists())
+                .map(|(id, scanout)| (*id, scanout.figures()))
+                .collect(),
+            qemu: host.qemu.as_ref().map(|qemu| qemu.link().figures()),
+            ..Figures::default()
+        }
+        .with_encoded(&host.encoded)
+    })?;
+    let thread = std::thread::Builder::new()
+        .name("helix-monitor".to_owned())
+        .spawn(move || monitor.run())?;
+    Ok((waker, thread))
 }
 
 struct Acceptor {
@@ -332,7 +435,13 @@ impl Acceptor {
         let address = self.listeners[listener].address();
         if !may_connect(&self.allow_cids, address, cid) {
             tracing::warn!(peer, "not among the CIDs that may connect, turned away");
-            turn_away(&stream, "this machine's CID may not connect (--allow-cid)");
+            // About the client, and not the host's state: calling again would change nothing.
+            let code = ErrorCode::INVALID_MESSAGE;
+            turn_away(
+                &stream,
+                code,
+                "this machine's CID may not connect (--allow-cid)",
+            );
             return;
         }
         if self.clients.wakers().len() >= self.max_clients {
@@ -343,6 +452,7 @@ impl Acceptor {
             );
             turn_away(
                 &stream,
+                ErrorCode::INTERNAL,
                 &format!(
                     "too many clients: this host takes {} (--max-clients)",
                     self.max_clients

@@ -21,6 +21,7 @@ use crate::access_unit::{AccessUnit, Tail};
 use crate::encoder::{Encoder, Output};
 use crate::greeting::{Refusal, Terms};
 use crate::layout::Layout;
+use crate::monitor::figures::Encoded;
 use crate::picture::{MAX_SIDE, Picture};
 use crate::settings::{EncoderSpec, Keyframes, Tuning};
 
@@ -31,9 +32,14 @@ const FAILURES: u32 = 3;
 /// Rest after that many failures.
 const REST: Duration = Duration::from_secs(1);
 
+/// The lowest and the highest frame rate that an encoder is told: a picture a minute, and more than
+/// any screen has. They matter to its rate control only.
+const FRAMERATES: [(i32, i32); 2] = [(1, 60), (1000, 1)];
+
 /// One client's encoder.
 pub struct Session {
     spec: Arc<EncoderSpec>,
+    figures: Arc<Encoded>,
     terms: Terms,
     tuning: Tuning,
     /// H.264 `level_idc` of the last keyframe; 0 before the first.
@@ -89,9 +95,10 @@ struct Outputs {
 impl Session {
     /// A session without an encoder; the first frame makes one. `waker` wakes the client's thread
     /// when there is something to [`Session::collect`].
-    pub fn new(spec: Arc<EncoderSpec>, waker: Waker) -> Self {
+    pub fn new(spec: Arc<EncoderSpec>, figures: Arc<Encoded>, waker: Waker) -> Self {
         Self {
             spec,
+            figures,
             terms: Terms::default(),
             level: 0,
             tuning: Tuning {
@@ -125,13 +132,14 @@ impl Session {
         self.replies.len()
     }
 
-    /// Bytes of the pixels that the encoder holds.
-    pub fn pixels(&self) -> usize {
+    /// Bytes of the pixels that the encoder holds, and of the pictures that wait for their turn.
+    pub fn bytes(&self) -> usize {
         self.replies
             .iter()
             .map(|reply| match reply {
                 Reply::Encoding { bytes, .. } => *bytes,
-                Reply::Encoded { .. } | Reply::Refused { .. } => 0,
+                Reply::Encoded { unit, .. } => unit.size(),
+                Reply::Refused { .. } => 0,
             })
             .sum()
     }
@@ -395,6 +403,7 @@ impl Session {
 
     fn encoded(&mut self, number: u64, unit: AccessUnit) {
         self.failures = 0;
+        self.figures.add(unit.size());
         if unit.is_keyframe()
             && let Some(level) = unit.level()
         {
@@ -416,6 +425,7 @@ impl Session {
     }
 
     fn fail_one(&mut self, number: u64, text: &str) {
+        self.figures.add_error();
         if let Some(reply) = self.find(number)
             && let Reply::Encoding {
                 session_id,
@@ -445,6 +455,7 @@ impl Session {
             } = *reply
                 && generation == running.generation
             {
+                self.figures.add_error();
                 *reply = Reply::Refused {
                     session_id,
                     tag: request.tag,
@@ -462,15 +473,18 @@ impl Session {
     }
 }
 
-/// The frame rate of a CONFIG_REQ, or 60 where it has none that makes sense.
+/// The frame rate of a CONFIG_REQ: 60 where it has none, the nearest of [`FRAMERATES`] where no
+/// screen has such a one.
 fn framerate(config: &Config) -> gst::Fraction {
-    match (
-        i32::try_from(config.framerate_num),
-        i32::try_from(config.framerate_den),
-    ) {
-        (Ok(num), Ok(den)) if num > 0 && den > 0 && (1..=1000).contains(&(num / den)) => {
-            gst::Fraction::new(num, den)
-        }
-        _ => gst::Fraction::new(60, 1),
+    let (mut num, mut den) = (config.framerate_num, config.framerate_den);
+    if num == 0 || den == 0 {
+        return gst::Fraction::new(60, 1);
     }
+    // GStreamer's fractions have signs. What the last bit is worth is less than any clock's error.
+    if num.max(den) > i32::MAX as u32 {
+        (num, den) = (num.div_ceil(2), den.div_ceil(2));
+    }
+    let signed = |part: u32| i32::try_from(part).unwrap_or(i32::MAX);
+    let [least, most] = FRAMERATES.map(|(num, den)| gst::Fraction::new(num, den));
+    gst::Fraction::new(signed(num), signed(den)).clamp(least, most)
 }

@@ -161,6 +161,11 @@ impl Drop for Source {
     }
 }
 
+/// CLOCK_MONOTONIC in nanoseconds.
+pub fn monotonic_now() -> i64 {
+    gst::SystemClock::obtain().time().nseconds() as i64
+}
+
 fn capture_time(sample: &gst::Sample, base: Option<ClockTime>) -> Option<ClockTime> {
     let pts = sample.buffer()?.pts()?;
     let running = sample

@@ -78,15 +78,17 @@ impl Subscriber {
         }
     }
 
-    /// Offers a frame.
-    pub fn push(&self, frame: &Frame) {
+    /// Offers a frame; returns how many this subscriber has missed by it.
+    pub fn push(&self, frame: &Frame) -> u64 {
         let mut queue = self.queue();
         let size = frame.unit.size();
         let full = queue.frames.len() >= FRAMES || queue.bytes + size > BYTES;
+        let mut missed = 0;
         if frame.unit.is_keyframe() {
             if full {
                 // Decoding can start here as well, so what waits may go.
-                queue.dropped += queue.frames.len() as u64;
+                missed = queue.frames.len() as u64;
+                queue.dropped += missed;
                 queue.frames.clear();
                 queue.bytes = 0;
             }
@@ -97,7 +99,7 @@ impl Subscriber {
         }
         if queue.lost {
             queue.dropped += 1;
-            return;
+            return missed + 1;
         }
         if queue.dropped > 0 {
             tracing::debug!(dropped = queue.dropped, "a subscriber starts at a keyframe");
@@ -107,6 +109,7 @@ impl Subscriber {
         queue.frames.push_back(frame.clone());
         drop(queue);
         self.waker.wake();
+        missed
     }
 
     /// Says that a frame was lost on the way here, and that a keyframe is already asked for.

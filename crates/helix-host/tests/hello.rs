@@ -182,7 +182,7 @@ fn config_resp_says_what_the_encoder_really_does() {
         let in_force = peer.configure(&asked);
         let expected = Settings {
             bitrate,
-            profile: in_force.profile,
+            profile: 77,
             level: 0,
             realtime: true,
             ..asked
@@ -200,11 +200,11 @@ fn config_resp_says_what_the_encoder_really_does() {
             width: 8192,
             framerate_num: 60,
             framerate_den: 1,
-            profile: sps[1],
             level: sps[3],
             ..expected
         };
         assert_eq!(in_force, expected, "{encoder}");
+        assert_eq!(sps[1], 77, "{encoder}");
         assert_eq!(
             peer.configure(&Settings {
                 bitrate: 1,
@@ -216,6 +216,85 @@ fn config_resp_says_what_the_encoder_really_does() {
             "{encoder}: the least that is set"
         );
     }
+}
+
+#[test]
+fn frame_rates_are_taken_from_one_picture_a_minute_to_a_thousand_a_second() {
+    for encoder in ["x264enc", "openh264enc"] {
+        let server = with_encoder(encoder);
+        let mut peer = Peer::of(&server);
+        peer.greet(&hello());
+        let cases = [
+            ((1, 60), (1, 60)),
+            ((1, 2), (1, 2)),
+            ((24_000, 1001), (24_000, 1001)),
+            ((1000, 1), (1000, 1)),
+            ((1, 61), (1, 60)),
+            ((1, u32::MAX), (1, 60)),
+            ((1001, 1), (1000, 1)),
+            ((u32::MAX, 1), (1000, 1)),
+            ((u32::MAX, u32::MAX), (1, 1)),
+            ((3_000_000_000, 100_000_000), (30, 1)),
+            ((0, 1), (60, 1)),
+            ((30, 0), (60, 1)),
+        ];
+        for (pts, ((framerate_num, framerate_den), expected)) in (0..).zip(cases) {
+            let in_force = peer.configure(&Settings {
+                framerate_num,
+                framerate_den,
+                ..Settings::default()
+            });
+            let rate = (in_force.framerate_num, in_force.framerate_den);
+            assert_eq!(rate, expected, "{framerate_num}/{framerate_den}");
+            // The encoder takes it too.
+            peer.encode(&Rgb::pattern(64, 48, 0), PixelFormat::Bgra, pts, false);
+        }
+    }
+}
+
+#[test]
+fn no_message_over_the_announced_size_is_taken() {
+    let server = start(Config {
+        max_frame_bytes: 4000,
+        ..config()
+    });
+    let unknown = |payload_size: u32| {
+        let mut bytes = b"HXFR\x55\0\x01\0".to_vec();
+        bytes.extend(payload_size.to_le_bytes());
+        bytes.resize(bytes.len() + payload_size as usize, 0);
+        bytes
+    };
+    let max_message = Peer::of(&server).greet(&hello()).max_message;
+    assert_eq!(max_message, 12 + 44 + 4000);
+    let largest = max_message - 12;
+    let (head, tlvs) = encode::hello(1, &hello());
+    for size in [largest, largest + 1, 1_000_000] {
+        let mut stream = raw(&server);
+        stream.write_all(&[&*head, &tlvs].concat()).unwrap();
+        let mut header = [0; 12];
+        stream.read_exact(&mut header).unwrap();
+        let response = u32::from_le_bytes(header[8..].try_into().unwrap());
+        stream.read_exact(&mut vec![0; response as usize]).unwrap();
+        // The host may close before it has read all.
+        let _ = stream.write_all(&unknown(size));
+        if size == largest {
+            stream.write_all(&encode::ping(3)).unwrap();
+            stream.read_exact(&mut header).unwrap();
+            assert_eq!(header[4], 0x11);
+        } else {
+            let mut bytes = Vec::new();
+            stream.read_to_end(&mut bytes).unwrap();
+            // With a tag, as agreed.
+            assert_eq!((bytes.len(), bytes[4]), (12 + 264, 0xff), "{size}");
+        }
+    }
+    // Nobody told these.
+    let mut stream = raw(&server);
+    stream.write_all(&unknown(1_000_000)).unwrap();
+    stream.write_all(&encode::ping(3)).unwrap();
+    let mut pong = [0; 12];
+    stream.read_exact(&mut pong).unwrap();
+    assert_eq!(pong[4], 0x11);
 }
 
 #[test]

@@ -12,8 +12,8 @@ use std::path::Path;
 use std::process::{Child, ChildStdout, Command, Output, Stdio};
 
 use common::Peer;
-use helix_protocol::message::{AuthToken, FrameRequest, Hello, PixelFormat};
-use helix_protocol::{Address, encode};
+use helix_protocol::message::{AuthToken, Config, FrameRequest, Hello, PixelFormat};
+use helix_protocol::{Address, Message, encode};
 
 fn helix_host(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_helix-host"));
@@ -151,6 +151,8 @@ fn help_names_every_option_and_teaches_by_example() {
         "--listen",
         "--encoder",
         "--scanout",
+        "--qemu",
+        "--metrics",
         "--token-file",
         "--allow-cid",
         "--max-clients",
@@ -182,11 +184,13 @@ fn help_names_every_option_and_teaches_by_example() {
 
 #[test]
 fn wrong_arguments_are_explained() {
-    let cases: [(&[&str], i32, &[&str]); 10] = [
+    let cases: [(&[&str], i32, &[&str]); 12] = [
         (&["--listen", "127.0.0.1:1"], 2, &["tcp:HOST:PORT"]),
         (&["--listen", "tcp:127.0.0.1:x"], 2, &["port"]),
         (&["--max-clients", "0"], 2, &["1.."]),
         (&["--scanout", "videotestsrc"], 2, &["ID=DESCRIPTION"]),
+        (&["--qemu", "/run/qmp"], 2, &["dbus:ADDRESS", "qmp:SOCKET"]),
+        (&["--metrics", "127.0.0.1:1"], 2, &["tcp:HOST:PORT"]),
         (&["--scanout", "16=videotestsrc"], 2, &["0 to 15"]),
         (
             &["--scanout", "1=videotestsrc", "--scanout", "1=videotestsrc"],
@@ -300,6 +304,36 @@ fn a_token_is_never_logged() {
     );
     assert!(log.contains("the auth token is wrong"), "{log}");
     assert!(!log.contains("sesame") && !log.contains("barley"), "{log}");
+    let warned = |text: &str| {
+        let hit = |line: &&str| line.contains("WARN") && line.contains(text);
+        log.lines().filter(hit).count()
+    };
+    assert_eq!(warned("HELLO with a wrong token"), 1, "{log}");
+    assert_eq!(warned("fewer than 16 bytes"), 1, "{log}");
+}
+
+#[test]
+fn a_client_does_not_fill_the_log() {
+    let mut host = Running::start(&[
+        "--listen",
+        "tcp:127.0.0.1:0",
+        "--encoder",
+        "x264enc",
+        "--scanout",
+        "1=videotestsrc is-live=true ! video/x-raw,width=64,height=64,framerate=1/30",
+    ]);
+    let mut peer = Peer::connect(&host.address());
+    for _ in 0..100 {
+        peer.send(encode::subscribe(0));
+        peer.send(encode::subscribe(1));
+        peer.send(encode::config_req(1, &Config::default()));
+        peer.send(encode::ping(2));
+        while !matches!(peer.next().message, Message::Pong) {}
+    }
+    let (code, log) = host.end_by(libc::SIGTERM);
+    assert_eq!(code, Some(0));
+    assert_eq!(log.matches("subscribed").count(), 1, "{log}");
+    assert!(log.lines().count() < 30, "{log}");
 }
 
 #[test]
@@ -380,10 +414,10 @@ fn clients_that_come_and_go_leave_nothing_behind() {
             }
         }
         // The last client may still be going, and the scanout lingers. Then only the thread that
-        // accepts is left.
+        // accepts is left, and the one of figures.
         let until = std::time::Instant::now() + common::LONG;
         loop {
-            if own_threads(pid) == 1 {
+            if own_threads(pid) == 2 {
                 return usage(pid);
             }
             assert!(std::time::Instant::now() < until, "threads stay");

@@ -15,6 +15,8 @@ use helix_protocol::{Message, encode};
 fn with(resolver: Arc<dyn ResourceResolver>) -> Server {
     start(Config {
         resolver: Some(resolver),
+        // Two encoders must write the same bytes, and x264's threads share out bits as they come.
+        encoder: "x264enc threads=1".to_owned(),
         max_frame_bytes: 640 * 480 * 4,
         ..config()
     })

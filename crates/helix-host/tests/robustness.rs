@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use common::{LONG, Peer, Rgb, config, start};
 use helix_host::{Config, ScanoutSpec, Server};
-use helix_protocol::message::{ErrorCode, PixelFormat};
+use helix_protocol::message::{Config as WireConfig, ErrorCode, PixelFormat};
 use helix_protocol::{Address, encode};
 
 /// A client that is no client: a bare socket.
@@ -270,6 +270,68 @@ fn a_client_that_does_not_read_is_not_read_from() {
     }
     assert!(sent < limit, "the host took {sent} bytes and more");
     encodes(&mut Peer::of(&server));
+}
+
+#[test]
+fn replies_that_nobody_reads_are_bounded_in_bytes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("s");
+    let size = 256 * 256 * 4;
+    let _server = start(Config {
+        // Not TCP, whose buffers grow to megabytes.
+        listen: vec![format!("unix:{}", path.display()).parse().unwrap()],
+        max_frame_bytes: size,
+        ..config()
+    });
+    let mut stream = UnixStream::connect(&path).unwrap();
+    let best = WireConfig {
+        bitrate: u32::MAX,
+        ..WireConfig::default()
+    };
+    stream.write_all(&encode::config_req(1, &best)).unwrap();
+    stream
+        .set_write_timeout(Some(Duration::from_millis(500)))
+        .unwrap();
+    // Replies as large as the pixels, nearly: of what cannot be predicted, at the best quality.
+    let (request, pixels) = Rgb::noise(256, 256, 1).request(PixelFormat::Bgra, 0, 0, true);
+    let message = [&*encode::frame_request(1, &request, size), &pixels].concat();
+    let mut sent = 0;
+    while let Ok(count) = stream.write(&message[sent % message.len()..]) {
+        sent += count;
+        assert!(sent < 64 * message.len(), "the host takes everything");
+    }
+    let mut reader = stream.try_clone().unwrap();
+    stream.set_write_timeout(None).unwrap();
+    let rest = (message.len() - sent % message.len()) % message.len();
+    let requests = (sent + rest) / message.len();
+    // All that was asked for comes, once somebody reads.
+    let writer = std::thread::spawn(move || {
+        stream.write_all(&message[message.len() - rest..]).unwrap();
+        stream.shutdown(Shutdown::Write).unwrap();
+    });
+    let mut replies = Vec::new();
+    reader.read_to_end(&mut replies).unwrap();
+    writer.join().unwrap();
+    let (mut rest, mut count, mut least) = (replies.as_slice(), 0, usize::MAX);
+    while !rest.is_empty() {
+        assert_eq!(rest[4], 0x02);
+        let size = 12 + u32::from_le_bytes(rest[8..12].try_into().unwrap()) as usize;
+        least = least.min(size);
+        rest = &rest[size..];
+        count += 1;
+    }
+    assert_eq!(count, requests);
+    // Replies of `max_frame_bytes` in the host, one request that it works on, and twice what a
+    // socket holds: 212992 bytes (net.core.wmem_default).
+    let held = (size as usize + 212_992).div_ceil(least) + 1 + 1;
+    assert!(
+        requests <= held,
+        "{requests} requests were taken, with replies of {least} bytes and more"
+    );
+    assert!(
+        held < 12,
+        "{held} says nothing: as many may be open by number"
+    );
 }
 
 #[test]

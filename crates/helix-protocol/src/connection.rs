@@ -187,6 +187,12 @@ impl<B: Body> Connection<B> {
         self.outbox.len()
     }
 
+    /// Bytes of these messages that are not sent yet.
+    pub fn queued_bytes(&self) -> usize {
+        let size = |message: &Outgoing<B>| message.head.len() + message.tail.size();
+        self.outbox.iter().map(size).sum::<usize>() - self.sent
+    }
+
     /// Whether to take bytes from the peer. While not, the peer is slowed by the transport's own
     /// flow control; a peer that closes is then noticed only when something is sent.
     pub fn set_reading(&mut self, reading: bool) {

@@ -40,6 +40,8 @@ pub struct Agreement {
     pub name: Option<String>,
     /// Which encoder it uses, for logs.
     pub encoder: Option<String>,
+    /// Which clock the times of its pushed frames are of, where it says so.
+    pub clock_id: Option<Vec<u8>>,
 }
 
 impl Agreement {
@@ -57,6 +59,7 @@ impl Agreement {
             max_height: u16::MAX,
             name: None,
             encoder: None,
+            clock_id: None,
         }
     }
 
@@ -70,6 +73,7 @@ impl Agreement {
             max_height: theirs.max_height,
             name: theirs.name,
             encoder: theirs.encoder,
+            clock_id: theirs.clock_id,
         }
     }
 

@@ -34,6 +34,7 @@ fn theirs() -> Hello {
         max_width: 1920,
         max_height: 1080,
         name: Some("a host".to_owned()),
+        clock_id: Some(b"its clock".to_vec()),
         ..Hello::default()
     }
 }
@@ -81,6 +82,7 @@ fn hello_resp_then_pong_is_what_both_announced() {
     assert_eq!(agreement.max_pixels(), 1000);
     assert_eq!((agreement.max_width, agreement.max_height), (1920, 1080));
     assert_eq!(agreement.name.as_deref(), Some("a host"));
+    assert_eq!(agreement.clock_id.as_deref(), Some(&b"its clock"[..]));
 }
 
 #[test]

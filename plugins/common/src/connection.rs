@@ -151,6 +151,8 @@ impl ConnectionSettings {
         let (code, text) = (error.code, &error.text);
         let advice = match (error.code, &self.auth_token) {
             (ErrorCode::INTERNAL, _) => "",
+            // Hosts refuse for other reasons too, and their text says which.
+            _ if !text.contains("token") => "",
             (_, None) => " (does it want a token? Set auth-token)",
             (_, Some(_)) => " (is auth-token the one that the host was given?)",
         };
@@ -272,6 +274,23 @@ mod tests {
             let value = settings.get(&pspec).unwrap();
             assert_eq!(format!("{value:?}"), format!("{:?}", pspec.default_value()));
         }
+    }
+
+    #[test]
+    fn a_refusal_speaks_of_the_token_only_where_the_host_does() {
+        let mut settings = ConnectionSettings::default();
+        let refusal = |settings: &ConnectionSettings, code, text: &str| {
+            let text = text.to_owned();
+            let tag = None;
+            settings.refusal(&ErrorMessage { code, text, tag })
+        };
+        let (code, token) = (ErrorCode::INVALID_MESSAGE, "the auth token is missing");
+        let cid = "this machine's CID may not connect (--allow-cid)";
+        assert!(refusal(&settings, code, token).contains("Set auth-token"));
+        assert!(refusal(&settings, code, cid).ends_with(cid));
+        set(&mut settings, "auth-token", "s3cret");
+        assert!(refusal(&settings, code, token).contains("is auth-token the one"));
+        assert!(refusal(&settings, code, cid).ends_with(cid));
     }
 
     #[test]

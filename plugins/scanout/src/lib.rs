@@ -4,8 +4,10 @@
 //!
 //! The plugin registers `scanoutsrc`. docs/elements/scanoutsrc.md is its page.
 
+mod lease;
 mod scanoutsrc;
 mod subscription;
+mod timeline;
 
 pub use scanoutsrc::ScanoutSrc;
 

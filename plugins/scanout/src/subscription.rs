@@ -14,13 +14,21 @@ use helix_protocol::message::{
     AuthToken, CODEC_H264, Capabilities, Config, EnableScanout, ErrorCode, ErrorMessage,
     FrameResponse, HELLO_VERSION, Hello,
 };
-use helix_protocol::transport::ConnectError;
+use helix_protocol::transport::{ConnectError, is_local};
 use helix_protocol::wait::{Deadline, Waiter};
 use helix_protocol::{Address, Agreement, Connection, Limits, Message, Payload, Stream, encode};
+
+use crate::timeline::{CLOCK_MONOTONIC, HostClock};
 
 /// Deployed hosts close a connection whose client says nothing for 60 s or more (quirk 10 of
 /// docs/protocol.md).
 const SIGN_OF_LIFE: Duration = Duration::from_secs(20);
+
+/// How a header begins: magic, `msg_type`, flags, `session_id` (docs/protocol.md).
+const HEADER: usize = 8;
+const MAGIC: [u8; 4] = *b"HXFR";
+const FRAME_RESPONSE: u8 = 0x02;
+const PONG: u8 = 0x11;
 
 /// What other threads want said to the host.
 #[derive(Debug, Default)]
@@ -29,6 +37,17 @@ pub struct Wishes {
     pub keyframe: AtomicBool,
     /// Another bitrate, in bit/s; 0 = none.
     pub bitrate: AtomicU32,
+    /// The host makes no keyframe when asked: there is no use in wishing for one.
+    pub host_is_deaf: AtomicBool,
+}
+
+impl Wishes {
+    /// Forgets what was wished of another host.
+    pub fn begin(&self) {
+        self.keyframe.store(false, Ordering::Release);
+        self.bitrate.store(0, Ordering::Release);
+        self.host_is_deaf.store(false, Ordering::Release);
+    }
 }
 
 /// What is subscribed to.
@@ -64,9 +83,10 @@ pub enum SubscriptionError {
     /// The connection ended; another one may do better.
     #[error("{0}")]
     Lost(String),
-    /// The host sent something that is no message: the stream is out of step.
-    #[error("the peer sent an invalid message: {0}")]
-    OutOfStep(helix_protocol::DecodeError),
+    /// What comes is not the messages that were sent: the stream is out of step (quirk 8 of
+    /// docs/protocol.md), and only a new connection begins at a message.
+    #[error("the stream is out of step: {0}")]
+    OutOfStep(String),
     /// The host said what is wrong.
     #[error("the host says: {0}")]
     Said(String),
@@ -85,7 +105,7 @@ impl From<ConnectionError> for SubscriptionError {
     fn from(error: ConnectionError) -> Self {
         match error {
             ConnectionError::Cancelled => Self::Cancelled,
-            ConnectionError::Decode(error) => Self::OutOfStep(error),
+            ConnectionError::Decode(error) => Self::OutOfStep(error.to_string()),
             error => Self::Lost(error.to_string()),
         }
     }
@@ -133,30 +153,51 @@ impl Subscription {
             spoke: now,
             asked: false,
         };
-        let id = this.target.scanout_id;
-        if let Some(enable) = this.target.enable {
-            this.connection
-                .send(encode::enable_scanout(id as u16, &enable));
-            let enabled = this.answer(waiter, |message| match message {
-                Message::ScanoutResp(resp) if resp.scanout_id == id => Some(resp.success),
-                _ => None,
-            })?;
-            if !enabled {
-                return Err(this.refused("does not switch on"));
+        this.enable(waiter)?;
+        match this.subscribe(waiter) {
+            Ok(()) => Ok(this),
+            Err(error) => {
+                // A screen that nobody watches is not left on.
+                this.end(waiter);
+                Err(error)
             }
         }
-        this.connection.send(encode::subscribe(id));
-        let subscribed = this.answer(waiter, |message| match message {
+    }
+
+    /// Switches the scanout on, where that is wanted, and waits until it is.
+    fn enable(&mut self, waiter: &mut Waiter) -> Result<(), SubscriptionError> {
+        let Some(enable) = self.target.enable else {
+            return Ok(());
+        };
+        let id = self.target.scanout_id;
+        self.connection
+            .send(encode::enable_scanout(id as u16, &enable));
+        let enabled = self.answer(waiter, |message| match message {
+            Message::ScanoutResp(resp) if resp.scanout_id == id => Some(resp.success),
+            _ => None,
+        })?;
+        if enabled {
+            Ok(())
+        } else {
+            Err(self.refused("does not switch on"))
+        }
+    }
+
+    fn subscribe(&mut self, waiter: &mut Waiter) -> Result<(), SubscriptionError> {
+        let id = self.target.scanout_id;
+        self.connection.send(encode::subscribe(id));
+        let subscribed = self.answer(waiter, |message| match message {
             Message::SubscribeResp {
                 scanout_id,
                 success,
             } if *scanout_id == id => Some(*success),
             _ => None,
         })?;
-        if !subscribed {
-            return Err(this.refused("does not offer"));
+        if subscribed {
+            Ok(())
+        } else {
+            Err(self.refused("does not offer"))
         }
-        Ok(this)
     }
 
     /// Who is at the other end, for logs.
@@ -167,6 +208,25 @@ impl Subscription {
     /// What the host said of itself.
     pub fn host(&self) -> &Agreement {
         &self.host
+    }
+
+    /// Whether the host makes a keyframe when asked. Legacy hosts skip the question.
+    pub fn makes_keyframes(&self) -> bool {
+        self.host.can(Capabilities::KEYFRAME_REQ)
+    }
+
+    /// What the times of the pushed frames are of. That an address is one of this machine is all
+    /// that is known of the clock's machine: see [`crate::timeline`].
+    pub fn clock(&self) -> HostClock {
+        if !self.host.can(Capabilities::CAPTURE_PTS) {
+            return HostClock::Synthetic;
+        }
+        let monotonic = self.host.clock_id.as_deref() == Some(CLOCK_MONOTONIC);
+        if monotonic && is_local(&self.target.address) {
+            HostClock::Shared
+        } else {
+            HostClock::Foreign
+        }
     }
 
     /// Bytes sent and received on this connection.
@@ -184,13 +244,16 @@ impl Subscription {
         waiter: &mut Waiter,
         wishes: &Wishes,
     ) -> Result<Pushed, SubscriptionError> {
+        let mut waiting_since = Instant::now();
         loop {
             self.fulfil(wishes);
             let event = self.connection.next(waiter, self.next_check())?;
             self.note_life();
             if let Event::Message(envelope) = event {
+                waiting_since = Instant::now();
                 match envelope.message {
                     Message::FrameResponse(response, data) => {
+                        self.check_whole(&data)?;
                         return Ok(Pushed { response, data });
                     }
                     Message::Error(error) => {
@@ -200,8 +263,35 @@ impl Subscription {
                     _ => {}
                 }
             }
+            self.check_end(waiting_since)?;
             self.check_life()?;
         }
+    }
+
+    /// An access unit of a legacy host may have lost its end, and then what follows has taken that
+    /// place (quirk 8): it must not reach a decoder.
+    fn check_whole(&self, data: &[u8]) -> Result<(), SubscriptionError> {
+        if self.host.capabilities.is_none() && holds_header(data, self.target.scanout_id as u16) {
+            return Err(SubscriptionError::OutOfStep(
+                "there is a message inside a pushed frame".to_owned(),
+            ));
+        }
+        Ok(())
+    }
+
+    /// A size that is wrong and not absurd swallows whatever comes, PONGs too, and looks alive.
+    fn check_end(&self, waiting_since: Instant) -> Result<(), SubscriptionError> {
+        let Some(limit) = self.target.timeout else {
+            return Ok(());
+        };
+        let waited = waiting_since.elapsed();
+        if waited < 2 * limit || !self.connection.is_inside_message() {
+            return Ok(());
+        }
+        Err(SubscriptionError::OutOfStep(format!(
+            "a message has begun and does not end within {} ms (timeout)",
+            waited.as_millis()
+        )))
     }
 
     /// Switches the scanout off, if it was switched on here, and closes.
@@ -265,8 +355,7 @@ impl Subscription {
 
     fn fulfil(&mut self, wishes: &Wishes) {
         let id = self.target.scanout_id as u16;
-        if wishes.keyframe.swap(false, Ordering::AcqRel) {
-            // Legacy hosts skip it.
+        if wishes.keyframe.swap(false, Ordering::AcqRel) && self.makes_keyframes() {
             self.connection.send(encode::keyframe_req(id));
         }
         let bitrate = wishes.bitrate.swap(0, Ordering::AcqRel);
@@ -328,6 +417,24 @@ impl Subscription {
             .send(encode::ping(self.target.scanout_id as u16));
         self.spoke = Instant::now();
     }
+}
+
+/// Whether a message of this session that a host sends while it pushes begins in `data`. Seven
+/// bytes tell: no stream has them by chance.
+fn holds_header(data: &[u8], session_id: u16) -> bool {
+    let mut rest = data;
+    while let Some(at) = rest.iter().position(|byte| *byte == MAGIC[0]) {
+        rest = &rest[at..];
+        if let Some(header) = rest.first_chunk::<HEADER>()
+            && header[..4] == MAGIC
+            && [FRAME_RESPONSE, PONG].contains(&header[4])
+            && header[6..] == session_id.to_le_bytes()
+        {
+            return true;
+        }
+        rest = &rest[1..];
+    }
+    false
 }
 
 /// Says hello. Which codecs the host has is seen in its stream.

@@ -3,6 +3,7 @@
 
 Each time the same four things: pictures encoded by helix-host and its screen watched, both decoded and
 compared with what went in; helix-host killed and started again in mid-stream; nobody there at all.
+And inside the guest, where a CID is a real one: who --allow-cid lets in.
 The films are recorded in the guest and examined on the host, which is much faster at it.
 """
 
@@ -35,6 +36,9 @@ MIN_PSNR = 30
 # AF_VSOCK (vsock(7)): the machine itself, the machine that runs this one, and any number for us.
 CID_LOCAL, CID_HOST, CID_GUEST = 1, 2, 42
 PORT, CLOSED_PORT = 5000, 5999
+# Of a client that is not there, and the ports of hosts that let in one or the other.
+CID_STRANGER = 7
+ALLOWING = {CID_LOCAL: 5001, CID_STRANGER: 5002}
 
 START_LIMIT = 90
 RECORD_LIMIT = 180
@@ -55,12 +59,14 @@ def run(stage):
         stage.say(f"guest with Linux {guest.kernel} up after {guest.boot_seconds:.1f} s")
         guest.run("modules", "modprobe vsock_loopback", 10)
 
-        def host_in_guest(name):
-            job = guest.start(name, f"exec helix-host --listen vsock:{PORT} --scanout '{SCREEN}'", 300)
-            job.wait_for(f"listening on vsock:{PORT}", START_LIMIT)
+        def host_in_guest(name, port=PORT, options=f"--scanout '{SCREEN}'"):
+            job = guest.start(name, f"exec helix-host --listen vsock:{port} {options}", 300)
+            job.wait_for(f"listening on vsock:{port}", START_LIMIT)
             return job
 
         examine(stage, known, guest, CID_LOCAL, host_in_guest)
+        with stage.part("loopback: --allow-cid"):
+            allow(stage, guest, host_in_guest)
 
     device = stage.sockets / "device"
     carried = stage.sockets / "vsock"
@@ -179,20 +185,52 @@ def refuse(stage, guest, cid, where):
     if cid == CID_HOST:
         runs.append(("encode-soon", picture, SHORT_LIMIT, TOO_LATE))
     for kind, element, limit, reason in runs:
-        name = f"refused-{kind}-{where}"
         pipeline = f"{element} port={CLOSED_PORT} timeout={limit * 1000} ! fakesink"
-        job = guest.start(
-            name, f"exec /src/tests/vm/pipeline-error.py {REFUSED_LIMIT - 5} '{pipeline}'", REFUSED_LIMIT
-        )
-        status = job.wait()
-        stage.check(status == 1, f"{kind}: it {job.ending()}, for an error")
-        error = re.search(r"^ERROR after ([\d.]+) s: .*$", job.output(), re.MULTILINE)
-        if error is None:
-            stage.check(False, f"{kind}: no word of an error")
-            continue
-        stage.check(float(error[1]) < limit + SLACK, f"{kind}: {error[1]} s with a limit of {limit} s")
         named = [f"vsock:{cid}:{CLOSED_PORT}", reason, "helix-host"]
-        stage.check(all(part in error[0] for part in named), f"{kind}: {error[0]}")
+        expect_error(stage, guest, kind, f"refused-{kind}-{where}", pipeline, limit, named)
+
+
+def expect_error(stage, guest, kind, name, pipeline, limit, named):
+    """A pipeline that must fail within `limit` seconds, with an error that names all of `named`."""
+    job = guest.start(
+        name, f"exec /src/tests/vm/pipeline-error.py {REFUSED_LIMIT - 5} '{pipeline}'", REFUSED_LIMIT
+    )
+    status = job.wait()
+    stage.check(status == 1, f"{kind}: it {job.ending()}, for an error")
+    error = re.search(r"^ERROR after ([\d.]+) s: .*$", job.output(), re.MULTILINE)
+    if error is None:
+        stage.check(False, f"{kind}: no word of an error")
+        return
+    stage.check(float(error[1]) < limit + SLACK, f"{kind}: {error[1]} s with a limit of {limit} s")
+    stage.check(all(part in error[0] for part in named), f"{kind}: {error[0]}")
+
+
+def allow(stage, guest, start_host):
+    """Who calls over the loopback has CID 1, and comes in only where that one is named."""
+    hosts = {
+        cid: start_host(f"host-allows-{cid}", port, f"--allow-cid {cid}") for cid, port in ALLOWING.items()
+    }
+    # It would call a host again for longer than the error may take.
+    picture = (
+        f"videotestsrc num-buffers=1 ! video/x-raw,width={WIDTH},height={HEIGHT}"
+        f" ! vsockenc reconnect-timeout={REFUSED_LIMIT * 1000} cid={CID_LOCAL}"
+    )
+    served = guest.start(
+        "allowed", f"exec gst-launch-1.0 {picture} port={ALLOWING[CID_LOCAL]} ! fakesink", REFUSED_LIMIT
+    )
+    stage.check(served.wait() == 0, f"--allow-cid {CID_LOCAL}: a picture was encoded")
+    expect_error(
+        stage,
+        guest,
+        f"--allow-cid {CID_STRANGER}",
+        "not-allowed",
+        f"{picture} port={ALLOWING[CID_STRANGER]} ! fakesink",
+        LONG_LIMIT,
+        [f"vsock:{CID_LOCAL}:{ALLOWING[CID_STRANGER]}", "CID may not connect (--allow-cid)"],
+    )
+    stage.check("not among the CIDs" in hosts[CID_STRANGER].output(), "the host's log has it too")
+    for host in hosts.values():
+        host.kill()
 
 
 def start_recording(stage, guest, name, source):

@@ -6,15 +6,15 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use gst::prelude::*;
 use gst_video::VideoInfo;
 use helix_protocol::wait::{Deadline, Waiter, Wake, Waker};
 
-use super::Scanout;
+use super::{Origin, Scanout};
 use crate::access_unit::AccessUnit;
 use crate::encoder::{Encoder, Output};
 use crate::picture::Picture;
-use crate::source::{Event, Kind, Source};
+use crate::qemu::Watch;
+use crate::source::{Description, Event, Kind, Source, monotonic_now};
 
 /// How long a scanout goes on after its last subscriber has gone.
 const LINGER: Duration = Duration::from_secs(3);
@@ -31,15 +31,21 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// Encoders that fail one after the other before the scanout is given up.
 const FAILURES: u32 = 3;
 
+/// Where pictures come from.
+enum Input {
+    /// A pipeline, and its last picture for when it stands still.
+    Pipeline(Source, Option<gst::Sample>),
+    /// QEMU keeps its last picture itself.
+    Console(Watch),
+}
+
 /// A scanout that runs: owned by its thread.
 pub struct Run {
     scanout: Arc<Scanout>,
-    source: Source,
+    input: Input,
     waker: Waker,
     encoder: Option<Encoder<i64>>,
     failures: u32,
-    /// The last picture, for screens that stand still.
-    last: Option<gst::Sample>,
     keyframe_wanted: bool,
     /// When the keyframe that is wanted is made from the last picture.
     still_at: Option<Instant>,
@@ -52,35 +58,18 @@ pub struct Run {
 impl Run {
     /// Starts the source; `waker` wakes the scanout's thread.
     pub fn start(scanout: &Arc<Scanout>, waker: Waker) -> Result<Self, String> {
-        let source = Source::start(&scanout.description, {
-            let (scanout, waker) = (scanout.clone(), waker.clone());
-            let kind = scanout.description.kind();
-            move |event| {
-                match (kind, event) {
-                    (Kind::Encoded, Event::Sample(sample, pts)) => {
-                        if let Some(unit) = sample.buffer_owned().and_then(AccessUnit::new) {
-                            scanout.publish(unit, pts);
-                        }
-                        return;
-                    }
-                    (Kind::Raw, Event::Sample(sample, pts)) => {
-                        scanout.state().picture = Some((sample, pts));
-                    }
-                    (_, Event::Ended(reason)) => {
-                        scanout.state().inbox.ended.get_or_insert(reason);
-                    }
-                }
-                waker.wake();
+        let input = match &scanout.origin {
+            Origin::Description(description) => {
+                Input::Pipeline(start_source(scanout, description, waker.clone())?, None)
             }
-        })
-        .map_err(|reason| scanout.state().inbox.ended.take().unwrap_or(reason))?;
+            Origin::Console(link) => Input::Console(Watch::new(link, scanout.id, waker.clone())),
+        };
         Ok(Self {
             scanout: scanout.clone(),
-            source,
+            input,
             waker,
             encoder: None,
             failures: 0,
-            last: None,
             // There is somebody, or this would not run.
             keyframe_wanted: true,
             still_at: None,
@@ -93,7 +82,7 @@ impl Run {
     /// Runs until nobody watches any more.
     pub fn serve(mut self, waiter: &mut Waiter) -> Result<(), String> {
         loop {
-            let (inbox, picture) = {
+            let (inbox, mut picture, busy) = {
                 let mut state = self.scanout.state();
                 if state.stopping {
                     return Ok(());
@@ -111,7 +100,7 @@ impl Run {
                     .as_ref()
                     .is_some_and(|encoder| encoder.in_flight() >= IN_FLIGHT);
                 let picture = if busy { None } else { state.picture.take() };
-                (std::mem::take(&mut state.inbox), picture)
+                (std::mem::take(&mut state.inbox), picture, busy)
             };
             self.ended = self.ended.take().or(inbox.ended);
             if let Some(reason) = inbox.encoder_failed {
@@ -124,7 +113,13 @@ impl Run {
                 self.keyframe_wanted = true;
             }
             self.check_encoder()?;
-            match self.scanout.description.kind() {
+            if let Input::Console(watch) = &mut self.input
+                && !busy
+            {
+                picture = watch.picture(false)?;
+                self.keyframe_wanted |= watch.returned();
+            }
+            match self.scanout.origin.kind() {
                 Kind::Raw => self.encode(picture)?,
                 Kind::Encoded => self.pass_keyframe_request(),
             }
@@ -151,6 +146,10 @@ impl Run {
         let moments = [
             self.empty_since.map(|since| since + LINGER),
             self.still_at,
+            match &self.input {
+                Input::Pipeline(..) => None,
+                Input::Console(watch) => watch.due(),
+            },
             self.encoder
                 .as_ref()
                 .and_then(Encoder::busy_since)
@@ -174,14 +173,19 @@ impl Run {
                 return Ok(());
             }
             let due = *self.still_at.get_or_insert(allowed.max(now + STILL));
-            let Some(last) = self.last.clone().filter(|_| now >= due) else {
-                if self.last.is_none() {
-                    // The first picture will be a keyframe anyway.
-                    self.still_at = None;
-                }
+            if now < due {
+                return Ok(());
+            }
+            let last = match &mut self.input {
+                Input::Pipeline(_, last) => last.clone().map(|last| (last, monotonic_now())),
+                Input::Console(watch) => watch.picture(true)?,
+            };
+            let Some(last) = last else {
+                // The first picture will be a keyframe anyway.
+                self.still_at = None;
                 return Ok(());
             };
-            (last, monotonic_now())
+            last
         };
         self.still_at = None;
         let keyframe = self.keyframe_wanted && now >= allowed;
@@ -190,7 +194,9 @@ impl Run {
             self.keyframe_wanted = false;
             self.last_keyframe = Some(now);
         }
-        self.last = Some(sample);
+        if let Input::Pipeline(_, last) = &mut self.input {
+            *last = Some(sample);
+        }
         Ok(())
     }
 
@@ -220,14 +226,16 @@ impl Run {
         self.still_at = None;
         self.keyframe_wanted = false;
         self.last_keyframe = Some(now);
-        self.source.force_keyframe();
+        if let Input::Pipeline(source, _) = &self.input {
+            source.force_keyframe();
+        }
     }
 
     fn change_bitrate(&mut self) {
         let bits = self.scanout.state().bitrate;
         if let (Some(encoder), Some(bits)) = (&self.encoder, bits) {
             encoder.set_bitrate(bits);
-        } else if self.scanout.description.kind() == Kind::Encoded {
+        } else if self.scanout.origin.kind() == Kind::Encoded {
             tracing::debug!(
                 scanout = self.scanout.id,
                 "the bitrate of an encoded scanout is its description's"
@@ -266,6 +274,33 @@ impl Run {
     }
 }
 
+fn start_source(
+    scanout: &Arc<Scanout>,
+    description: &Description,
+    waker: Waker,
+) -> Result<Source, String> {
+    let kind = description.kind();
+    let target = scanout.clone();
+    Source::start(description, move |event| {
+        match (kind, event) {
+            (Kind::Encoded, Event::Sample(sample, pts)) => {
+                if let Some(unit) = sample.buffer_owned().and_then(AccessUnit::new) {
+                    target.publish(unit, pts);
+                }
+                return;
+            }
+            (Kind::Raw, Event::Sample(sample, pts)) => {
+                target.state().picture = Some((sample, pts));
+            }
+            (_, Event::Ended(reason)) => {
+                target.state().inbox.ended.get_or_insert(reason);
+            }
+        }
+        waker.wake();
+    })
+    .map_err(|reason| scanout.state().inbox.ended.take().unwrap_or(reason))
+}
+
 fn start_encoder(scanout: &Arc<Scanout>, waker: &Waker) -> Result<Encoder<i64>, String> {
     let tuning = scanout.tuning();
     let (target, waker) = (scanout.clone(), waker.clone());
@@ -289,9 +324,4 @@ fn picture(sample: &gst::Sample) -> Result<Picture, String> {
         .buffer_owned()
         .ok_or("the source sent a sample without a buffer")?;
     Ok(Picture { buffer, info })
-}
-
-/// CLOCK_MONOTONIC in nanoseconds.
-fn monotonic_now() -> i64 {
-    gst::SystemClock::obtain().time().nseconds() as i64
 }

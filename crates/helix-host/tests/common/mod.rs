@@ -3,6 +3,7 @@
 //! A client of our own, pictures that are known, and a decoder that shows what came of them.
 #![allow(dead_code, reason = "each test file uses its part of this")]
 
+pub mod qemu;
 pub mod resources;
 
 use std::time::Duration;
@@ -28,6 +29,8 @@ pub fn config() -> Config {
         listen: vec!["tcp:127.0.0.1:0".parse().unwrap()],
         encoder: "x264enc".to_owned(),
         scanouts: Vec::new(),
+        qemu: None,
+        metrics: None,
         token_file: None,
         allow_cids: Vec::new(),
         resolver: None,

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
+use std::ptr;
 use std::sync::{Arc, LazyLock, Mutex, PoisonError};
 
 use khronos_egl as egl;
@@ -50,7 +51,7 @@ type QueryModifiers = unsafe extern "system" fn(
     *mut egl::Int,
 ) -> egl::Boolean;
 
-/// More than any driver says; what lies beyond is not asked for.
+/// More than any driver says; one that says more is not believed.
 const MOST: usize = 4096;
 
 /// A format that can be imported and sampled as an ordinary texture.
@@ -129,7 +130,7 @@ impl Display {
                 library::extension(egl, "eglQueryDeviceStringEXT")?,
             )
         };
-        let mut devices = [std::ptr::null_mut(); 64];
+        let mut devices = [ptr::null_mut(); 64];
         let mut count = 0;
         // SAFETY: there is room for as many as are asked for.
         let known = unsafe {
@@ -243,37 +244,34 @@ impl Display {
                 library::extension(egl, "eglQueryDmaBufModifiersEXT")?,
             )
         };
-        let fourccs = counted(|room, count| {
-            let mut fourccs: Vec<egl::Int> = vec![0; room];
-            // SAFETY: there is room for as many as are asked for.
-            let known = unsafe {
-                query_formats(raw.as_ptr(), room as egl::Int, fourccs.as_mut_ptr(), count)
-            };
-            (known == egl::TRUE).then_some(fourccs)
+        let fourccs = counted(|mut room: Option<&mut [egl::Int]>, count| {
+            let (most, list) = start(&mut room);
+            // SAFETY: there is room for as many as are asked for; none is asked for without.
+            let known = unsafe { query_formats(raw.as_ptr(), most, list, count) };
+            known == egl::TRUE
         })
         .ok_or_else(|| failed(egl, "eglQueryDmaBufFormatsEXT"))?;
         let mut formats = Vec::new();
         for fourcc in fourccs {
-            let modifiers = counted(|room, count| {
-                let mut modifiers = vec![0_u64; room];
-                let mut external = vec![egl::FALSE; room];
-                // SAFETY: there is room in both for as many as are asked for.
-                let known = unsafe {
-                    query_modifiers(
-                        raw.as_ptr(),
-                        fourcc,
-                        room as egl::Int,
-                        modifiers.as_mut_ptr(),
-                        external.as_mut_ptr(),
-                        count,
-                    )
+            let mut external = Vec::new();
+            let modifiers = counted(|mut room: Option<&mut [u64]>, count| {
+                let (most, list) = start(&mut room);
+                external.resize(most as usize, egl::FALSE);
+                // Mesa 25 writes to this list, where there is one, even when it is asked for none.
+                let external = match external.as_mut_slice() {
+                    [] => ptr::null_mut(),
+                    list => list.as_mut_ptr(),
                 };
-                let pairs = modifiers.into_iter().zip(external);
-                (known == egl::TRUE).then(|| pairs.collect())
+                // SAFETY: there is room in both for as many as are asked for; none is asked for
+                // without.
+                let known =
+                    unsafe { query_modifiers(raw.as_ptr(), fourcc, most, list, external, count) };
+                known == egl::TRUE
             })
             .ok_or_else(|| failed(egl, "eglQueryDmaBufModifiersEXT"))?;
             let modifiers: Vec<u64> = modifiers
                 .into_iter()
+                .zip(external)
                 .filter(|&(_, external)| external == egl::FALSE)
                 .map(|(modifier, _)| modifier)
                 .collect();
@@ -302,7 +300,7 @@ impl Display {
         let (context, source) = unsafe {
             (
                 egl::Context::from_ptr(egl::NO_CONTEXT),
-                egl::ClientBuffer::from_ptr(std::ptr::null_mut()),
+                egl::ClientBuffer::from_ptr(ptr::null_mut()),
             )
         };
         let raw = self
@@ -379,14 +377,28 @@ fn attributes(buffer: &DmaBuf, with_modifiers: bool) -> Option<Vec<egl::Attrib>>
     Some(list)
 }
 
-/// Asks how many there are, then for them.
-fn counted<T>(mut query: impl FnMut(usize, &mut egl::Int) -> Option<Vec<T>>) -> Option<Vec<T>> {
+/// Asks how many there are, then for all of them: some drivers write as many as there are, whatever
+/// they are told there is room for.
+fn counted<T: Clone + Default>(
+    mut query: impl FnMut(Option<&mut [T]>, &mut egl::Int) -> bool,
+) -> Option<Vec<T>> {
     let mut count = 0;
-    query(0, &mut count)?;
-    let room = usize::try_from(count).ok()?.min(MOST);
-    let mut items = query(room, &mut count)?;
+    query(None, &mut count).then_some(())?;
+    let room = usize::try_from(count).ok().filter(|&room| room <= MOST)?;
+    let mut items = vec![T::default(); room];
+    if room > 0 {
+        query(Some(&mut items), &mut count).then_some(())?;
+    }
     items.truncate(usize::try_from(count).ok()?);
     Some(items)
+}
+
+/// A list as EGL takes it: for how many there is room, and where.
+fn start<T>(room: &mut Option<&mut [T]>) -> (egl::Int, *mut T) {
+    match room {
+        None => (0, ptr::null_mut()),
+        Some(room) => (room.len() as egl::Int, room.as_mut_ptr()),
+    }
 }
 
 /// Whether a list of extensions has one.
@@ -503,20 +515,26 @@ mod tests {
     }
 
     #[test]
-    fn a_count_that_shrinks_or_is_huge_does_no_harm() {
+    fn a_count_that_shrinks_or_is_absurd_does_no_harm() {
         let mut asked = Vec::new();
-        let items = counted(|room, count| {
-            asked.push(room);
-            *count = if room == 0 { i32::MAX } else { 2 };
-            Some(vec![7; room])
+        let items = counted(|room: Option<&mut [u8]>, count| {
+            *count = if room.is_none() { 3 } else { 2 };
+            asked.push(room.map(|room| {
+                room.fill(7);
+                room.len()
+            }));
+            true
         });
-        assert_eq!((items, asked), (Some(vec![7, 7]), vec![0, MOST]));
-        assert_eq!(
-            counted(|_, count| {
-                *count = -1;
-                Some(vec![0; 0])
-            }),
-            None
-        );
+        assert_eq!((items, asked), (Some(vec![7, 7]), vec![None, Some(3)]));
+        for absurd in [-1, i32::MAX] {
+            let items = counted(|room: Option<&mut [u8]>, count| {
+                assert!(room.is_none(), "nothing is asked for");
+                *count = absurd;
+                true
+            });
+            assert_eq!(items, None);
+        }
+        assert_eq!(counted(|_: Option<&mut [u8]>, _| true), Some(Vec::new()));
+        assert_eq!(counted(|_: Option<&mut [u8]>, _| false), None);
     }
 }

@@ -3,8 +3,13 @@
 use gst::glib;
 use gst::prelude::*;
 
+mod figures;
 mod imp;
 mod low_delay;
+mod output;
+mod scanout_id;
+mod settings;
+mod streaming;
 
 glib::wrapper! {
     /// The element `scanoutsrc`: the H.264 stream of a VM's screen, pushed by the VM's host.

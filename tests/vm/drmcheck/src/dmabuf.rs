@@ -9,12 +9,17 @@ use nix::sys::mman::{MapFlags, ProtFlags, mmap, munmap};
 
 use crate::Outcome;
 
+nix::ioctl_write_ptr!(dma_buf_sync, b'b', 0, u64);
+
 /// `DMA_BUF_SYNC_START | DMA_BUF_SYNC_READ` (linux/dma-buf.h).
 static SYNC_START_READ: u64 = 1;
 /// `DMA_BUF_SYNC_END | DMA_BUF_SYNC_READ`.
 static SYNC_END_READ: u64 = 4 | 1;
 
-nix::ioctl_write_ptr!(dma_buf_sync, b'b', 0, u64);
+/// `DMA_BUF_SYNC_START | DMA_BUF_SYNC_WRITE`.
+static SYNC_START_WRITE: u64 = 2;
+/// `DMA_BUF_SYNC_END | DMA_BUF_SYNC_WRITE`.
+static SYNC_END_WRITE: u64 = 4 | 2;
 
 /// The first `length` bytes.
 pub fn read(dmabuf: impl AsFd, length: usize) -> Outcome<Vec<u8>> {
@@ -42,4 +47,28 @@ pub fn read(dmabuf: impl AsFd, length: usize) -> Outcome<Vec<u8>> {
     // SAFETY: exactly the mapping from above, of which nothing is borrowed any more.
     unsafe { munmap(start, length) }?;
     Ok(bytes)
+}
+
+/// Writes `bytes` to its beginning.
+pub fn write(dmabuf: impl AsFd, bytes: &[u8]) -> Outcome<()> {
+    let fd = dmabuf.as_fd();
+    let size = NonZeroUsize::new(bytes.len()).ok_or("nothing to write")?;
+    let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
+    // SAFETY: a new mapping at an address that the kernel chooses; it is removed below.
+    let start = unsafe { mmap(None, size, access, MapFlags::MAP_SHARED, fd, 0) }
+        .map_err(|error| format!("mmap a DMA-BUF: {error}"))?;
+    // SAFETY: the ioctl reads one u64, which lives through the call (struct dma_buf_sync).
+    unsafe { dma_buf_sync(fd.as_raw_fd(), &raw const SYNC_START_WRITE) }?;
+    // SAFETY: that many bytes are mapped there until the munmap below, and `bytes` are elsewhere.
+    unsafe {
+        start
+            .as_ptr()
+            .cast::<u8>()
+            .copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
+    }
+    // SAFETY: as for the first.
+    unsafe { dma_buf_sync(fd.as_raw_fd(), &raw const SYNC_END_WRITE) }?;
+    // SAFETY: exactly the mapping from above, of which nothing is borrowed any more.
+    unsafe { munmap(start, bytes.len()) }?;
+    Ok(())
 }

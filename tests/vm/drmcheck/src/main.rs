@@ -13,6 +13,7 @@ use clap::{Parser, Subcommand};
 
 mod buffers;
 mod dmabuf;
+mod egl;
 mod foreign;
 mod node;
 mod outputs;
@@ -36,6 +37,9 @@ enum Command {
     /// Offers virtio-gpu what is not its own, which it must not import: "refused WHAT: ERRNO", or
     /// "absent WHAT: REASON" where this kernel cannot make such a thing.
     Refusals,
+    /// Imports memory of each kind with EGL, reads it back and says what was found: "egl KIND HOW: right",
+    /// "egl KIND HOW: refused: REASON", or that it was wrong.
+    Egl,
     /// Draws pictures into DMA-BUFs of one kind, sends them through vsockenc and records what comes back.
     Send(send::Options),
     /// Waits until an output is connected with a size, and says which outputs there are.
@@ -56,6 +60,7 @@ fn main() -> ExitCode {
     let done = match Options::parse().command {
         Command::Buffers => buffers::show(),
         Command::Refusals => foreign::show(),
+        Command::Egl => egl::show(),
         Command::Send(options) => send::show(&options),
         Command::Output {
             name,

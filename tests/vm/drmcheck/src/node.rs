@@ -4,6 +4,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
 
 use drm::Device as _;
 
@@ -34,11 +35,14 @@ impl Kind {
 
 /// An open node.
 #[derive(Debug)]
-pub struct Node(File);
+pub struct Node {
+    file: File,
+    path: PathBuf,
+}
 
 impl AsFd for Node {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.file.as_fd()
     }
 }
 
@@ -46,13 +50,22 @@ impl drm::Device for Node {}
 impl drm::control::Device for Node {}
 
 impl Node {
+    /// Where it lies.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Opens the first node of this kind whose driver is `driver`. Numbers say nothing: which card
     /// is the first depends on which module was.
     pub fn open(driver: &str, kind: Kind) -> Outcome<Self> {
         let mut seen = Vec::new();
         for entry in fs::read_dir("/dev/dri").map_err(|error| format!("list /dev/dri: {error}"))? {
             let path = entry?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            let name = path
+                .file_name()
+                .unwrap_or_default()
+                .to_string_lossy()
+                .into_owned();
             if !name.starts_with(kind.prefix()) {
                 continue;
             }
@@ -61,7 +74,7 @@ impl Node {
                 .write(true)
                 .open(&path)
                 .map_err(|error| format!("open {}: {error}", path.display()))?;
-            let node = Self(file);
+            let node = Self { file, path };
             let found = node.get_driver()?.name().to_string_lossy().into_owned();
             if found == driver {
                 return Ok(node);

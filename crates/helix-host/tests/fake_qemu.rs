@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The screens of a QEMU of ours, which draws and lies as told, as scanouts.
+
+mod common;
+
+use std::fs::File;
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread;
+
+use common::qemu::{enable, host};
+use common::{Peer, Rgb, decode, is_start};
+use helix_host::{QemuAddress, Server};
+use helix_protocol::message::EnableScanout;
+use helix_protocol::{Message, encode};
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use zerocopy_test_qemu::fake::{FakeQemu, Listener};
+
+const SIZE: u32 = 64;
+
+/// A host that is connected, and the consoles' listeners, in their order.
+fn connected<const N: usize>(qemu: &FakeQemu) -> (Server, [Listener; N]) {
+    let address = QemuAddress(qemu_display::Address::Qmp(qemu.qmp()));
+    let server = host(address);
+    let mut listeners: [Listener; N] = std::array::from_fn(|_| qemu.listener());
+    listeners.sort_by_key(|listener| listener.console);
+    (server, listeners)
+}
+
+/// A picture of one colour: blue, green, red, nothing.
+fn plain(bgr: [u8; 3]) -> Vec<u8> {
+    [bgr[0], bgr[1], bgr[2], 0].repeat((SIZE * SIZE) as usize)
+}
+
+fn draw(listener: &Listener, bgr: [u8; 3]) {
+    listener.scanout(SIZE, SIZE, &plain(bgr)).unwrap();
+}
+
+fn shows(unit: &[u8], [b, g, r]: [u8; 3]) -> bool {
+    let expected = Rgb::new(SIZE as usize, SIZE as usize, |_, _| [r, g, b]);
+    decode([unit])[0].psnr(&expected) > 30.0
+}
+
+const BLUE: [u8; 3] = [255, 0, 0];
+const RED: [u8; 3] = [0, 0, 255];
+
+#[test]
+fn a_still_screen_gives_each_newcomer_its_picture() {
+    let qemu = FakeQemu::start(&[0]);
+    let (server, [listener]) = connected(&qemu);
+    draw(&listener, BLUE);
+    for _ in 0..3 {
+        let mut peer = Peer::of(&server);
+        peer.subscribe(0);
+        let frame = peer.next_frame();
+        assert!(is_start(&frame.bytes));
+        assert!(shows(&frame.bytes, BLUE));
+    }
+}
+
+#[test]
+fn one_encode_serves_all_who_watch() {
+    let qemu = FakeQemu::start(&[0]);
+    let (server, [listener]) = connected(&qemu);
+    draw(&listener, BLUE);
+    let mut peers = [Peer::of(&server), Peer::of(&server)];
+    for peer in &mut peers {
+        peer.subscribe(0);
+        peer.next_frame();
+    }
+    draw(&listener, RED);
+    let red = |peer: &mut Peer| {
+        loop {
+            let frame = peer.next_frame();
+            if !frame.response.is_keyframe {
+                return frame;
+            }
+        }
+    };
+    let [first, second] = &mut peers;
+    let (first, second) = (red(first), red(second));
+    assert_eq!(first.response.pts, second.response.pts);
+    assert!(first.bytes == second.bytes);
+}
+
+#[test]
+fn sizes_reach_qemu_and_disabling_takes_the_screen_away() {
+    let qemu = FakeQemu::start(&[0, 1]);
+    let (server, [_first, second]) = connected(&qemu);
+    let mut peer = Peer::of(&server);
+    let answer = enable(&mut peer, 1, (1280, 800));
+    assert!(answer.success);
+    assert_eq!(answer.connector, "Virtual-2");
+    assert_eq!(qemu.size(), (1, 1280, 800));
+    for size in [(0, 480), (640, 8193)] {
+        assert!(!enable(&mut peer, 1, size).success);
+    }
+    // A QEMU that comes back is told again.
+    second.close();
+    qemu.forget_clients();
+    peer.subscribe(1);
+    let (_first, _second) = (qemu.listener(), qemu.listener());
+    assert_eq!(qemu.size(), (1, 1280, 800));
+    peer.send(encode::disable_scanout(1, 1));
+    peer.flush();
+    assert_eq!(qemu.size(), (1, 0, 0));
+}
+
+#[test]
+fn a_cursor_that_qemu_sends_apart_is_in_the_picture() {
+    let qemu = FakeQemu::start(&[0]);
+    let (server, [listener]) = connected(&qemu);
+    draw(&listener, BLUE);
+    let half = SIZE / 2;
+    let cursor = [RED[0], RED[1], RED[2], 255].repeat((half * half) as usize);
+    let side = half as i32;
+    listener.cursor_define(side, side, &cursor).unwrap();
+    listener.mouse_set(0, side, true).unwrap();
+    let mut peer = Peer::of(&server);
+    peer.subscribe(0);
+    let picture = &decode([peer.next_frame().bytes.as_slice()])[0];
+    let expected = Rgb::new(SIZE as usize, SIZE as usize, |x, y| {
+        let half = half as usize;
+        let [b, g, r] = if x < half && y >= half { RED } else { BLUE };
+        [r, g, b]
+    });
+    let psnr = picture.psnr(&expected);
+    assert!(psnr > 25.0, "{psnr} dB");
+}
+
+/// Ends a thread of a test that fails, too.
+struct End<'a>(&'a AtomicBool);
+
+impl Drop for End<'_> {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn the_refresh_rate_limits_the_frames() {
+    let qemu = FakeQemu::start(&[0]);
+    let (server, [listener]) = connected(&qemu);
+    let mut peer = Peer::of(&server);
+    let request = EnableScanout {
+        scanout_id: 0,
+        width: SIZE,
+        height: SIZE,
+        refresh_rate: 5,
+    };
+    peer.send(encode::enable_scanout(1, &request));
+    assert!(matches!(peer.next().message, Message::ScanoutResp(answer) if answer.success));
+    peer.subscribe(0);
+    let over = AtomicBool::new(false);
+    let times: Vec<i64> = thread::scope(|scope| {
+        scope.spawn(|| {
+            for shade in (0..=255).cycle() {
+                draw(&listener, [shade, 0, 0]);
+                if over.load(Ordering::Relaxed) {
+                    break;
+                }
+            }
+        });
+        let _over = End(&over);
+        (0..10).map(|_| peer.next_frame().response.pts).collect()
+    });
+    // Nine times 200 ms, less what coalescing and a late thread take off the first and the last.
+    let span = times[9] - times[0];
+    assert!(span > 1_000_000_000, "{span} ns");
+}
+
+#[test]
+fn there_is_no_scanout_without_a_console() {
+    let qemu = FakeQemu::start(&[0, 3]);
+    let (server, _listeners) = connected::<2>(&qemu);
+    let mut peer = Peer::of(&server);
+    for (id, there) in [(0, true), (1, false), (3, true), (15, false), (16, false)] {
+        peer.send(encode::subscribe(id));
+        match peer.next().message {
+            Message::SubscribeResp { success, .. } => assert_eq!(success, there),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+#[test]
+fn sixteen_scanouts_serve_sixty_four_clients() {
+    let qemu = FakeQemu::start(&std::array::from_fn::<u32, 16, _>(|id| id as u32));
+    let (server, listeners) = connected::<16>(&qemu);
+    let colour = |console: u32| [console as u8 * 16, 255 - console as u8 * 16, 128];
+    for listener in &listeners {
+        draw(listener, colour(listener.console));
+    }
+    let mut peers: Vec<_> = (0..64).map(|_| Peer::of(&server)).collect();
+    for (index, peer) in (0..).zip(&mut peers) {
+        peer.subscribe(index % 16);
+    }
+    for (index, peer) in (0..).zip(&mut peers) {
+        let frame = peer.next_frame();
+        assert_eq!(u32::from(frame.session_id), index % 16);
+        assert!(is_start(&frame.bytes));
+        assert!(
+            shows(&frame.bytes, colour(index % 16)),
+            "scanout {}",
+            index % 16
+        );
+    }
+}
+
+/// The connection is made anew, and the subscriber goes on.
+fn is_connected_anew(lie: impl FnOnce(&Listener)) {
+    let qemu = FakeQemu::start(&[0]);
+    let (server, [listener]) = connected(&qemu);
+    draw(&listener, BLUE);
+    let mut peer = Peer::of(&server);
+    peer.subscribe(0);
+    peer.next_frame();
+    lie(&listener);
+    let listener = qemu.listener();
+    draw(&listener, RED);
+    loop {
+        let frame = peer.next_frame();
+        if frame.response.is_keyframe && shows(&frame.bytes, RED) {
+            break;
+        }
+    }
+}
+
+#[test]
+fn nonsense_costs_qemu_its_connection_and_nobody_else_theirs() {
+    is_connected_anew(|listener| assert!(listener.scanout(0, 0, &[]).is_err()));
+}
+
+#[test]
+fn memory_that_qemu_takes_away_is_no_crash() {
+    is_connected_anew(|listener| {
+        let bytes = u64::from(SIZE * SIZE * 4);
+        let file = File::from(memfd_create("picture", MFdFlags::empty()).unwrap());
+        file.set_len(bytes).unwrap();
+        listener
+            .scanout_map(file.as_fd(), 0, (SIZE, SIZE, SIZE * 4))
+            .unwrap();
+        file.set_len(1).unwrap();
+        listener.update_map((0, 0), (1, 1)).unwrap();
+    });
+}

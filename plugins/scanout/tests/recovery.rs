@@ -1,0 +1,268 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! scanoutsrc against hosts that vanish, fall out of step, or fail.
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::{Source, host, push};
+use gst::prelude::*;
+use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage};
+use helix_protocol::{Message, encode};
+use zerocopy_test_support::peer::{Greets, Hello, LONG, Link, Peer, Seen, Then, hello};
+
+#[test]
+fn silence_is_no_error_while_the_host_answers_ping() {
+    let peer = host(&[true]);
+    let mut source = Source::new(peer.port(), "scanout-id=1 timeout=100");
+    source.pull();
+    // Each PING comes after another 100 ms of silence.
+    for _ in 0..4 {
+        peer.wait_for(|seen| match seen {
+            Seen::Message(envelope) => matches!(envelope.message, Message::Ping).then_some(()),
+            _ => None,
+        });
+    }
+    assert!(
+        source
+            .bus
+            .pop_filtered(&[gst::MessageType::Error])
+            .is_none()
+    );
+    assert_eq!(source.stat("reconnects"), 0);
+}
+
+#[test]
+fn a_dead_host_is_lost_within_the_timeout() {
+    let peer = Peer::new(|link, envelope| {
+        if let Message::Subscribe { scanout_id } = envelope.message {
+            link.send(encode::subscribe_resp(scanout_id, true));
+            push(link, &[true]);
+        }
+        Then::GoOn
+    });
+    let mut source = Source::new(peer.port(), "scanout-id=1 timeout=100 reconnect-timeout=0");
+    source.pull();
+    let error = source.error();
+    assert!(error.contains("not even to a PING"), "{error}");
+}
+
+/// A host whose first connection ends badly after a keyframe and a delta.
+fn fails_once(how: impl Fn(&mut Link) -> Then + Send + 'static) -> Peer {
+    let mut connections = 0;
+    Peer::new(move |link, envelope| {
+        match envelope.message {
+            Message::Subscribe { scanout_id } => {
+                connections += 1;
+                link.send(encode::subscribe_resp(scanout_id, true));
+                push(link, &[true, false]);
+            }
+            // Asked for by the test, once it has both.
+            Message::ConfigReq(_) if connections == 1 => return how(link),
+            _ => {}
+        }
+        link.pong(envelope);
+        Then::GoOn
+    })
+}
+
+fn goes_on_with_a_keyframe(peer: &Peer, resyncs: u64) {
+    let mut source = Source::new(peer.port(), "scanout-id=1 timeout=300");
+    source.pull();
+    source.pull();
+    source.element().set_property("bitrate", 1_000_000);
+    let buffer = source.pull();
+    assert!(buffer.flags().contains(gst::BufferFlags::DISCONT));
+    assert!(!buffer.flags().contains(gst::BufferFlags::DELTA_UNIT));
+    assert!(source.pull().flags().contains(gst::BufferFlags::DELTA_UNIT));
+    assert_eq!(
+        (source.stat("reconnects"), source.stat("resyncs")),
+        (1, resyncs)
+    );
+    let states: Vec<String> =
+        std::iter::from_fn(|| source.bus.pop_filtered(&[gst::MessageType::Element]))
+            .filter_map(|message| message.structure()?.get("state").ok())
+            .collect();
+    assert_eq!(states, ["connected", "reconnecting", "connected"]);
+}
+
+#[test]
+fn a_closed_connection_is_made_again() {
+    goes_on_with_a_keyframe(&fails_once(|_| Then::Close), 0);
+}
+
+#[test]
+fn a_stream_out_of_step_is_made_again() {
+    // Part of a message, then the next one (quirk 8).
+    let peer = fails_once(|link| {
+        link.raw(&[0x48, 0x58, 0x46, 0x52, 2, 0, 1, 0, 48, 0, 0, 0])
+            .unwrap();
+        link.raw(&[0; 30]).unwrap();
+        push(link, &[false, false, false]);
+        Then::GoOn
+    });
+    goes_on_with_a_keyframe(&peer, 1);
+}
+
+/// All of a pushed frame of one NAL unit that comes before its bytes.
+fn frame_header(payload_size: u32, nal_size: u32) -> Vec<u8> {
+    let mut header = vec![0x48, 0x58, 0x46, 0x52, 2, 0, 1, 0];
+    header.extend(payload_size.to_le_bytes());
+    // Times, kind, reserved.
+    header.extend([0; 20]);
+    header.extend(1_u32.to_le_bytes());
+    header.extend(nal_size.to_le_bytes());
+    header
+}
+
+#[test]
+fn an_absurd_size_is_out_of_step() {
+    let peer = fails_once(|link| {
+        link.raw(&[0x48, 0x58, 0x46, 0x52, 2, 0, 1, 0, 0xff, 0xff, 0xff, 0xff])
+            .unwrap();
+        Then::GoOn
+    });
+    goes_on_with_a_keyframe(&peer, 1);
+}
+
+#[test]
+fn a_wrong_size_that_swallows_all_that_comes_is_out_of_step() {
+    // 16 MiB: PONGs and frames go into it for as long as it lasts.
+    let peer = fails_once(|link| {
+        let size = 1_u32 << 24;
+        link.raw(&frame_header(24 + 4 + size, size)).unwrap();
+        push(link, &[false, false, false]);
+        Then::GoOn
+    });
+    goes_on_with_a_keyframe(&peer, 1);
+}
+
+#[test]
+fn a_frame_with_another_message_in_it_reaches_no_decoder() {
+    // The end of a delta is left out, and the next one takes its place (quirk 8): the sizes fit.
+    let peer = fails_once(|link| {
+        let mut cut = frame_header(24 + 4 + 100, 100);
+        cut.extend([0, 0, 0, 1, 0x41, 0x9a]);
+        link.raw(&cut).unwrap();
+        push(link, &[false, false, false, false]);
+        Then::GoOn
+    });
+    goes_on_with_a_keyframe(&peer, 1);
+}
+
+#[test]
+fn a_state_change_ends_a_call_to_a_lost_host_at_once() {
+    let peer = host(&[true]);
+    let mut source = Source::new(peer.port(), "scanout-id=1 reconnect-timeout=60000");
+    source.pull();
+    drop(peer);
+    source
+        .bus
+        .iter_timed_filtered(
+            gst::ClockTime::try_from(LONG).unwrap(),
+            &[gst::MessageType::Element],
+        )
+        .find(|message| {
+            message
+                .structure()
+                .is_some_and(|s| s.get::<&str>("state") == Ok("reconnecting"))
+        })
+        .expect("a message about the loss");
+    let start = Instant::now();
+    source
+        .harness
+        .element()
+        .unwrap()
+        .set_state(gst::State::Null)
+        .unwrap();
+    assert!(start.elapsed() < Duration::from_secs(5));
+}
+
+#[test]
+fn a_host_that_subscribes_and_fails_is_given_up_in_time() {
+    let peer = Peer::new(|link, envelope| {
+        if let Message::Subscribe { scanout_id } = envelope.message {
+            link.send(encode::subscribe_resp(scanout_id, true));
+            let text = "no such camera".to_owned();
+            link.send(encode::error(
+                1,
+                &ErrorMessage {
+                    code: ErrorCode::INTERNAL,
+                    text,
+                    tag: None,
+                },
+            ));
+        }
+        Then::GoOn
+    });
+    let source = Source::new(peer.port(), "scanout-id=1 reconnect-timeout=400");
+    let error = source.error();
+    assert!(
+        error.contains("no such camera") && error.contains("400 ms"),
+        "{error}"
+    );
+    // Pauses grow from 50 ms: 50, 100, 200 and the rest.
+    let connections = peer
+        .seen()
+        .iter()
+        .filter(|seen| matches!(seen, Seen::Connected))
+        .count();
+    assert!(connections <= 6, "{connections} connections");
+}
+
+/// A host that lets the first `clients` in, pushes one frame to each and closes, and then wants
+/// another token.
+fn host_that_changes_its_token(clients: u32) -> Peer {
+    let mut seen = 0;
+    Peer::greeting(Greets::Script, move |link, envelope| {
+        match &envelope.message {
+            Message::Hello(hello) => {
+                assert_eq!(hello.auth_token.as_ref().unwrap().0, b"s3cret");
+                seen += 1;
+                if seen > clients {
+                    let (code, text) = (ErrorCode::INVALID_MESSAGE, "wrong token".to_owned());
+                    let tag = None;
+                    link.send(encode::error(0, &ErrorMessage { code, text, tag }));
+                    return Then::CloseAfterSending;
+                }
+                link.hello_resp(&hello_resp());
+            }
+            Message::Subscribe { scanout_id } => {
+                link.send(encode::subscribe_resp(*scanout_id, true));
+                push(link, &[true]);
+                return Then::CloseAfterSending;
+            }
+            _ => {}
+        }
+        link.pong(envelope);
+        Then::GoOn
+    })
+}
+
+fn hello_resp() -> Hello {
+    // A host that only pushes takes no requests.
+    Hello {
+        max_in_flight: 0,
+        ..hello(Capabilities::KEYFRAME_REQ)
+    }
+}
+
+#[test]
+fn a_wrong_token_is_an_error_at_once_even_while_reconnecting() {
+    for clients in [0, 1] {
+        let peer = host_that_changes_its_token(clients);
+        let mut source = Source::new(
+            peer.port(),
+            "scanout-id=1 auth-token=s3cret reconnect-timeout=3600000",
+        );
+        if clients > 0 {
+            source.pull();
+        }
+        let error = source.error();
+        for part in ["wrong token", "is auth-token the one"] {
+            assert!(error.contains(part), "{error}");
+        }
+        assert!(!error.contains("s3cret"), "{error}");
+    }
+}

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: MIT OR Apache-2.0
+"""DMA-BUFs imported with EGL and read back, on Mesa's software renderer.
+
+The EGL module of pipewirezerocopysrc finds its display by the DRM node, asks for formats and modifiers,
+imports memory of each kind and reads it back through OpenGL ES: that an import succeeds proves nothing.
+"""
+
+import re
+
+LIMIT = 90
+KINDS = ("dumb", "vgem", "udmabuf", "heap")
+
+
+def run(stage):
+    with stage.guest("guest", "6.12", ["-device", "virtio-gpu-pci"]) as guest:
+        stage.say(f"guest with Linux {guest.kernel} up after {guest.boot_seconds:.1f} s")
+        guest.run("modules", "modprobe --all virtio-gpu vgem", 20)
+        with stage.part("imports, read back"):
+            said = guest.run("egl", "drmcheck egl", LIMIT)
+            check(stage, said)
+
+
+def check(stage, said):
+    """What is imported must be right; what cannot be must be refused, with a reason."""
+    display = re.search(r"^egl display .*$", said, re.MULTILINE)
+    stage.check(display is not None, display[0] if display else "no display")
+    formats = re.search(r"^egl formats: (\d+); modifiers of XR24: \[(.*)\]$", said, re.MULTILINE)
+    stage.check(formats is not None and "0" in formats[2].split(", "), f"{formats and formats[0]}: LINEAR is one")
+    for kind in KINDS:
+        for how in ("linear", "without modifier", "part", "drawn again", "foreign tiling"):
+            # A renderer that draws on the processor takes the memory of its own node only.
+            own = kind == "dumb" and how != "foreign tiling"
+            expected = "right" if own else "refused: a "
+            line = re.search(f"^egl {kind} {how}: (.*)$", said, re.MULTILINE)
+            good = line is not None and line[1].startswith(expected)
+            stage.check(good, line[0] if line else f"nothing about {kind}, {how}")
