@@ -42,6 +42,8 @@ pub(super) struct Open {
     pub resource: Option<Arc<Resource>>,
     pub forced: bool,
     pub submitted: Submitted,
+    /// When its request was handed to the connection.
+    pub sent: Instant,
     /// The frame was reported as dropped, or sent again; its reply, should it come, belongs to
     /// nobody else.
     pub abandoned: bool,
@@ -203,6 +205,7 @@ impl Conversation {
                         resource,
                         forced,
                         submitted,
+                        sent: Instant::now(),
                         abandoned: false,
                         tag: RequestTag::default(),
                         reply: None,

@@ -9,6 +9,7 @@
 //! | worker.rs | the thread: connecting, greeting, connecting again |
 //! | conversation.rs | the time on one connection: requests out |
 //! | replies.rs | and replies in |
+//! | delivery.rs | the client's thread: what became of frames, told in order |
 //! | liveness.rs | whether the host is still there |
 //! | transfer.rs | how pictures travel |
 //!
@@ -18,15 +19,16 @@
 
 use std::collections::VecDeque;
 use std::panic::{self, AssertUnwindSafe};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use helix_protocol::message::{Config, FrameResponse};
 use helix_protocol::wait::{Deadline, Waiter, Wake, Waker};
 use helix_protocol::{Agreement, Payload};
 use zerocopy_plugin_common::{ConnectionSettings, Quantiles};
 
+use self::delivery::Delivery;
 pub use self::liveness::SIGN_OF_LIFE;
 pub use self::transfer::Way;
 use self::worker::Worker;
@@ -35,6 +37,7 @@ use crate::virtgpu::Resource;
 use crate::vsockenc::Transfer;
 
 mod conversation;
+mod delivery;
 mod liveness;
 mod replies;
 #[cfg(test)]
@@ -42,8 +45,10 @@ mod tests;
 mod transfer;
 mod worker;
 
-/// Whom the session tells. Called on the session's thread, with no lock of the session held.
-pub trait Client: Send + 'static {
+/// Whom the session tells, with no lock of the session held. What becomes of frames, and that the
+/// session has failed, is told in order on a thread of its own (delivery.rs) and may take its time;
+/// the rest on the session's thread, which must not be kept.
+pub trait Client: Send + Sync + 'static {
     /// The host has accepted the connection, and this is what it said of itself.
     fn connected(&self, peer: &str, host: &Agreement);
     /// The host says which settings are in force, in answer to those that it was `given`.
@@ -68,9 +73,9 @@ pub struct AccessUnit {
     pub response: FrameResponse,
     /// Annex B.
     pub data: Payload,
-    /// The first one of a connection that followed another.
+    /// The first one of a connection that followed another, a keyframe.
     pub after_loss: bool,
-    /// Time since the frame was submitted.
+    /// Time from the request's sending to this.
     pub took: Duration,
 }
 
@@ -152,7 +157,7 @@ pub struct Counts {
     pub unmatched: u64,
     /// Connections after the first.
     pub reconnects: u64,
-    /// Time from a request's submission to its reply.
+    /// Time from a request's sending to its reply.
     pub reply: Quantiles,
 }
 
@@ -174,7 +179,6 @@ enum Item {
 /// When a frame was submitted.
 #[derive(Clone, Copy)]
 struct Submitted {
-    at: Instant,
     /// [`State::epoch`] at that time.
     epoch: u32,
 }
@@ -186,6 +190,11 @@ struct State {
     queue: VecDeque<Item>,
     /// Frames accepted and not yet reported, or flushed and not yet answered.
     open: u32,
+    /// Those of them that were answered, or dropped, and not yet reported.
+    answered: u32,
+    deliveries: VecDeque<Delivery>,
+    /// The session is being dropped.
+    ended: bool,
     /// Counts flushes: what is older than the last one is nobody's any more.
     epoch: u32,
     /// The streaming thread waits for `open` or `status` to change.
@@ -205,6 +214,8 @@ struct Shared {
     state: Mutex<State>,
     /// Wakes the thread that submits.
     submitter: Waker,
+    /// Wakes the thread that delivers.
+    to_deliver: Condvar,
 }
 
 impl Shared {
@@ -240,7 +251,7 @@ pub struct SessionSettings {
 pub struct Session {
     shared: Arc<Shared>,
     waker: Waker,
-    thread: Option<thread::JoinHandle<()>>,
+    threads: Vec<thread::JoinHandle<()>>,
 }
 
 impl Session {
@@ -259,13 +270,27 @@ impl Session {
                 host: None,
                 queue: VecDeque::new(),
                 open: 0,
+                answered: 0,
+                deliveries: VecDeque::new(),
+                ended: false,
                 epoch: 0,
                 waiting: false,
                 counts: Counts::default(),
             }),
             submitter,
+            to_deliver: Condvar::new(),
         });
-        let mut worker = Worker::new(shared.clone(), Box::new(client), settings, waiter);
+        let client: Arc<dyn Client> = Arc::new(client);
+        let mut worker = Worker::new(shared.clone(), client.clone(), settings, waiter);
+        let mut session = Self {
+            shared: shared.clone(),
+            waker,
+            threads: Vec::new(),
+        };
+        let delivery = thread::Builder::new()
+            .name("vsockenc:src".to_owned())
+            .spawn(move || delivery::run(&shared, &client))?;
+        session.threads.push(delivery);
         let thread = thread::Builder::new()
             .name("vsockenc".to_owned())
             .spawn(move || {
@@ -274,11 +299,8 @@ impl Session {
                     worker.fail("the connection's thread panicked; please report this as a bug");
                 }
             })?;
-        Ok(Self {
-            shared,
-            waker,
-            thread: Some(thread),
-        })
+        session.threads.push(thread);
+        Ok(session)
     }
 
     /// What the host takes, once there is one. While a lost host is called, what that one took.
@@ -310,7 +332,6 @@ impl Session {
 
     /// Hands a frame over once fewer than `max_open` are open, and fewer than the host takes.
     pub fn submit(&self, waiter: &mut Waiter, max_open: u32, request: Request) -> Submission {
-        let at = Instant::now();
         let result = self.wait_until(waiter, |state| match state.status {
             Status::Failed => Some(Submission::Failed),
             Status::Reconnecting => Some(Submission::NoHost),
@@ -323,7 +344,7 @@ impl Session {
             Ok(mut state) => {
                 state.open += 1;
                 let epoch = state.epoch;
-                let submitted = Submitted { at, epoch };
+                let submitted = Submitted { epoch };
                 state.queue.push_back(Item::Frame(request, submitted));
                 drop(state);
                 self.waker.wake();
@@ -343,10 +364,10 @@ impl Session {
         result.map_or_else(|reason| reason, |_| Submission::Accepted)
     }
 
-    /// Frames accepted and not yet reported, and what was counted.
+    /// Frames accepted and not yet answered, and what was counted.
     pub fn counts(&self) -> (u32, Counts) {
         let state = self.shared.state();
-        (state.open, state.counts.clone())
+        (state.open - state.answered, state.counts.clone())
     }
 
     /// Waits for `ready` to have an opinion. [`Submission::Accepted`] comes with the state, still
@@ -378,7 +399,9 @@ impl Session {
 impl Drop for Session {
     fn drop(&mut self) {
         self.waker.cancel();
-        if let Some(thread) = self.thread.take() {
+        self.shared.state().ended = true;
+        self.shared.to_deliver.notify_one();
+        for thread in self.threads.drain(..) {
             // It has caught its panics.
             let _ = thread.join();
         }

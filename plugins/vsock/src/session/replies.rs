@@ -14,6 +14,7 @@ use helix_protocol::{Connection, Message, Payload};
 
 use super::AccessUnit;
 use super::conversation::{Conversation, Open};
+use super::delivery::Delivery;
 use super::transfer::{Refusal, Way};
 use super::worker::{End, Worker};
 use crate::pixels::Pixels;
@@ -142,21 +143,31 @@ impl Conversation {
             worker.force_keyframe = true;
         } else if worker.is_flushed(open.submitted) {
             worker.release();
+        } else if self.after_loss && !response.is_keyframe {
+            // It refers to what was lost.
+            worker.force_keyframe = true;
+            let reason = "the host was lost, and this is no keyframe";
+            worker.report_dropped(open.frame, open.submitted, reason);
         } else if data.is_empty() {
             worker.force_keyframe |= open.forced;
-            worker.report_dropped(open.frame, "the host sent an empty access unit");
+            worker.report_dropped(
+                open.frame,
+                open.submitted,
+                "the host sent an empty access unit",
+            );
         } else {
-            let took = open.submitted.at.elapsed();
+            let took = open.sent.elapsed();
             let access_unit = AccessUnit {
                 response,
                 data,
                 after_loss: std::mem::take(&mut self.after_loss),
                 took,
             };
-            worker.client.encoded(open.frame, access_unit);
-            worker.shared.update(|state| {
-                state.open -= 1;
-                state.counts.reply.add(took);
+            worker.shared.state().counts.reply.add(took);
+            worker.shared.deliver(Delivery::Encoded {
+                frame: open.frame,
+                epoch: open.submitted.epoch,
+                access_unit,
             });
         }
     }

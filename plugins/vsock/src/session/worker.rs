@@ -13,6 +13,7 @@ use helix_protocol::{Address, Connection, Limits, Stream};
 use zerocopy_plugin_common::Backoff;
 
 use super::conversation::{Conversation, SESSION_ID};
+use super::delivery::Delivery;
 use super::transfer::Choice;
 use super::{Client, Format, Item, SessionSettings, Shared, Status, Submitted};
 use crate::pixels::Pixels;
@@ -45,7 +46,7 @@ impl From<ConnectionError> for End {
 
 pub(super) struct Worker {
     pub shared: Arc<Shared>,
-    pub client: Box<dyn Client>,
+    pub client: Arc<dyn Client>,
     pub address: Address,
     pub settings: SessionSettings,
     pub waiter: Waiter,
@@ -65,7 +66,7 @@ pub(super) struct Worker {
 impl Worker {
     pub fn new(
         shared: Arc<Shared>,
-        client: Box<dyn Client>,
+        client: Arc<dyn Client>,
         settings: SessionSettings,
         waiter: Waiter,
     ) -> Self {
@@ -253,9 +254,12 @@ impl Worker {
         }
     }
 
-    pub fn report_dropped(&self, frame: u32, reason: &str) {
-        self.client.dropped(frame, reason);
-        self.shared.update(|state| state.open -= 1);
+    pub fn report_dropped(&self, frame: u32, submitted: Submitted, reason: &str) {
+        self.shared.deliver(Delivery::Dropped {
+            frame,
+            epoch: submitted.epoch,
+            reason: reason.to_owned(),
+        });
     }
 
     /// Whether a frame is nobody's any more.
@@ -273,18 +277,12 @@ impl Worker {
         if self.is_flushed(submitted) {
             self.release();
         } else {
-            self.report_dropped(frame, reason);
+            self.report_dropped(frame, submitted, reason);
         }
     }
 
     pub fn fail(&mut self, reason: &str) {
-        // Told first, so that whoever is woken by the status finds the error on the bus.
-        self.client.failed(reason);
-        self.shared.update(|state| {
-            state.status = Status::Failed;
-            state.queue.clear();
-            state.open = 0;
-        });
+        self.shared.deliver(Delivery::Failed(reason.to_owned()));
     }
 
     pub fn timeout(&self) -> Option<Duration> {

@@ -279,10 +279,8 @@ impl VideoEncoderImpl for VsockEnc {
         let duration = gst::ClockTime::SECOND
             .mul_div_ceil(den.into(), num.into())
             .unwrap_or(gst::ClockTime::ZERO);
-        let in_flight = lock(&self.settings).max_in_flight;
-        self.obj()
-            .set_latency(duration, duration * u64::from(in_flight));
-        lock(&self.output).latency = Latency::new(duration.into(), in_flight);
+        self.obj().set_latency(duration, gst::ClockTime::NONE);
+        lock(&self.output).latency = Latency::new(duration.into());
         gst::debug!(CAT, imp = self, "{config:?}");
         if let Some(streaming) = &mut *lock(&self.streaming) {
             streaming.session.configure(format);

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! The latency that is reported, in frames: one at first, and more when the host turns out to
-//! take longer. It cannot take longer than `max-in-flight` frames: then frames wait before the
-//! element and not in it.
+//! take longer. It has no upper limit: a host may take as long as it likes for a frame.
 
 use std::time::Duration;
 
@@ -15,32 +14,30 @@ pub struct Latency {
     /// Of one frame.
     duration: Duration,
     /// Frames that are reported.
-    reported: u32,
-    /// Frames, at most.
-    most: u32,
+    frames: u32,
     /// Replies in a row that took longer.
     late: u32,
 }
 
 impl Latency {
     /// To be reported: one frame of `duration`.
-    pub fn new(duration: Duration, max_in_flight: u32) -> Self {
+    pub fn new(duration: Duration) -> Self {
         Self {
             duration,
-            reported: 1,
-            most: max_in_flight,
+            frames: 1,
             late: 0,
         }
     }
 
-    /// What is to be reported, least and most.
-    pub fn range(&self) -> (Duration, Duration) {
-        (self.duration * self.reported, self.duration * self.most)
+    /// What is to be reported.
+    pub fn reported(&self) -> Duration {
+        self.duration * self.frames
     }
 
-    /// A frame took this long; whether something else is to be reported from now on.
+    /// A frame took this long, from its sending to its reply; whether something else is to be
+    /// reported from now on.
     pub fn took(&mut self, took: Duration) -> bool {
-        if took <= self.duration * self.reported || self.reported >= self.most {
+        if took <= self.reported() {
             self.late = 0;
             return false;
         }
@@ -50,7 +47,7 @@ impl Latency {
         }
         self.late = 0;
         let frames = took.as_nanos().div_ceil(self.duration.as_nanos().max(1));
-        self.reported = u32::try_from(frames).map_or(self.most, |frames| frames.min(self.most));
+        self.frames = u32::try_from(frames).unwrap_or(u32::MAX);
         true
     }
 }
@@ -62,25 +59,22 @@ mod tests {
     const FRAME: Duration = Duration::from_millis(10);
 
     #[test]
-    fn a_slow_host_raises_it_to_what_is_true_and_never_over_what_can_be() {
-        let mut latency = Latency::new(FRAME, 4);
-        assert_eq!(latency.range(), (FRAME, FRAME * 4));
-        for _ in 1..LATE {
-            assert!(!latency.took(FRAME * 5 / 2));
+    fn a_slow_host_raises_it_to_what_is_true() {
+        let mut latency = Latency::new(FRAME);
+        assert_eq!(latency.reported(), FRAME);
+        for (took, reported) in [(FRAME * 5 / 2, FRAME * 3), (FRAME * 100, FRAME * 100)] {
+            for _ in 1..LATE {
+                assert!(!latency.took(took));
+            }
+            assert!(latency.took(took));
+            assert_eq!(latency.reported(), reported);
         }
-        assert!(latency.took(FRAME * 5 / 2));
-        assert_eq!(latency.range(), (FRAME * 3, FRAME * 4));
-        for _ in 1..LATE {
-            assert!(!latency.took(FRAME * 100));
-        }
-        assert!(latency.took(FRAME * 100));
-        assert_eq!(latency.range().0, FRAME * 4);
         assert!(!(0..100).any(|_| latency.took(FRAME * 100)));
     }
 
     #[test]
     fn one_slow_reply_is_an_accident() {
-        let mut latency = Latency::new(FRAME, 4);
+        let mut latency = Latency::new(FRAME);
         for number in 0..100 {
             let took = if number % 2 == 0 { FRAME * 3 } else { FRAME };
             assert!(!latency.took(took));

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What comes back from the session, on the session's thread: frames to finish, things to tell.
+//! What comes back from the session: frames to finish, on a thread that may wait for downstream;
+//! things to tell, on the session's.
 
 use std::time::Duration;
 
@@ -19,7 +20,7 @@ use crate::session::{AccessUnit, Client, Way};
 /// A bitrate that differs by more than a tenth is worth a warning (L28).
 const NOTABLE: u32 = 10;
 
-/// What the session's thread leaves for the others.
+/// What the session's threads leave for the others.
 #[derive(Default)]
 pub(super) struct Output {
     caps: H264Caps,
@@ -27,6 +28,8 @@ pub(super) struct Output {
     pub flow: Option<gst::FlowError>,
     /// Frames that were dropped before there were caps; the base class still holds them.
     unfinished: Vec<u32>,
+    /// The next access unit that leaves follows a loss.
+    discont: bool,
     /// The host said that it resolves resource ids.
     pub resolves: bool,
     pub frames: u64,
@@ -177,10 +180,13 @@ impl VsockEnc {
             ..
         } = access_unit;
         let obj = self.obj();
+        // Kept until one really leaves.
+        lock(&self.output).discont |= after_loss;
         // None after a flush. Holds the stream lock.
         let Some(mut frame) = obj.frame(number as i32) else {
             return;
         };
+        let discont;
         let caps = {
             let mut output = lock(&self.output);
             let caps = response
@@ -194,6 +200,7 @@ impl VsockEnc {
                 return;
             }
             output.frames += 1;
+            discont = std::mem::take(&mut output.discont);
             caps
         };
         let result = caps
@@ -208,7 +215,7 @@ impl VsockEnc {
                 // The hosts do not reorder, and some say nonsense here.
                 frame.set_dts(frame.pts());
                 let mut buffer = gst::Buffer::from_mut_slice(data);
-                if after_loss {
+                if discont {
                     buffer.make_mut().set_flags(gst::BufferFlags::DISCONT);
                 }
                 frame.set_output_buffer(buffer);
@@ -222,17 +229,17 @@ impl VsockEnc {
 
     /// Reports more latency where a host takes longer than was reported.
     fn see_latency(&self, took: Duration) {
-        let (least, most) = {
+        let latency = {
             let mut output = lock(&self.output);
             if !output.latency.took(took) {
                 return;
             }
-            output.latency.range()
+            output.latency.reported()
         };
-        gst::info!(CAT, imp = self, "latency is {least:?} to {most:?} now");
-        let time = |duration: Duration| gst::ClockTime::from_nseconds(duration.as_nanos() as u64);
+        gst::info!(CAT, imp = self, "latency is {latency:?} now");
+        let latency = gst::ClockTime::from_nseconds(latency.as_nanos() as u64);
         // Posts a latency message, too.
-        self.obj().set_latency(time(least), time(most));
+        self.obj().set_latency(latency, gst::ClockTime::NONE);
     }
 
     /// Finishes the frames that were dropped before there were caps.

@@ -2,6 +2,7 @@
 
 //! What GstVideoEncoder asks of its subclasses: flushes, states, caps, the end, keyframes.
 
+use std::sync::mpsc::{Receiver, channel};
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
@@ -75,7 +76,7 @@ fn ends_a_wait(end: impl FnOnce(&mut Harness)) {
     encoder.push().unwrap();
     let pad = encoder.harness.srcpad().unwrap().clone();
     let buffer = encoder.buffer(64 * 48 * 4, 0);
-    let (entered, wait) = std::sync::mpsc::channel();
+    let (entered, wait) = channel();
     let pusher = std::thread::spawn(move || {
         entered.send(()).unwrap();
         pad.push(buffer)
@@ -238,27 +239,125 @@ fn frames_too_late_for_the_sink_are_not_sent() {
     assert_eq!(requests.len(), 2);
 }
 
+/// What the element adds to the latency, at least and at most.
+fn latency(encoder: &Encoder) -> (gst::ClockTime, Option<gst::ClockTime>) {
+    let mut query = gst::query::Latency::new();
+    assert!(encoder.element().query(&mut query));
+    let (_, least, most) = query.result();
+    (least, most)
+}
+
 #[test]
 fn latency_is_a_frame_at_first_and_then_what_the_host_takes() {
     let peer = Peer::answering();
-    let mut encoder = Encoder::new(peer.port(), "max-in-flight=3");
-    let latency = |encoder: &Encoder| {
-        let mut query = gst::query::Latency::new();
-        assert!(encoder.element().query(&mut query));
-        query.result().1
-    };
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=1");
     encoder.push().unwrap();
     encoder.pull();
-    assert_eq!(latency(&encoder), FRAME);
-    // No host answers within 10 us.
+    assert_eq!(latency(&encoder), (FRAME, None));
+    // No host answers within 1 us, whatever may be in flight.
     encoder
         .harness
-        .set_src_caps_str("video/x-raw,format=BGRx,width=64,height=48,framerate=100000/1");
+        .set_src_caps_str("video/x-raw,format=BGRx,width=64,height=48,framerate=1000000/1");
     for _ in 0..10 {
         encoder.push().unwrap();
         encoder.pull();
     }
-    assert_eq!(latency(&encoder), gst::ClockTime::from_useconds(30));
+    let (least, most) = latency(&encoder);
+    assert!(least > gst::ClockTime::from_useconds(1), "{least}");
+    assert_eq!(most, None);
+}
+
+#[test]
+fn latency_is_not_what_downstream_takes() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=4");
+    encoder
+        .harness
+        .set_src_caps_str("video/x-raw,format=BGRx,width=64,height=48,framerate=20/1");
+    let pad = encoder.element().static_pad("src").unwrap();
+    pad.add_probe(gst::PadProbeType::BUFFER, |_, _| {
+        // A sink that waits for the time of each.
+        std::thread::sleep(Duration::from_millis(60));
+        gst::PadProbeReturn::Ok
+    });
+    for _ in 0..20 {
+        encoder.push().unwrap();
+    }
+    for _ in 0..20 {
+        encoder.pull();
+    }
+    assert_eq!(latency(&encoder).0, gst::ClockTime::from_mseconds(50));
+}
+
+/// Blocks what is downstream of an encoder, and says when something waits there.
+fn block(encoder: &Encoder) -> (gst::Pad, gst::PadProbeId, Receiver<()>) {
+    let pad = encoder.element().static_pad("src").unwrap();
+    let (tell, blocked) = channel();
+    let types = gst::PadProbeType::BLOCK | gst::PadProbeType::BUFFER;
+    let id = pad.add_probe(types, move |_, _| {
+        // The test may have heard enough.
+        let _ = tell.send(());
+        gst::PadProbeReturn::Ok
+    });
+    (pad, id.unwrap(), blocked)
+}
+
+#[test]
+fn the_host_is_talked_to_while_downstream_is_blocked() {
+    // Answers the first frame when it has the second, and that when it is asked for a sign of
+    // life again.
+    let mut open: Vec<FrameRequest> = Vec::new();
+    let peer = Peer::new(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            open.push(*request);
+            if let [first, _] = open[..] {
+                link.answer(&first);
+            }
+        }
+        if link.pong(envelope)
+            && let [_, second] = open[..]
+        {
+            link.answer(&second);
+        }
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=2 timeout=1000");
+    let (pad, probe, blocked) = block(&encoder);
+    encoder.push().unwrap();
+    encoder.push().unwrap();
+    assert_eq!(peer.wait_for(config).bitrate, 4_000_000);
+    peer.wait_for(request);
+    peer.wait_for(request);
+    blocked.recv_timeout(LONG).unwrap();
+    encoder.element().set_property("bitrate", 500_000);
+    assert_eq!(peer.wait_for(config).bitrate, 500_000);
+    peer.wait_for(|seen| match seen {
+        Seen::Message(envelope) => matches!(envelope.message, Message::Ping).then_some(()),
+        _ => None,
+    });
+    // Its answer is read, too.
+    let deadline = Instant::now() + LONG;
+    while encoder.stat("in-flight") > 0 {
+        assert!(Instant::now() < deadline, "the answer is not read");
+        std::thread::yield_now();
+    }
+    pad.remove_probe(probe);
+    encoder.pull();
+    encoder.pull();
+    assert_eq!(
+        (encoder.stat("reconnects"), encoder.stat("dropped")),
+        (0, 0)
+    );
+}
+
+#[test]
+fn a_blocked_downstream_does_not_hold_up_stopping() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(peer.port(), "");
+    let (_pad, _probe, blocked) = block(&encoder);
+    encoder.push().unwrap();
+    blocked.recv_timeout(LONG).unwrap();
+    encoder.element().set_state(gst::State::Null).unwrap();
 }
 
 /// Flushes a pipeline whose host does what it does to it, and stops it, and expects that both are

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage};
 use helix_protocol::{Message, encode};
-use zerocopy_test_support::peer::{Greets, Link, Peer, Seen, Then, hello};
+use zerocopy_test_support::peer::{DELTA, Greets, Link, Peer, Seen, Then, hello};
 
 use super::*;
 
@@ -93,6 +93,36 @@ fn a_host_that_comes_back_goes_on_with_a_keyframe() {
         encoder.connection_states(),
         ["connected", "reconnecting", "connected"]
     );
+}
+
+#[test]
+fn nothing_leaves_after_a_loss_before_a_keyframe() {
+    let mut frames = 0;
+    let peer = Peer::new(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            frames += 1;
+            match frames {
+                2 => return Then::Close,
+                // Passes over the wish for a keyframe.
+                3 => link.respond(1, request.pts, false, DELTA),
+                _ => link.answer(request),
+            }
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=1");
+    encoder.push().unwrap();
+    encoder.pull();
+    let buffer = loop {
+        encoder.push().unwrap();
+        if let Some(buffer) = encoder.harness.try_pull() {
+            break buffer;
+        }
+    };
+    assert!(!buffer.flags().contains(gst::BufferFlags::DELTA_UNIT));
+    assert!(buffer.flags().contains(gst::BufferFlags::DISCONT));
+    assert!(encoder.stat("dropped") >= 2);
 }
 
 #[test]
