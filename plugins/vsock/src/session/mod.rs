@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The conversation with a host: one thread that connects, sends requests, hands replies to its
-//! client as they come (L23), and finds the host again when it is lost.
+//! The conversation with a host: one thread that connects, sends requests, takes replies as they
+//! come (L23), and finds the host again when it is lost; and one that hands them to the client.
 //!
 //! | file | job |
 //! | --- | --- |
@@ -188,10 +188,11 @@ struct State {
     /// The host of the last connection.
     host: Option<Arc<Agreement>>,
     queue: VecDeque<Item>,
-    /// Frames accepted and not yet reported, or flushed and not yet answered.
+    /// Frames accepted and not yet reported to the end, or flushed and not yet answered.
     open: u32,
     /// Those of them that were answered, or dropped, and not yet reported.
     answered: u32,
+    /// For the thread that delivers, oldest first; no more than `answered` and a failure.
     deliveries: VecDeque<Delivery>,
     /// The session is being dropped.
     ended: bool,
