@@ -184,17 +184,26 @@ def refuse(stage, guest, cid, where):
     runs = [("encode", picture, LONG_LIMIT, REFUSED[cid]), ("scanout", screen, LONG_LIMIT, REFUSED[cid])]
     if cid == CID_HOST:
         runs.append(("encode-soon", picture, SHORT_LIMIT, TOO_LATE))
-    for kind, element, limit, reason in runs:
-        pipeline = f"{element} port={CLOSED_PORT} timeout={limit * 1000} ! fakesink"
-        named = [f"vsock:{cid}:{CLOSED_PORT}", reason, "helix-host"]
-        expect_error(stage, guest, kind, f"refused-{kind}-{where}", pipeline, limit, named)
+    # All at once: what takes its time is the start of each program.
+    jobs = [
+        start_failing(
+            guest, f"refused-{kind}-{where}", f"{element} port={CLOSED_PORT} timeout={limit * 1000} ! fakesink"
+        )
+        for kind, element, limit, _ in runs
+    ]
+    for job, (kind, _, limit, reason) in zip(jobs, runs):
+        expect_error(stage, job, kind, limit, [f"vsock:{cid}:{CLOSED_PORT}", reason, "helix-host"])
 
 
-def expect_error(stage, guest, kind, name, pipeline, limit, named):
-    """A pipeline that must fail within `limit` seconds, with an error that names all of `named`."""
-    job = guest.start(
+def start_failing(guest, name, pipeline):
+    """Starts a pipeline that must fail."""
+    return guest.start(
         name, f"exec /src/tests/vm/pipeline-error.py {REFUSED_LIMIT - 5} '{pipeline}'", REFUSED_LIMIT
     )
+
+
+def expect_error(stage, job, kind, limit, named):
+    """It must fail within `limit` seconds, with an error that names all of `named`."""
     status = job.wait()
     stage.check(status == 1, f"{kind}: it {job.ending()}, for an error")
     error = re.search(r"^ERROR after ([\d.]+) s: .*$", job.output(), re.MULTILINE)
@@ -218,13 +227,12 @@ def allow(stage, guest, start_host):
     served = guest.start(
         "allowed", f"exec gst-launch-1.0 {picture} port={ALLOWING[CID_LOCAL]} ! fakesink", REFUSED_LIMIT
     )
+    refused = start_failing(guest, "not-allowed", f"{picture} port={ALLOWING[CID_STRANGER]} ! fakesink")
     stage.check(served.wait() == 0, f"--allow-cid {CID_LOCAL}: a picture was encoded")
     expect_error(
         stage,
-        guest,
+        refused,
         f"--allow-cid {CID_STRANGER}",
-        "not-allowed",
-        f"{picture} port={ALLOWING[CID_STRANGER]} ! fakesink",
         LONG_LIMIT,
         [f"vsock:{CID_LOCAL}:{ALLOWING[CID_STRANGER]}", "CID may not connect (--allow-cid)"],
     )
