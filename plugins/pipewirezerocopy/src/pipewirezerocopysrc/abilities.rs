@@ -41,7 +41,7 @@ impl Abilities {
     /// The modifiers with which DMA-BUFs of that format can be passed on.
     pub fn passable(&self, format: PixelFormat) -> Vec<u64> {
         let gpu = self.gpu.as_ref().filter(|_| self.dmabuf);
-        let known = gpu.map_or_else(Vec::new, |gpu| gpu.modifiers(format));
+        let known = gpu.map_or_else(Vec::new, |gpu| gpu.known(format));
         self.not_refused(known, format, Use::PassOn)
     }
 
@@ -53,7 +53,7 @@ impl Abilities {
         }
         // What is read back through OpenGL is RGB.
         let gpu = self.gpu.as_ref().filter(|_| format != PixelFormat::Nv12);
-        let mut known = gpu.map_or_else(Vec::new, |gpu| gpu.modifiers(format));
+        let mut known = gpu.map_or_else(Vec::new, |gpu| gpu.readable(format));
         if !known.contains(&LINEAR) {
             known.insert(0, LINEAR);
         }

@@ -319,6 +319,7 @@ pub(super) mod tests {
         let format = |format: PixelFormat| Format {
             fourcc: format.fourcc(),
             modifiers: vec![7, LINEAR],
+            external: Vec::new(),
         };
         let formats = [PixelFormat::Bgrx, PixelFormat::Bgra].map(format);
         Abilities {

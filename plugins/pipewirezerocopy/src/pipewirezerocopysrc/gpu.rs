@@ -81,20 +81,32 @@ fn nodes(folder: &Path) -> Vec<PathBuf> {
 pub(super) struct Importable(pub Vec<Format>);
 
 impl Importable {
-    /// The modifiers of a format, the driver's preferred one first. [`IMPLICIT`] is the last: what
-    /// a producer and a consumer on one driver need not say.
-    pub fn modifiers(&self, format: PixelFormat) -> Vec<u64> {
+    /// The modifiers with which DMA-BUFs of a format are understood by some part of the GPU, the
+    /// driver's preferred one first. [`IMPLICIT`] is the last: what a producer and a consumer on
+    /// one driver need not say.
+    pub fn known(&self, format: PixelFormat) -> Vec<u64> {
+        self.listed(format, |known| {
+            [&known.modifiers[..], &known.external].concat()
+        })
+    }
+
+    /// The same for those that a shader can read.
+    pub fn readable(&self, format: PixelFormat) -> Vec<u64> {
+        self.listed(format, |known| known.modifiers.clone())
+    }
+
+    fn listed(&self, format: PixelFormat, of: impl Fn(&Format) -> Vec<u64>) -> Vec<u64> {
         if self.0.is_empty() {
             // A driver from before modifiers.
             return vec![LINEAR, IMPLICIT];
         }
         let known = self.0.iter().find(|known| known.fourcc == format.fourcc());
-        known.map_or_else(Vec::new, |known| {
-            let said = known.modifiers.iter().copied();
-            said.filter(|modifier| *modifier != IMPLICIT)
-                .chain([IMPLICIT])
-                .collect()
-        })
+        let mut listed = known.map(of).unwrap_or_default();
+        listed.retain(|modifier| *modifier != IMPLICIT);
+        if !listed.is_empty() {
+            listed.push(IMPLICIT);
+        }
+        listed
     }
 }
 
@@ -152,11 +164,13 @@ mod tests {
         let importable = Importable(vec![Format {
             fourcc: PixelFormat::Bgrx.fourcc(),
             modifiers: vec![7, LINEAR],
+            external: vec![8],
         }]);
-        let of = |format| importable.modifiers(format);
-        assert_eq!(of(PixelFormat::Bgrx), [7, LINEAR, IMPLICIT]);
-        assert!(of(PixelFormat::Rgba).is_empty());
-        let old = Importable::default().modifiers(PixelFormat::Rgba);
+        let bgrx = PixelFormat::Bgrx;
+        assert_eq!(importable.known(bgrx), [7, LINEAR, 8, IMPLICIT]);
+        assert_eq!(importable.readable(bgrx), [7, LINEAR, IMPLICIT]);
+        assert!(importable.known(PixelFormat::Rgba).is_empty());
+        let old = Importable::default().known(PixelFormat::Rgba);
         assert_eq!(old, [LINEAR, IMPLICIT]);
     }
 
