@@ -264,9 +264,8 @@ impl Worker {
             .info({
                 let notes = core_notes.clone();
                 move |info| {
-                    notes
-                        .knows_timelines
-                        .set(timeline::is_known_to(info.version()))
+                    let known = timeline::is_known_to(info.version());
+                    notes.knows_timelines.set(known);
                 }
             })
             .done({
