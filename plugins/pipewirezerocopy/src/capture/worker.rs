@@ -417,7 +417,7 @@ impl Worker {
         else {
             return;
         };
-        let reason = format!("{} has been removed", describe(*id, node));
+        let reason = format!("{} has been removed", node.describe(*id));
         self.vanish(reason, None);
     }
 
@@ -442,10 +442,11 @@ impl Worker {
                 self.log(Level::Warning, format_args!("choosing failed: {error}"));
             }
         }
-        let target = self.past.node.as_ref().map_or_else(
-            || self.config.target.to_string(),
-            |(id, n)| describe(*id, n),
-        );
+        let target = self
+            .past
+            .node
+            .as_ref()
+            .map_or_else(|| self.config.target.to_string(), |(id, n)| n.describe(*id));
         let known = stream.had_format() || self.past.told == Some(Told::Vanished);
         let (what, reason) = if let Some(error) = stream.take_error() {
             (Trouble::Error, error)
@@ -518,7 +519,7 @@ impl Worker {
         if !node.may_be_video() {
             self.link.inbox.put_failed(Failure::Target(format!(
                 "{} is a {}, not a source of video",
-                describe(id, &node),
+                node.describe(id),
                 node.class.as_deref().unwrap_or("thing")
             )));
             return;
@@ -535,7 +536,7 @@ impl Worker {
             offer,
             self.notes.knows_timelines.get(),
         );
-        let what = describe(id, &node);
+        let what = node.describe(id);
         match connected {
             Ok(stream) => {
                 self.log(Level::Info, format_args!("connecting to {what}"));
@@ -577,13 +578,6 @@ impl Worker {
     }
 }
 
-fn describe(id: u32, node: &Node) -> String {
-    match &node.name {
-        Some(name) => format!("PipeWire node {id} ({name})"),
-        None => format!("PipeWire node {id}"),
-    }
-}
-
 /// The daemon's socket as libpipewire finds it (`pipewire(1)`, "ENVIRONMENT VARIABLES").
 fn socket_name() -> String {
     let get = |key: &str| std::env::var_os(key).filter(|value| !value.is_empty());
@@ -598,20 +592,5 @@ fn socket_name() -> String {
             "{} (and neither PIPEWIRE_RUNTIME_DIR nor XDG_RUNTIME_DIR is set)",
             PathBuf::from(remote).display()
         ),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::Target;
-    use super::*;
-
-    #[test]
-    fn nodes_are_named_for_people() {
-        let mut node = Node::default();
-        assert_eq!(describe(3, &node), "PipeWire node 3");
-        node.name = Some("mutter".into());
-        assert_eq!(describe(3, &node), "PipeWire node 3 (mutter)");
-        assert_eq!(Target::Object("x".into()).to_string(), "PipeWire node 'x'");
     }
 }

@@ -11,6 +11,7 @@ use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
 use zerocopy_test_support::desktop::Desktop;
 
 mod content;
+mod dmabuf;
 mod hostile;
 mod keepalive;
 mod lifecycle;
