@@ -32,26 +32,29 @@ START_TIMEOUT = 60
 class ScreenVm:
     """As a context manager: entered, the picture is on the screen and moves.
 
-    `qmp` is the path of the socket that it offers; the disk and logs go into the folder `output`.
+    `qmp` is the path of the socket that it offers, beside which its disk lies; `log_dir` is for QEMU's words.
     """
 
-    def __init__(self, width, height, fps, qmp, output):
-        disk = output / "screen-vm.img"
-        disk.write_bytes(boot_sector(width, height, fps, output) + picture(width, height))
+    def __init__(self, width, height, fps, qmp, log_dir):
+        folder = pathlib.Path(qmp).parent
+        disk = folder / "screen-vm.img"
+        disk.write_bytes(boot_sector(width, height, fps, folder) + picture(width, height))
         # No KVM: it can exist and hang, and a boot sector needs none.
         argv = [QEMU, "-name", "screen", "-accel", "tcg", "-m", "16", "-nodefaults", "-no-user-config"]
         argv += ["-vga", "std", "-drive", f"file={disk},format=raw,if=ide,snapshot=on"]
         argv += ["-debugcon", "stdio", "-display", "dbus,p2p=on"]
         argv += ["-qmp", f"unix:{qmp},server=on,wait=off"]
-        self.argv, self.output = argv, output
+        self.argv, self.log_dir = argv, log_dir
 
     def __enter__(self):
-        qemu = Child("screen-vm", self.argv, os.environ, self.output, stdout=subprocess.PIPE)
+        qemu = Child("screen-vm", self.argv, os.environ, self.log_dir, stdout=subprocess.PIPE)
         # It says one line, or ends.
         readable, _, _ = select.select([qemu.process.stdout], [], [], START_TIMEOUT)
         if not readable or qemu.process.stdout.readline() != b"shown\n":
             qemu.stop()
-            raise DesktopError(f"QEMU shows no picture within {START_TIMEOUT} s\n{qemu.tail()}")
+            raise DesktopError(
+                f"QEMU has ended, or shows no picture within {START_TIMEOUT} s\n{qemu.tail()}"
+            )
         self.qemu = qemu
         return self
 
