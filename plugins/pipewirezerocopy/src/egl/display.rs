@@ -15,13 +15,15 @@ use khronos_egl as egl;
 
 use super::image::Image;
 use super::library::{self, Egl, Gbm};
-use super::{DmaBuf, Error, MAX_PLANES, fourcc_name};
+use super::{DmaBuf, Error, MAX_PLANES, describe};
 
 // From eglext.h.
 const PLATFORM_DEVICE_EXT: egl::Enum = 0x313F;
 const PLATFORM_GBM_KHR: egl::Enum = 0x31D7;
 const DRM_DEVICE_FILE_EXT: egl::Int = 0x3233;
 const DRM_RENDER_NODE_FILE_EXT: egl::Int = 0x3377;
+const DEVICE_EXT: egl::Int = 0x322C;
+const CUDA_DEVICE_NV: egl::Int = 0x323A;
 const LINUX_DMA_BUF_EXT: egl::Enum = 0x3270;
 const LINUX_DRM_FOURCC_EXT: egl::Attrib = 0x3271;
 /// For each plane: descriptor, offset, pitch, low and high half of the modifier.
@@ -36,6 +38,10 @@ type DeviceExt = *mut c_void;
 type QueryDevices =
     unsafe extern "system" fn(egl::Int, *mut DeviceExt, *mut egl::Int) -> egl::Boolean;
 type QueryDeviceString = unsafe extern "system" fn(DeviceExt, egl::Int) -> *const c_char;
+type QueryDisplayAttrib =
+    unsafe extern "system" fn(egl::EGLDisplay, egl::Int, *mut egl::Attrib) -> egl::Boolean;
+type QueryDeviceAttrib =
+    unsafe extern "system" fn(DeviceExt, egl::Int, *mut egl::Attrib) -> egl::Boolean;
 type QueryFormats = unsafe extern "system" fn(
     egl::EGLDisplay,
     egl::Int,
@@ -233,6 +239,37 @@ impl Display {
         has(&self.inner.extensions, name)
     }
 
+    /// The number of the CUDA device that the display draws with (EGL_NV_device_cuda), where its
+    /// driver is NVIDIA's.
+    pub fn cuda_device(&self) -> Option<u32> {
+        let Inner { egl, raw, .. } = *self.inner;
+        // SAFETY: the types are those of EGL_EXT_device_query.
+        let (of_display, of_device, string): (
+            QueryDisplayAttrib,
+            QueryDeviceAttrib,
+            QueryDeviceString,
+        ) = unsafe {
+            (
+                library::extension(egl, "eglQueryDisplayAttribEXT").ok()?,
+                library::extension(egl, "eglQueryDeviceAttribEXT").ok()?,
+                library::extension(egl, "eglQueryDeviceStringEXT").ok()?,
+            )
+        };
+        let mut device = 0;
+        // SAFETY: the display is initialised, and the number that is written is ours.
+        let known = unsafe { of_display(raw.as_ptr(), DEVICE_EXT, &raw mut device) };
+        let device = (known == egl::TRUE && device != 0).then_some(device as DeviceExt)?;
+        // SAFETY: the device is the display's own, and its strings are static.
+        let extensions = unsafe { library::text(string(device, egl::EXTENSIONS)) }?;
+        if !has(extensions.to_str().ok()?, "EGL_NV_device_cuda") {
+            return None;
+        }
+        let mut number = 0;
+        // SAFETY: the device is the display's own, and the number that is written is ours.
+        let known = unsafe { of_device(device, CUDA_DEVICE_NV, &raw mut number) };
+        (known == egl::TRUE).then(|| u32::try_from(number).ok())?
+    }
+
     /// What can be imported. A format without modifiers is left out; a driver that knows no
     /// modifiers at all says nothing here.
     pub fn formats(&self) -> Result<Vec<Format>, Error> {
@@ -328,18 +365,7 @@ impl Display {
 impl Inner {
     /// Says what was tried with which buffer.
     pub fn about(&self, buffer: &DmaBuf, reason: &str) -> String {
-        let modifier = buffer
-            .modifier
-            .map_or("no modifier".to_owned(), |modifier| {
-                format!("modifier {modifier:#x}")
-            });
-        format!(
-            "a {}x{} {} DMA-BUF with {modifier} on {}: {reason}",
-            buffer.width,
-            buffer.height,
-            fourcc_name(buffer.fourcc),
-            self.node.display()
-        )
+        format!("{} on {}: {reason}", describe(buffer), self.node.display())
     }
 }
 
