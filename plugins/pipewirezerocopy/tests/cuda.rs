@@ -10,7 +10,7 @@ use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
 use gst::prelude::*;
 use gst_video::prelude::*;
-use gstpipewirezerocopy::cuda::{Context, Error, Images, Importer, Pool, Stream, Way};
+use gstpipewirezerocopy::cuda::{Context, Display, Error, Importer, Pool, Source, Stream, Way};
 use gstpipewirezerocopy::egl::{self, DmaBuf, Plane};
 use zerocopy_cuda_fake::{Alive, Fake};
 
@@ -40,7 +40,7 @@ struct Numbers;
 
 struct Number(usize);
 
-impl Images for Numbers {
+impl Display for Numbers {
     type Image = Number;
 
     fn import(&self, buffer: &DmaBuf<'_>) -> Result<Number, egl::Error> {
@@ -51,7 +51,7 @@ impl Images for Numbers {
         std::ptr::without_provenance_mut(image.0)
     }
 
-    fn display(&self) -> Result<&egl::Display, egl::Error> {
+    fn egl(&self) -> Result<&egl::Display, egl::Error> {
         Err(egl::Error::Unavailable("nothing draws here".into()))
     }
 }
@@ -97,14 +97,13 @@ fn caps(info: &gst_video::VideoInfo) -> gst::Caps {
 }
 
 impl Setup {
-    /// Copies the picture whose planes are the images from `image` on.
-    fn copy(
+    /// Imports the picture whose planes are the images from `image` on.
+    fn prepare(
         &mut self,
         fourcc: u32,
         image: usize,
         size: (u32, u32),
-        at: (u32, u32),
-    ) -> Result<gst::Buffer, Error> {
+    ) -> Result<Source<Number>, Error> {
         let file = File::open("/dev/null").unwrap();
         let plane = |number: usize| Plane {
             fd: file.as_fd(),
@@ -112,18 +111,28 @@ impl Setup {
             stride: 0,
         };
         let planes = [plane(image), plane(image + 1)];
-        let picture = DmaBuf {
+        self.importer.prepare(&DmaBuf {
             fourcc,
             modifier: Some(0),
             width: size.0,
             height: size.1,
             planes: &planes[..if fourcc == NV12 { 2 } else { 1 }],
-        };
+        })
+    }
+
+    /// Copies a part of it.
+    fn copy_part(&mut self, source: &Source<Number>, at: (u32, u32)) -> Result<gst::Buffer, Error> {
         let mut buffer = self.pool.pool.acquire_buffer(None).unwrap();
         let writable = buffer.get_mut().unwrap();
         self.importer
-            .copy(image as u64, &picture, at, writable, &self.info)
+            .copy(source, at, writable, &self.info)
             .map(|()| buffer)
+    }
+
+    /// Imports a picture as large as the buffers and copies it.
+    fn copy(&mut self, fourcc: u32, image: usize) -> Result<gst::Buffer, Error> {
+        let source = self.prepare(fourcc, image, (self.info.width(), self.info.height()))?;
+        self.copy_part(&source, (0, 0))
     }
 
     /// Row `y` of a plane, as the CPU reads it back.
@@ -147,7 +156,7 @@ fn a_picture_is_copied_row_by_row_whatever_the_gpus_pitch() {
     fake.set_image(1000, source, pitch, 4);
     let mut setup = setup(gst_video::VideoFormat::Bgrx, 1366, 768);
     assert!(setup.pool.size as usize > setup.info.size());
-    let buffer = setup.copy(XR24, 1000, (1366, 768), (0, 0)).unwrap();
+    let buffer = setup.copy(XR24, 1000).unwrap();
     for y in [0, 1, 400, 767] {
         assert!(setup.row(&buffer, 0, y, width * 4) == source[y * pitch..][..width * 4]);
     }
@@ -162,7 +171,7 @@ fn nv12_is_copied_plane_by_plane() {
     fake.set_image(1010, luma, 192, 1);
     fake.set_image(1011, chroma, 192, 2);
     let mut setup = setup(gst_video::VideoFormat::Nv12, 178, 50);
-    let buffer = setup.copy(NV12, 1010, (178, 50), (0, 0)).unwrap();
+    let buffer = setup.copy(NV12, 1010).unwrap();
     for y in [0, 24, 49] {
         assert_eq!(setup.row(&buffer, 0, y, 178), luma[y * 192..][..178]);
     }
@@ -177,24 +186,26 @@ fn a_part_of_a_picture_is_copied_from_where_it_lies() {
     let source = pattern(256 * 64, 7);
     fake.set_image(1020, source, 256, 4);
     let mut setup = setup(gst_video::VideoFormat::Bgrx, 20, 10);
-    let buffer = setup.copy(XR24, 1020, (64, 64), (44, 54)).unwrap();
+    let source_of_all = setup.prepare(XR24, 1020, (64, 64)).unwrap();
+    let buffer = setup.copy_part(&source_of_all, (44, 54)).unwrap();
     for y in [0, 9] {
         let expected = &source[(54 + y) * 256 + 44 * 4..][..80];
         assert_eq!(setup.row(&buffer, 0, y, 80), expected);
     }
-    let outside = setup.copy(XR24, 1020, (64, 64), (45, 54)).unwrap_err();
+    let outside = setup.copy_part(&source_of_all, (45, 54)).unwrap_err();
     assert!(matches!(outside, Error::Refused(_)), "{outside}");
 }
 
 #[test]
-fn a_buffer_is_registered_once_and_until_it_is_forgotten() {
+fn a_buffer_is_registered_once_and_as_long_as_it_is_there() {
     let Some(fake) = fake() else { return };
     fake.set_image(1030, pattern(64 * 16, 0), 64, 4);
     fake.set_image(1031, pattern(64 * 16, 1), 64, 4);
     let mut setup = setup(gst_video::VideoFormat::Bgrx, 16, 16);
+    let sources = [1030, 1031].map(|image| setup.prepare(XR24, image, (16, 16)).unwrap());
     for _ in 0..3 {
-        for image in [1030, 1031] {
-            setup.copy(XR24, image, (16, 16), (0, 0)).unwrap();
+        for source in &sources {
+            setup.copy_part(source, (0, 0)).unwrap();
         }
     }
     assert_eq!(fake.alive().resources, 2);
@@ -202,9 +213,24 @@ fn a_buffer_is_registered_once_and_until_it_is_forgotten() {
     let count = |name: &str| calls.iter().filter(|call| *call == name).count();
     assert_eq!(count("cuGraphicsEGLRegisterImage"), 2);
     assert_eq!(count("cuMemcpy2DAsync_v2"), 6);
-    setup.importer.forget(|key| key == 1030);
-    assert_eq!(fake.alive().resources, 1);
+    drop(sources);
+    assert_eq!(fake.alive().resources, 0);
     drop(setup);
+    nothing_left(&fake);
+}
+
+#[test]
+fn a_buffer_outlives_the_context_that_it_was_imported_in_and_serves_no_other() {
+    let Some(fake) = fake() else { return };
+    fake.set_image(1035, pattern(64 * 16, 0), 64, 4);
+    let mut first = setup(gst_video::VideoFormat::Bgrx, 16, 16);
+    let source = first.prepare(XR24, 1035, (16, 16)).unwrap();
+    drop(first);
+    let mut second = setup(gst_video::VideoFormat::Bgrx, 16, 16);
+    assert!(!source.is_of(second.importer.context()));
+    let error = second.copy_part(&source, (0, 0)).unwrap_err();
+    assert!(error.to_string().contains("another context"), "{error}");
+    drop((second, source));
     nothing_left(&fake);
 }
 
@@ -218,7 +244,7 @@ fn the_copy_is_done_before_the_producer_draws_again() {
     fake.set_image(1040, shared, 64, 4);
     let mut setup = setup(gst_video::VideoFormat::Bgrx, 16, 16);
     fake.calls();
-    let buffer = setup.copy(XR24, 1040, (16, 16), (0, 0)).unwrap();
+    let buffer = setup.copy(XR24, 1040).unwrap();
     source.fill(0);
     assert_eq!(setup.row(&buffer, 0, 15, 64), before[15 * 64..]);
     let calls = fake.calls();
@@ -240,7 +266,7 @@ fn what_the_driver_answers_is_told_apart() {
         ("cuEventRecord", 4242, "CUDA error 4242"),
     ] {
         fake.fail(call, 0, code);
-        let error = setup.copy(XR24, 1050, (16, 16), (0, 0)).unwrap_err();
+        let error = setup.copy(XR24, 1050).unwrap_err();
         fake.fail(call, 0, 0);
         let as_expected = match code {
             2 => matches!(error, Error::Exhausted(_)),
@@ -250,7 +276,7 @@ fn what_the_driver_answers_is_told_apart() {
         assert!(as_expected, "{call}: {error:?}");
         assert!(error.to_string().contains(text), "{call}: {error}");
     }
-    setup.copy(XR24, 1050, (16, 16), (0, 0)).unwrap();
+    setup.copy(XR24, 1050).unwrap();
     drop(setup);
     nothing_left(&fake);
 }
@@ -259,7 +285,7 @@ fn what_the_driver_answers_is_told_apart() {
 fn an_image_that_the_driver_refuses_is_drawn_or_refused_with_both_reasons() {
     let Some(fake) = fake() else { return };
     let mut setup = setup(gst_video::VideoFormat::Bgrx, 16, 16);
-    let error = setup.copy(XR24, 4711, (16, 16), (0, 0)).unwrap_err();
+    let error = setup.copy(XR24, 4711).unwrap_err();
     assert!(matches!(error, Error::Refused(_)), "{error:?}");
     let text = error.to_string();
     assert!(text.contains("cuGraphicsEGLRegisterImage"), "{text}");
@@ -276,7 +302,7 @@ fn an_image_that_is_not_what_was_imported_is_refused() {
     fake.set_image(1061, pattern(64 * 15, 0), 64, 4);
     let mut setup = setup(gst_video::VideoFormat::Bgrx, 16, 16);
     for image in [1060, 1061] {
-        let error = setup.copy(XR24, image, (16, 16), (0, 0)).unwrap_err();
+        let error = setup.copy(XR24, image).unwrap_err();
         assert!(
             error.to_string().contains("not what was imported"),
             "{error}"
@@ -292,7 +318,7 @@ fn five_hundred_starts_leave_nothing_behind() {
     let mut first = None;
     for _ in 0..500 {
         let mut setup = setup(gst_video::VideoFormat::Bgrx, 16, 16);
-        let buffer = setup.copy(XR24, 1070, (16, 16), (0, 0)).unwrap();
+        let buffer = setup.copy(XR24, 1070).unwrap();
         drop(setup);
         // Downstream may have it for longer; the context waits for it.
         assert_eq!(fake.alive().contexts, 1);

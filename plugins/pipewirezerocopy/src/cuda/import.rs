@@ -2,7 +2,6 @@
 
 //! Copies DMA-BUFs into buffers of CUDA memory.
 
-use std::collections::HashMap;
 use std::ffi::c_void;
 use std::ops::Deref;
 
@@ -34,7 +33,7 @@ impl Way {
 }
 
 /// What makes images of DMA-BUFs: an EGL display, or a test.
-pub trait Images {
+pub trait Display {
     /// An EGLImage that lives until it is dropped.
     type Image;
 
@@ -44,11 +43,11 @@ pub trait Images {
     /// The `EGLImage`.
     fn raw(image: &Self::Image) -> *mut c_void;
 
-    /// The display that [`Way::Texture`] draws with.
-    fn display(&self) -> Result<&egl::Display, egl::Error>;
+    /// The EGL display that [`Way::Texture`] draws with.
+    fn egl(&self) -> Result<&egl::Display, egl::Error>;
 }
 
-impl Images for egl::Display {
+impl Display for egl::Display {
     type Image = egl::Image;
 
     fn import(&self, buffer: &DmaBuf<'_>) -> Result<egl::Image, egl::Error> {
@@ -59,7 +58,7 @@ impl Images for egl::Display {
         image.as_ptr()
     }
 
-    fn display(&self) -> Result<&egl::Display, egl::Error> {
+    fn egl(&self) -> Result<&egl::Display, egl::Error> {
         Ok(self)
     }
 }
@@ -111,18 +110,39 @@ impl Deref for Planes {
     }
 }
 
-/// A buffer's images, ready to be copied from.
-enum Entry<I> {
+/// A buffer of the producer's, ready to be copied from, over and over: registering takes long now
+/// and then (L15), so this lasts as long as the buffer. It shows what is in the memory at the time of
+/// each copy.
+///
+/// It may be dropped on any thread; nothing is waited for then, since no copy outlasts
+/// [`Importer::copy`].
+pub struct Source<I = egl::Image> {
+    images: Images<I>,
+    planes: Planes,
+    /// Pixels.
+    width: u32,
+    height: u32,
+    context: Context,
+    about: String,
+}
+
+enum Images<I> {
     /// In this order: a registration ends before its image.
     Registered(Vec<(EglResource, I)>),
     Drawn(Vec<I>),
 }
 
-/// The copies of one stream of buffers, in one CUDA context. It may be used from one thread at a
-/// time, and from another one later.
-pub struct Importer<D: Images = egl::Display> {
-    // In the order in which they are dropped: all else needs the context, and images the display.
-    entries: HashMap<u64, Entry<D::Image>>,
+impl<I> Source<I> {
+    /// Whether it is of this context; another one cannot copy from it.
+    pub fn is_of(&self, context: &Context) -> bool {
+        self.context == *context
+    }
+}
+
+/// Copies pictures in one CUDA context. It may be used from one thread at a time, and from another
+/// one later.
+pub struct Importer<D: Display = egl::Display> {
+    // In the order in which they are dropped: all else needs the context.
     painter: Option<Painter>,
     done: Done,
     context: Context,
@@ -130,12 +150,11 @@ pub struct Importer<D: Images = egl::Display> {
     way: Way,
 }
 
-impl<D: Images> Importer<D> {
+impl<D: Display> Importer<D> {
     /// Copies images of `display` in `context`, which must be of the same GPU, by `way` or, where
     /// that is [`Way::Image`] and the driver refuses it, by [`Way::Texture`] from then on.
     pub fn new(display: D, context: &Context, way: Way) -> Result<Self, Error> {
         Ok(Self {
-            entries: HashMap::new(),
             painter: None,
             done: Done::new(context)?,
             context: context.clone(),
@@ -154,115 +173,57 @@ impl<D: Images> Importer<D> {
         &self.context
     }
 
-    /// Forgets the buffers that are gone. What is registered keeps GPU memory.
-    pub fn forget(&mut self, gone: impl Fn(u64) -> bool) {
-        self.entries.retain(|&key, _| !gone(key));
-    }
-
-    /// Copies the part of a picture that begins at pixel `at` and is as large as `info` says into a
-    /// buffer of a pool of the context. When it returns, the copy is done, and the picture may be
-    /// drawn over (L16).
-    ///
-    /// `key` names the memory: the same one for the same DMA-BUF with the same layout, as long as it
-    /// lives, and never again another one. (Descriptors are no names; they are used again.) Whoever
-    /// draws the picture must be finished.
-    pub fn copy(
-        &mut self,
-        key: u64,
-        picture: &DmaBuf<'_>,
-        at: (u32, u32),
-        buffer: &mut gst::BufferRef,
-        info: &gst_video::VideoInfo,
-    ) -> Result<(), Error> {
-        let refused = |why: &str| Error::Refused(format!("{}: {why}", egl::describe(picture)));
-        let planes = planes(picture.fourcc).ok_or_else(|| refused("has no form in CUDA memory"))?;
-        if planes.len() != picture.planes.len() {
+    /// Imports a buffer. The descriptors may be closed.
+    pub fn prepare(&mut self, buffer: &DmaBuf<'_>) -> Result<Source<D::Image>, Error> {
+        let about = egl::describe(buffer);
+        let refused = |why: &str| Error::Refused(format!("{about}: {why}"));
+        let planes = planes(buffer.fourcc).ok_or_else(|| refused("has no form in CUDA memory"))?;
+        if planes.len() != buffer.planes.len() {
             return Err(refused("has another number of planes than its format"));
         }
-        let fits =
-            |from: u32, size: u32, all: u32| from.checked_add(size).is_some_and(|end| end <= all);
-        if !fits(at.0, info.width(), picture.width) || !fits(at.1, info.height(), picture.height) {
-            return Err(refused("is smaller than what is to be copied"));
-        }
-        if !self.entries.contains_key(&key) {
-            let entry = self.prepare(picture, &planes)?;
-            self.entries.insert(key, entry);
-        }
-        let size = (info.width(), info.height());
-        let target = Target::map(buffer, info, &self.context)?;
-        let place = |index: usize, part: Rectangle| {
-            target
-                .plane(index, part.width, part.rows)
-                .ok_or_else(|| refused("does not fit a buffer of the pool"))
-        };
-        let Self {
-            entries,
-            painter,
-            done,
-            context,
-            ..
-        } = self;
-        let _current = context.enter()?;
-        let stream = target.stream();
-        let queued =
-            match &entries[&key] {
-                Entry::Registered(images) => images.iter().zip(&*planes).enumerate().try_for_each(
-                    |(index, (image, plane))| {
-                        let part = plane.part(at, size);
-                        queue_copy(image.0.pixels(), part, place(index, part)?, stream)
-                    },
-                ),
-                Entry::Drawn(images) => {
-                    let painter = painter
-                        .as_mut()
-                        .ok_or_else(|| refused("nothing draws it"))?;
-                    painter.draw(images.iter().map(D::raw), &planes, at, size)?;
-                    planes.iter().enumerate().try_for_each(|(index, plane)| {
-                        let part = plane.part((0, 0), size);
-                        let to = place(index, part)?;
-                        painter.pixels(index, stream, |pixels| queue_copy(pixels, part, to, stream))
-                    })
-                }
-            };
-        // Also after an error: one plane may be on its way.
-        queued.and(done.wait(stream))
-    }
-
-    fn prepare(
-        &mut self,
-        picture: &DmaBuf<'_>,
-        planes: &[Plane],
-    ) -> Result<Entry<D::Image>, Error> {
-        let images = planes.iter().zip(picture.planes).map(|(plane, source)| {
-            let buffer = DmaBuf {
+        let images = planes.iter().zip(buffer.planes).map(|(plane, source)| {
+            let part = DmaBuf {
                 fourcc: plane.fourcc,
-                width: picture.width.div_ceil(plane.subsampling),
-                height: picture.height.div_ceil(plane.subsampling),
+                width: buffer.width.div_ceil(plane.subsampling),
+                height: buffer.height.div_ceil(plane.subsampling),
                 planes: std::slice::from_ref(source),
-                ..*picture
+                ..*buffer
             };
-            let size = (buffer.width, buffer.height);
-            Ok((self.display.import(&buffer)?, size, plane.bytes_per_pixel))
+            Ok((self.display.import(&part)?, (part.width, part.height)))
         });
         let images = images.collect::<Result<Vec<_>, Error>>()?;
+        Ok(Source {
+            images: self.register(images, &planes)?,
+            planes,
+            width: buffer.width,
+            height: buffer.height,
+            context: self.context.clone(),
+            about,
+        })
+    }
+
+    fn register(
+        &mut self,
+        images: Vec<(D::Image, (u32, u32))>,
+        planes: &[Plane],
+    ) -> Result<Images<D::Image>, Error> {
         if self.way == Way::Image {
-            let registered = images
-                .iter()
-                .map(|(image, size, bytes)| {
-                    // SAFETY: the image lives in the same entry, and is dropped after this.
-                    unsafe { EglResource::new(&self.context, D::raw(image), *size, *bytes) }
-                })
-                .collect::<Result<Vec<_>, Error>>();
-            match registered {
-                Ok(registered) => {
-                    let images = images.into_iter().map(|(image, ..)| image);
-                    return Ok(Entry::Registered(
-                        registered.into_iter().zip(images).collect(),
+            let resources = images.iter().zip(planes).map(|((image, size), plane)| {
+                // SAFETY: the image is put beside it below, to be dropped after it.
+                unsafe {
+                    EglResource::new(&self.context, D::raw(image), *size, plane.bytes_per_pixel)
+                }
+            });
+            match resources.collect::<Result<Vec<_>, Error>>() {
+                Ok(resources) => {
+                    let images = images.into_iter().map(|(image, _)| image);
+                    return Ok(Images::Registered(
+                        resources.into_iter().zip(images).collect(),
                     ));
                 }
-                // Another way may do, if there is one.
+                // Drawing may do, if it can be done.
                 Err(error @ Error::Refused(_)) => {
-                    self.paint().map_err(|other| {
+                    self.painter().map_err(|other| {
                         Error::Refused(format!("{error}; by a texture: {other}"))
                     })?;
                     self.way = Way::Texture;
@@ -270,19 +231,71 @@ impl<D: Images> Importer<D> {
                 Err(error) => return Err(error),
             }
         }
-        self.paint()?;
-        Ok(Entry::Drawn(
-            images.into_iter().map(|(image, ..)| image).collect(),
-        ))
+        self.painter()?;
+        let images = images.into_iter().map(|(image, _)| image);
+        Ok(Images::Drawn(images.collect()))
     }
 
-    /// Sees to it that there is something to draw with.
-    fn paint(&mut self) -> Result<(), Error> {
-        if self.painter.is_none() {
-            let display = self.display.display()?;
-            self.painter = Some(Painter::new(display, &self.context)?);
+    /// Copies the part of a picture that begins at pixel `at` and is as large as `info` says into a
+    /// buffer of a pool of the context. When it returns, the copy is done, and the picture may be
+    /// drawn over (L16). Whoever draws it must be finished.
+    pub fn copy(
+        &mut self,
+        source: &Source<D::Image>,
+        at: (u32, u32),
+        buffer: &mut gst::BufferRef,
+        info: &gst_video::VideoInfo,
+    ) -> Result<(), Error> {
+        let refused = |why: &str| Error::Refused(format!("{}: {why}", source.about));
+        let size = (info.width(), info.height());
+        let fits = |from: u32, size: u32, all| from.checked_add(size).is_some_and(|end| end <= all);
+        if !fits(at.0, size.0, source.width) || !fits(at.1, size.1, source.height) {
+            return Err(refused("is smaller than what is to be copied"));
         }
-        Ok(())
+        if !source.is_of(&self.context) {
+            return Err(refused("was imported in another context"));
+        }
+        let target = Target::map(buffer, info, &self.context)?;
+        let place = |index: usize, part: Rectangle| {
+            target
+                .plane(index, part.width, part.rows)
+                .ok_or_else(|| refused("does not fit a buffer of the pool"))
+        };
+        let stream = target.stream();
+        let context = self.context.clone();
+        let _current = context.enter()?;
+        let planes = source.planes.iter().enumerate();
+        let queued = match &source.images {
+            Images::Registered(images) => {
+                planes
+                    .zip(images)
+                    .try_for_each(|((index, plane), (resource, _))| {
+                        let part = plane.part(at, size);
+                        queue_copy(resource.pixels(), part, place(index, part)?, stream)
+                    })
+            }
+            Images::Drawn(images) => {
+                let painter = self.painter()?;
+                painter.draw(images.iter().map(D::raw), &source.planes, at, size)?;
+                planes
+                    .map(|(index, plane)| (index, plane.part((0, 0), size)))
+                    .try_for_each(|(index, part)| {
+                        let to = place(index, part)?;
+                        painter.pixels(index, stream, |pixels| queue_copy(pixels, part, to, stream))
+                    })
+            }
+        };
+        // Also after an error: one plane may be on its way.
+        queued.and(self.done.wait(stream))
+    }
+
+    /// What draws, made when first needed.
+    fn painter(&mut self) -> Result<&mut Painter, Error> {
+        let painter = match self.painter.take() {
+            Some(painter) => painter,
+            None => Painter::new(self.display.egl()?, &self.context)?,
+        };
+        Ok(self.painter.insert(painter))
     }
 }
 

@@ -83,6 +83,8 @@ pub struct EglResource {
 
 // SAFETY: as for `Registered`; the rest is addresses in GPU memory.
 unsafe impl Send for EglResource {}
+// SAFETY: nothing in it changes.
+unsafe impl Sync for EglResource {}
 
 impl EglResource {
     /// Registers an image of `width` by `height` pixels of `bytes_per_pixel` bytes.
