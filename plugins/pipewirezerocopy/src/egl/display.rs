@@ -62,14 +62,16 @@ const DRM_MAJOR: libc::c_uint = 226;
 /// More than any driver says; one that says more is not believed.
 const MOST: usize = 4096;
 
-/// A format that can be imported and sampled as an ordinary texture.
+/// A format that can be imported.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Format {
     /// DRM fourcc.
     pub fourcc: u32,
-    /// DRM format modifiers, in the driver's order. Those that only an external texture can be
-    /// made of are left out: neither CUDA nor a plain shader reads them.
+    /// DRM format modifiers of what can be sampled as an ordinary texture, in the driver's order.
     pub modifiers: Vec<u64>,
+    /// Those that only an external texture can be made of: neither CUDA nor a plain shader reads
+    /// them, but they can be shown and handed on.
+    pub external: Vec<u64>,
 }
 
 /// The EGL display of a DRM node. Cheap to clone; all clones are the same display.
@@ -357,17 +359,18 @@ impl Display {
                 known == egl::TRUE
             })
             .ok_or_else(|| failed(egl, "eglQueryDmaBufModifiersEXT"))?;
-            let modifiers: Vec<u64> = modifiers
-                .into_iter()
-                .zip(external)
-                .filter(|&(_, external)| external == egl::FALSE)
-                .map(|(modifier, _)| modifier)
-                .collect();
+            let of_kind = |wanted: bool| {
+                let all = modifiers.iter().zip(&external);
+                let known = all.filter(|(_, external)| (**external == egl::TRUE) == wanted);
+                known.map(|(modifier, _)| *modifier).collect::<Vec<_>>()
+            };
+            let format = Format {
+                fourcc: fourcc.cast_unsigned(),
+                modifiers: of_kind(false),
+                external: of_kind(true),
+            };
             if !modifiers.is_empty() {
-                formats.push(Format {
-                    fourcc: fourcc.cast_unsigned(),
-                    modifiers,
-                });
+                formats.push(format);
             }
         }
         Ok(formats)

@@ -299,6 +299,7 @@ fn offer(format: PixelFormat, (width, height): (u32, u32)) -> Offer {
     let fixed = |n| Span { min: n, max: n };
     Offer(vec![OfferEntry {
         formats: vec![format],
+        modifiers: Vec::new(),
         width: fixed(width),
         height: fixed(height),
     }])
