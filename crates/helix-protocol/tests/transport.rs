@@ -347,8 +347,7 @@ fn of_all_who_find_a_stale_unix_socket_at_once_one_gets_it() {
             let threads = [(); AT_A_TIME].map(|()| scope.spawn(bind));
             threads.map(|thread| thread.join().unwrap())
         });
-        let (winners, losers): (Vec<_>, Vec<_>) =
-            results.into_iter().partition(|result| result.is_ok());
+        let (winners, losers): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
         assert_eq!(winners.len(), 1, "{winners:?} listen");
         for error in losers {
             let text = error.unwrap_err().to_string();
@@ -373,7 +372,10 @@ fn a_lock_file_that_was_left_behind_is_no_hindrance() {
     // What is no lock file is not followed.
     symlink(dir.path().join("elsewhere"), &lock).unwrap();
     let text = Listener::bind(&address).unwrap_err().to_string();
-    assert!(text.contains("lock ") && text.contains("test.sock.lock"), "{text}");
+    assert!(
+        text.contains("lock ") && text.contains("test.sock.lock"),
+        "{text}"
+    );
     assert!(!dir.path().join("elsewhere").exists());
 }
 
