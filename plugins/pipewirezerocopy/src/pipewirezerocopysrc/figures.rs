@@ -10,6 +10,7 @@ use zerocopy_plugin_common::Quantiles;
 
 use super::caps::OutputMemory;
 use crate::capture::Counters;
+use crate::capture::frame::Sync;
 
 /// What is counted beside the capture's own [`Counters`].
 #[derive(Default)]
@@ -27,8 +28,8 @@ pub(super) struct Figures {
     copying: bool,
     /// Memory in which the last frame left.
     pub memory: Option<OutputMemory>,
-    /// The last frame came in DMA-BUFs, whose writers are waited for.
-    pub fenced: bool,
+    /// How the last frame was kept from being read too early.
+    pub sync: Sync,
     bytes_received: u64,
     bytes_sent: u64,
     latency: Quantiles,
@@ -75,6 +76,11 @@ impl Figures {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let (p50, p99) = self.latency.p50_p99_us();
         let memory = self.memory.unwrap_or(OutputMemory::System);
+        let sync = match self.sync {
+            Sync::None => "none",
+            Sync::Implicit => "implicit",
+            Sync::Explicit => "explicit",
+        };
         gst::Structure::builder("pipewirezerocopysrc-stats")
             .field("frames", self.frames)
             .field("bytes-sent", self.bytes_sent)
@@ -89,7 +95,7 @@ impl Figures {
             .field("empty", load(&counters.empty))
             .field("held-buffers", load(&counters.held))
             .field("memory", memory.name())
-            .field("sync", if self.fenced { "implicit" } else { "none" })
+            .field("sync", sync)
             .field("latency-p50-us", p50)
             .field("latency-p99-us", p99)
             .build()

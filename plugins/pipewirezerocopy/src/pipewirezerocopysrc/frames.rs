@@ -19,7 +19,7 @@ use super::output::{can_leave_in_place, copy_frame, draw, in_place, orientation}
 use super::settings::LiveSettings;
 use super::streaming::{Negotiated, Streaming};
 use crate::capture::damage::Damage;
-use crate::capture::frame::Frame;
+use crate::capture::frame::{Frame, Sync};
 use crate::capture::meta::Transform;
 use crate::capture::{Monotonic, StreamFormat};
 
@@ -83,13 +83,17 @@ impl PipeWireZeroCopySrc {
                 }
             }
         };
-        let fence = frame.dmabuf().map(|picture| picture.buffer.writers());
-        if let Some(fence) = &fence
-            && let Err(flushing) = self.wait_for(fence, waiter)
-        {
-            inbox.miss();
-            return Err(flushing);
-        }
+        let sync = match frame.fence() {
+            Ok((sync, fence)) => {
+                self.wait_for(&fence, waiter)
+                    .inspect_err(|_| inbox.miss())?;
+                sync
+            }
+            Err(error) => {
+                gst::warning!(CAT, imp = self, "a frame is taken as it is: {error}");
+                Sync::None
+            }
+        };
         let (captured, transform) = (frame.captured, frame.transform);
         let damage = std::mem::replace(&mut frame.damage, Damage::Everything);
         let copied = pooled.is_some();
@@ -119,7 +123,7 @@ impl PipeWireZeroCopySrc {
             let mut figures = lock(&self.figures);
             figures.add_transfer(copied);
             figures.memory = Some(memory);
-            figures.fenced = fence.is_some();
+            figures.sync = sync;
         }
         let buffer = self.leave(&picture, damage, captured)?;
         let now = Instant::now();

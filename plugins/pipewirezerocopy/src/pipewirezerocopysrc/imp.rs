@@ -197,6 +197,7 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
             remote,
             target,
             name: self.obj().name().replace('\0', ""),
+            sync: display.as_ref().and_then(|display| self.timelines(display)),
             log: self.log(),
         };
         let capture = Capture::start(config, waiter.waker(), counters.clone()).map_err(failed)?;
