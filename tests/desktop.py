@@ -45,6 +45,7 @@ SCREENCAST = "org.gnome.Mutter.ScreenCast"
 SCREENCAST_PATH = "/org/gnome/Mutter/ScreenCast"
 # org.gnome.Mutter.ScreenCast.xml, option "cursor-mode" of the Record methods.
 CURSOR_MODES = {"hidden": 0, "embedded": 1, "metadata": 2}
+KILLABLE = ("compositor", "pipewire", "wireplumber")
 WAYLAND_DISPLAY = "wayland-desktop"
 PATTERN_CLIENT = pathlib.Path(__file__).with_name("pattern_client.py")
 
@@ -292,13 +293,13 @@ class Desktop:
         client.stop()
 
     def kill(self, what):
-        """SIGKILL for the compositor or PipeWire; returns the process id when it is gone."""
+        """SIGKILL for one of KILLABLE; returns the process id when it is gone."""
         for child in self.children:
-            if child.name == what and what in ("compositor", "pipewire"):
+            if child.name == what and what in KILLABLE:
                 child.process.kill()
                 child.process.wait()
                 return child.pid
-        raise DesktopError(f'kill "{what}": only compositor and pipewire are known')
+        raise DesktopError(f'kill "{what}": only {", ".join(KILLABLE)} are known')
 
     def restart_pipewire(self):
         """SIGKILL for PipeWire, and WirePlumber with it, which ends then; both come up again."""

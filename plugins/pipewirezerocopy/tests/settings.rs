@@ -103,6 +103,7 @@ fn what_this_version_cannot_do_is_refused_by_name() {
         ("buffer-type", "dmabuf"),
         ("buffer-type", "dmabuf-passthrough"),
         ("capture-source", "wayland"),
+        ("capture-source", "x11"),
     ] {
         let error = start_error(&[("pipewire-node-id", "42"), (name, value)]);
         assert!(error.contains(&format!("{name}={value}")), "{error}");

@@ -56,6 +56,8 @@ pub enum Victim {
     Compositor,
     /// The PipeWire daemon.
     PipeWire,
+    /// WirePlumber.
+    SessionManager,
 }
 
 impl Desktop {
@@ -154,6 +156,7 @@ impl Desktop {
         let what = match victim {
             Victim::Compositor => "compositor",
             Victim::PipeWire => "pipewire",
+            Victim::SessionManager => "wireplumber",
         };
         self.ask(&json!({"cmd": "kill", "what": what}));
     }

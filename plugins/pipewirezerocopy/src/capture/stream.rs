@@ -161,6 +161,7 @@ impl CaptureStream {
             .find(|(_, buffer)| buffer.id == id && buffer.out);
         if let Some((raw, buffer)) = found {
             buffer.out = false;
+            self.state.pool.borrow().end_loan();
             // SAFETY: The buffer was dequeued from this stream, whose list of buffers still has
             // it, and it is given back only once: `out` says.
             unsafe { self.stream.queue_raw_buffer(*raw) };
@@ -184,6 +185,7 @@ impl CaptureStream {
                 continue;
             }
             buffer.out = false;
+            self.state.pool.borrow().end_loan();
             // SAFETY: As in `requeue`.
             unsafe { self.stream.queue_raw_buffer(*raw) };
         }
@@ -366,8 +368,12 @@ impl State {
 
     fn remove_buffer(&self, raw: *mut pw_buffer) {
         let mut buffers = self.buffers.borrow_mut();
-        if buffers.remove(&raw).is_some() {
-            self.pool.borrow().remove();
+        if let Some(buffer) = buffers.remove(&raw) {
+            let pool = self.pool.borrow();
+            pool.remove();
+            if buffer.out {
+                pool.end_loan();
+            }
         }
         if buffers.is_empty() {
             self.log(
@@ -496,7 +502,7 @@ impl State {
             lease: Lease::new(
                 buffer.id,
                 self.pool.borrow().clone(),
-                self.link.commands.clone(),
+                self.link.returns.clone(),
                 self.link.counters.clone(),
             ),
         })

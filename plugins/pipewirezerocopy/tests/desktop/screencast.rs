@@ -42,10 +42,13 @@ fn a_moving_desktop_gives_its_frames_with_the_right_colours() {
     let run = Run::on_node(&desktop, cast.node);
     run.play();
     let client = desktop.moving_picture(30);
-    let mut samples = run.frames_for(Duration::from_secs(2));
+    // What has piled up shows the client's window as it grew.
+    while run.frame_within(Duration::ZERO).is_some() {}
+    let samples: Vec<_> = std::iter::repeat_with(|| run.frame())
+        .filter(|sample| !is_keepalive(sample))
+        .take(10)
+        .collect();
     desktop.stop(client);
-    samples.retain(|sample| !is_keepalive(sample));
-    assert!(samples.len() > 10, "{} frames in 2 s", samples.len());
     assert!(samples.is_sorted_by(|a, b| pts(a) < pts(b)));
 
     // The last picture is one of those that the client drew, in each colour of each pixel.
@@ -83,9 +86,9 @@ fn timestamps_are_capture_times_in_running_time() {
         let age = now
             .checked_sub(pts(&sample))
             .expect("not captured in the future");
-        assert!(age < gst::ClockTime::from_mseconds(500), "{age} old");
+        // On a machine that may be busy; another clock would be off by far more.
+        assert!(age < gst::ClockTime::from_seconds(5), "{age} old");
     }
-    // The greatest of a few, on a machine that may be busy; another clock would be off by far more.
     assert!(run.stat("latency-p99-us") < 5_000_000);
     desktop.stop(client);
     desktop.close(&cast);
@@ -184,20 +187,23 @@ fn a_slow_consumer_gets_the_newest_picture_and_does_not_stall_capture() {
     run.sink.set_max_buffers(2);
     run.play();
     let client = desktop.moving_picture(30);
-    let start = Instant::now();
-    while run.stat("dropped") < 20 {
-        assert!(start.elapsed() < super::run::LONG, "capture stalled");
-        // Nothing tells when a frame was dropped.
-        std::thread::yield_now();
-    }
+    let dropped = |count| {
+        let start = Instant::now();
+        while run.stat("dropped") < count {
+            assert!(start.elapsed() < super::run::LONG, "capture stalled");
+            // Nothing tells when a frame was dropped.
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        run.pipeline.current_running_time().unwrap()
+    };
+    let meanwhile = dropped(10);
+    dropped(20);
     assert!(run.stat("held-buffers") <= 6, "mutter has two of its eight");
     // The pile, one that was under way, then the newest.
     for _ in 0..3 {
-        run.frame();
+        assert!(pts(&run.frame()) < meanwhile);
     }
-    let sample = run.frame();
-    let age = run.pipeline.current_running_time().unwrap() - pts(&sample);
-    assert!(age < gst::ClockTime::from_mseconds(500), "{age} old");
+    assert!(pts(&run.frame()) > meanwhile);
     desktop.stop(client);
     desktop.close(&cast);
 }
@@ -211,16 +217,25 @@ fn target_fps_limits_the_rate_and_shows_the_last_change() {
     run.play();
     let client = desktop.moving_picture(30);
     while run.frame_within(Duration::ZERO).is_some() {}
-    let samples = run.frames_for(Duration::from_secs(2));
-    assert!(
-        (8..=11).contains(&samples.len()),
-        "{} frames in 2 s",
-        samples.len()
-    );
-    // While playing: no limit any more.
+    let start = Instant::now();
+    for _ in 0..10 {
+        run.frame();
+    }
+    // One may have been under way.
+    let took = start.elapsed();
+    assert!(took >= Duration::from_millis(8 * 200), "10 in {took:?}");
+    // While playing: no limit any more. Three come within the time of one before.
     run.src.set_property("target-fps", 0u32);
-    let samples = run.frames_for(Duration::from_secs(1));
-    assert!(samples.len() > 7, "{} frames in 1 s", samples.len());
+    let end = Instant::now() + super::run::LONG;
+    let mut left = [Instant::now(); 3];
+    loop {
+        assert!(left[0] < end, "still limited");
+        run.frame();
+        left = [Instant::now(), left[0], left[1]];
+        if left[0] - left[2] < Duration::from_millis(200) && left[2] > start + took {
+            break;
+        }
+    }
     desktop.stop(client);
     desktop.close(&cast);
 }
