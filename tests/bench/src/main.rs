@@ -15,6 +15,7 @@ mod pipeline;
 mod pipewirezerocopysrc;
 mod plain;
 mod report;
+mod scanout;
 mod source;
 mod vsockenc;
 
@@ -24,6 +25,7 @@ use std::process::ExitCode;
 use clap::Parser;
 
 use crate::case::{Case, Contender};
+use crate::scanout::case as pushing;
 
 #[derive(Parser)]
 #[command(about = "Benchmarks of gst-plugins-zerocopy")]
@@ -32,6 +34,8 @@ enum Command {
     Vsockenc(vsockenc::Options),
     /// pipewirezerocopysrc against pipewiresrc, on a desktop of their own
     Pipewirezerocopysrc(pipewirezerocopysrc::Options),
+    /// helix-host and scanoutsrc against bare sockets and tcpserversink
+    Scanout(scanout::Options),
     /// Answer requests at full speed, until standard input ends
     #[command(hide = true)]
     Peer,
@@ -49,6 +53,23 @@ enum Command {
         #[arg(value_parser = |text: &str| serde_json::from_str::<capture::Capture>(text))]
         case: capture::Capture,
     },
+    /// Push a recording, until standard input ends
+    #[command(hide = true)]
+    Push {
+        /// The case, as JSON
+        #[arg(value_parser = |text: &str| serde_json::from_str::<pushing::Case>(text))]
+        case: pushing::Case,
+    },
+    /// Subscribe, and print what was noticed
+    #[command(hide = true)]
+    Watch {
+        /// The case, as JSON
+        #[arg(value_parser = |text: &str| serde_json::from_str::<pushing::Case>(text))]
+        case: pushing::Case,
+        /// Where, as JSON; the recording itself needs no host
+        #[arg(value_parser = |text: &str| serde_json::from_str::<pushing::Served>(text))]
+        served: Option<pushing::Served>,
+    },
 }
 
 fn main() -> ExitCode {
@@ -58,6 +79,9 @@ fn main() -> ExitCode {
         Command::Peer => peer::serve(),
         Command::Run { case } => run(&case),
         Command::Capture { case } => capture::run(&case),
+        Command::Scanout(options) => scanout::bench(&options),
+        Command::Push { case } => scanout::push::serve(&case),
+        Command::Watch { case, served } => watch(&case, served),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
@@ -73,6 +97,13 @@ fn run(case: &Case) -> Result<(), Box<dyn Error>> {
         Contender::Plain | Contender::Rows => plain::run(case)?,
         Contender::Fakesink | Contender::Vsockenc | Contender::X264enc => pipeline::run(case)?,
     };
+    println!("{}", serde_json::to_string(&outcome)?);
+    Ok(())
+}
+
+fn watch(case: &pushing::Case, served: Option<pushing::Served>) -> Result<(), Box<dyn Error>> {
+    let served = served.unwrap_or_else(|| pushing::Served::here(case));
+    let outcome = scanout::watch::run(case, &served)?;
     println!("{}", serde_json::to_string(&outcome)?);
     Ok(())
 }

@@ -7,6 +7,7 @@ use std::io::{BufRead, BufReader, IoSliceMut, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
@@ -32,6 +33,7 @@ type Sizes = Arc<Mutex<Sender<(u32, u32, u32)>>>;
 pub struct FakeQemu {
     folder: TempDir,
     listeners: Receiver<Listener>,
+    registered: Arc<AtomicUsize>,
     sizes: Receiver<(u32, u32, u32)>,
     connections: Arc<Mutex<Vec<Connection>>>,
     _runtime: Runtime,
@@ -54,9 +56,11 @@ impl FakeQemu {
         let (listener_sender, listeners) = channel();
         let (size_sender, sizes) = channel();
         let connections = Arc::new(Mutex::new(Vec::new()));
+        let registered = Arc::new(AtomicUsize::new(0));
         let server = Server {
             consoles: consoles.to_vec(),
             listeners: listener_sender,
+            registered: registered.clone(),
             sizes: Arc::new(Mutex::new(size_sender)),
             connections: connections.clone(),
             handle: runtime.handle().clone(),
@@ -66,6 +70,7 @@ impl FakeQemu {
         Self {
             folder,
             listeners,
+            registered,
             sizes,
             connections,
             _runtime: runtime,
@@ -84,6 +89,11 @@ impl FakeQemu {
     /// If none does.
     pub fn listener(&self) -> Listener {
         self.listeners.recv_timeout(LIMIT).expect("a listener")
+    }
+
+    /// How many listeners clients have registered so far.
+    pub fn registered(&self) -> usize {
+        self.registered.load(Ordering::Acquire)
     }
 
     /// The next size that a client asks for: console, width, height.
@@ -204,6 +214,7 @@ impl Listener {
 struct Server {
     consoles: Vec<u32>,
     listeners: Sender<Listener>,
+    registered: Arc<AtomicUsize>,
     sizes: Sizes,
     connections: Arc<Mutex<Vec<Connection>>>,
     handle: Handle,
@@ -250,6 +261,7 @@ impl Server {
             let console = Console {
                 id: *id,
                 listeners: self.listeners.clone(),
+                registered: self.registered.clone(),
                 sizes: self.sizes.clone(),
                 handle: self.handle.clone(),
             };
@@ -317,6 +329,7 @@ impl Vm {
 struct Console {
     id: u32,
     listeners: Sender<Listener>,
+    registered: Arc<AtomicUsize>,
     sizes: Sizes,
     handle: Handle,
 }
@@ -329,6 +342,7 @@ struct Console {
 #[interface(name = "org.qemu.Display1.Console")]
 impl Console {
     fn register_listener(&self, listener: Fd<'_>) {
+        self.registered.fetch_add(1, Ordering::AcqRel);
         let owned: zbus::OwnedFd = listener.try_to_owned().expect("a descriptor").into();
         let socket = UnixStream::from(OwnedFd::from(owned));
         let (console, handle) = (self.id, self.handle.clone());

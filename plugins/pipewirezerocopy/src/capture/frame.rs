@@ -13,6 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::damage::Damage;
+use super::dmabuf::{self, CpuAccess, DmaBufPicture};
 use super::geometry::{FrameLayout, MAX_PLANES};
 use super::memory::Memory;
 use super::meta::Transform;
@@ -23,6 +24,8 @@ use super::{Counters, Monotonic};
 /// Buffers of a pool that are never passed on: two for the producer to draw into, one that waits
 /// in the inbox, and one that is being copied.
 const KEPT_BACK: usize = 4;
+/// The same where nothing is copied: those who take DMA-BUFs take nothing else.
+const KEPT_BACK_OF_DMABUFS: usize = 3;
 
 /// Buffers that the producer has at least while others wait to be given back; it also has half of
 /// all.
@@ -61,12 +64,25 @@ impl Pool {
         left < ENOUGH.max(buffers / 2)
     }
 
-    /// Notes that one more buffer is out for as long as downstream likes, if that can be.
-    fn pass_one(&self) -> bool {
-        let limit = self
-            .buffers
-            .load(Ordering::Relaxed)
-            .saturating_sub(KEPT_BACK);
+    /// How many buffers may be out for as long as downstream likes. Of DMA-BUFs one always may, or
+    /// a small pool would give nothing at all.
+    fn limit(&self, dmabufs: bool) -> usize {
+        let buffers = self.buffers.load(Ordering::Relaxed);
+        if dmabufs {
+            buffers.saturating_sub(KEPT_BACK_OF_DMABUFS).max(1)
+        } else {
+            buffers.saturating_sub(KEPT_BACK)
+        }
+    }
+
+    /// Whether one more may be out.
+    fn has_one(&self, dmabufs: bool) -> bool {
+        self.passed.load(Ordering::Relaxed) < self.limit(dmabufs)
+    }
+
+    /// Notes that one more is out, if that can be.
+    fn pass_one(&self, dmabufs: bool) -> bool {
+        let limit = self.limit(dmabufs);
         self.passed
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |passed| {
                 (passed < limit).then_some(passed + 1)
@@ -148,11 +164,14 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
+        // At the limit somebody may wait for just this one.
+        let mut soon = self.pool.is_short();
         if self.passed {
-            self.pool.passed.fetch_sub(1, Ordering::Relaxed);
+            let passed = self.pool.passed.fetch_sub(1, Ordering::Relaxed);
+            soon |= passed >= self.pool.limit(false).max(1);
         }
         self.counters.held.fetch_sub(1, Ordering::Relaxed);
-        self.returns.give(self.buffer, self.pool.is_short());
+        self.returns.give(self.buffer, soon);
     }
 }
 
@@ -169,8 +188,17 @@ pub struct Frame {
     pub damage: Damage,
     /// How the picture was turned.
     pub transform: Transform,
-    pub(super) memory: [Option<Arc<Memory>>; MAX_PLANES],
+    pub(super) pixels: Pixels,
     pub(super) lease: Lease,
+}
+
+/// Where a frame's pixels are.
+#[derive(Debug)]
+pub(super) enum Pixels {
+    /// In memory for the CPU; none for a block that cannot be read.
+    Blocks([Option<Arc<Memory>>; MAX_PLANES]),
+    /// In memory of a device.
+    DmaBuf(DmaBufPicture),
 }
 
 /// Pixels of a frame in the producer's own memory. They stay readable, whatever becomes of the
@@ -193,37 +221,64 @@ impl AsRef<[u8]> for Part {
 impl Frame {
     /// Whether all of it can be read in place, in whole rows.
     pub fn is_mapped(&self) -> bool {
-        self.layout.extents().all(|extent| {
-            self.shared(extent.block, extent.start, extent.len)
-                .is_some()
-        })
+        let Pixels::Blocks(memory) = &self.pixels else {
+            return false;
+        };
+        let shared = |block: usize, start, len| memory.get(block)?.as_ref()?.shared(start, len);
+        self.layout
+            .extents()
+            .all(|extent| shared(extent.block, extent.start, extent.len).is_some())
     }
 
-    fn shared(&self, block: usize, start: usize, len: usize) -> Option<&[u8]> {
-        self.memory.get(block)?.as_ref()?.shared(start, len)
+    /// The DMA-BUFs that it is in, if it is.
+    pub fn dmabuf(&self) -> Option<&DmaBufPicture> {
+        match &self.pixels {
+            Pixels::Blocks(_) => None,
+            Pixels::DmaBuf(picture) => Some(picture),
+        }
     }
 
-    /// Reserves the frame's buffer for [`parts`](Self::parts). False where the producer needs it
-    /// back soon.
+    /// Reserves the frame's buffer for [`parts`](Self::parts) or [`into_lease`](Self::into_lease).
+    /// False where the producer needs it back soon.
     pub fn reserve(&mut self) -> bool {
-        self.lease.passed = self.lease.passed || self.lease.pool.pass_one();
+        let dmabufs = self.dmabuf().is_some();
+        self.lease.passed = self.lease.passed || self.lease.pool.pass_one(dmabufs);
         self.lease.passed
+    }
+
+    /// Whether [`reserve`](Self::reserve) would succeed now.
+    pub(super) fn can_be_reserved(&self) -> bool {
+        let dmabufs = self.dmabuf().is_some();
+        self.lease.passed || self.lease.pool.has_one(dmabufs)
+    }
+
+    /// What keeps the buffer from the producer, for whoever has its DMA-BUFs already.
+    pub fn into_lease(self) -> Lease {
+        self.lease
     }
 
     /// The frame's memory as it lies, a part for each of the layout's extents.
     pub fn parts(self) -> Vec<Part> {
+        let Pixels::Blocks(memory) = self.pixels else {
+            return Vec::new();
+        };
         let lease = Arc::new(self.lease);
         self.layout
             .extents()
             .filter_map(|extent| {
                 Some(Part {
-                    memory: self.memory[extent.block].clone()?,
+                    memory: memory[extent.block].clone()?,
                     start: extent.start,
                     len: extent.len,
                     _lease: lease.clone(),
                 })
             })
             .collect()
+    }
+
+    /// Must be held while planes of a DMA-BUF are copied.
+    pub fn begin_cpu_access(&self) -> Option<CpuAccess<'_>> {
+        Some(self.dmabuf()?.buffer.begin_cpu_access())
     }
 
     /// Copies plane `index` into rows of `stride` bytes; false where the rows do not fit `out`.
@@ -241,7 +296,14 @@ impl Frame {
         let Some(plane) = self.layout.planes().get(index) else {
             return false;
         };
-        let Some(memory) = self.memory.get(plane.block).and_then(Option::as_ref) else {
+        let memory = match &self.pixels {
+            Pixels::Blocks(memory) => memory.get(plane.block).and_then(Option::as_deref),
+            Pixels::DmaBuf(picture) => {
+                let block = picture.buffer.blocks().get(plane.block);
+                block.and_then(dmabuf::Block::memory)
+            }
+        };
+        let Some(memory) = memory else {
             return false;
         };
         let length = (plane.rows - 1)
@@ -318,11 +380,12 @@ pub(super) mod tests {
                 framerate: (0, 1),
                 max_framerate: None,
                 color: Color::default(),
+                modifier: None,
             },
             captured: Monotonic::now(),
             damage: Damage::Everything,
             transform: Transform::default(),
-            memory: [Some(Arc::new(memory)), None],
+            pixels: Pixels::Blocks([Some(Arc::new(memory)), None]),
             lease: Lease::new(1, pool, Arc::new(Returns::new(sender)), counters.clone()),
         }
     }
@@ -407,7 +470,19 @@ pub(super) mod tests {
             for _ in 0..buffers {
                 pool.add();
             }
-            assert_eq!((0..32).filter(|_| pool.pass_one()).count(), most);
+            assert_eq!((0..32).filter(|_| pool.pass_one(false)).count(), most);
+        }
+    }
+
+    #[test]
+    fn of_dmabufs_one_is_always_passed_on() {
+        for (buffers, most) in [(1, 1), (3, 1), (4, 1), (5, 2), (8, 5)] {
+            let pool = Pool::default();
+            for _ in 0..buffers {
+                pool.add();
+            }
+            assert_eq!((0..32).filter(|_| pool.pass_one(true)).count(), most);
+            assert!(!pool.has_one(true));
         }
     }
 

@@ -158,7 +158,7 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Maps `len` bytes of `file` from `offset` on. They must be there, and stay.
-    fn new(file: &File, offset: usize, len: usize) -> io::Result<Self> {
+    pub(super) fn new(file: &File, offset: usize, len: usize) -> io::Result<Self> {
         let start = offset % page_size();
         let mapped = start + len;
         // SAFETY: A new mapping at an address of the kernel's choice touches no memory of ours.

@@ -8,8 +8,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::os::fd::BorrowedFd;
-use std::ptr::NonNull;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -24,12 +22,12 @@ use pipewire::properties::properties;
 use pipewire::stream::{Stream, StreamFlags, StreamListener, StreamRc, StreamState};
 use pipewire::sys::pw_buffer;
 
+use super::buffers::{Buffer, Chunks, datas, metas};
 use super::damage::Damage;
 use super::frame::{Frame, Lease, Pool};
-use super::geometry::{Chunk, FrameLayout, MAX_PLANES};
-use super::memory::{Mapping, Memory};
 use super::meta::{Cursor, Metas};
-use super::negotiate::{self, Offer, StreamFormat};
+use super::negotiate::{self, Fixed, PodBytes, StreamFormat};
+use super::offer::Offer;
 use super::registry::Node;
 use super::worker::Link;
 use super::{Level, Monotonic, Stage};
@@ -43,14 +41,9 @@ const GONE_AFTER: Duration = Duration::from_secs(1);
 const FRAME_AFTER: Duration = Duration::from_millis(500);
 const MOST_REQUESTS: u32 = 4;
 
-/// A buffer of the stream.
-struct Buffer {
-    /// Our number for it, never used twice, also not by the next stream.
-    id: u64,
-    memory: [Option<Arc<Memory>>; MAX_PLANES],
-    /// A lease of it exists.
-    out: bool,
-}
+/// How long a producer may take to choose among modifiers before we do: it has to try allocating
+/// with them.
+const CHOOSE_AFTER: Duration = Duration::from_millis(500);
 
 /// Why a buffer holds no frame.
 enum Skip {
@@ -64,6 +57,10 @@ enum Skip {
 struct State {
     link: Rc<Link>,
     format: Cell<Option<StreamFormat>>,
+    /// A format whose modifier the producer is to choose, and how long it may take.
+    open: Cell<Option<(StreamFormat, Instant)>>,
+    /// What the producer was last told that we take.
+    offer: RefCell<Offer>,
     /// By the address that PipeWire knows them by.
     buffers: RefCell<HashMap<*mut pw_buffer, Buffer>>,
     /// Counts the buffers of this generation.
@@ -118,6 +115,8 @@ impl CaptureStream {
         let state = Rc::new(State {
             link,
             format: Cell::default(),
+            open: Cell::default(),
+            offer: RefCell::new(offer.clone()),
             buffers: RefCell::default(),
             pool: RefCell::default(),
             missed: Cell::new(true),
@@ -131,7 +130,7 @@ impl CaptureStream {
         });
         let listener = listen(&stream, &state)?;
         let pods = offer.pods();
-        let mut params: Vec<&Pod> = pods.iter().map(negotiate::PodBytes::pod).collect();
+        let mut params: Vec<&Pod> = pods.iter().map(PodBytes::pod).collect();
         state.link.counters.set_stage(Stage::Linking);
         stream.connect(
             Direction::Input,
@@ -148,8 +147,29 @@ impl CaptureStream {
 
     /// Replaces what is offered to the producer.
     pub fn renegotiate(&self, offer: &Offer) -> Result<(), pipewire::Error> {
-        let pods = offer.pods();
-        let mut params: Vec<&Pod> = pods.iter().map(negotiate::PodBytes::pod).collect();
+        self.state.offer.replace(offer.clone());
+        self.state.open.set(None);
+        self.offer_pods(&offer.pods())
+    }
+
+    /// When to choose a modifier that the producer has left open.
+    pub fn choice_due(&self) -> Option<Instant> {
+        self.state.open.get().map(|(_, at)| at)
+    }
+
+    /// Chooses the modifier that the producer has left open, as the producer should have done: by
+    /// offering that one before the rest.
+    pub fn choose_modifier(&self) -> Result<(), pipewire::Error> {
+        let Some((format, _)) = self.state.open.take() else {
+            return Ok(());
+        };
+        let mut pods = vec![format.pod()];
+        pods.extend(self.state.offer.borrow().pods());
+        self.offer_pods(&pods)
+    }
+
+    fn offer_pods(&self, pods: &[PodBytes]) -> Result<(), pipewire::Error> {
+        let mut params: Vec<&Pod> = pods.iter().map(PodBytes::pod).collect();
         self.stream.update_params(&mut params)
     }
 
@@ -176,8 +196,7 @@ impl CaptureStream {
     pub fn reclaim(&self) {
         let mut buffers = self.state.buffers.borrow_mut();
         for (raw, buffer) in buffers.iter_mut().filter(|(_, buffer)| buffer.out) {
-            let detached = buffer.memory.iter().flatten().try_for_each(|m| m.detach());
-            if let Err(error) = detached {
+            if let Err(error) = buffer.detach() {
                 self.state.log(
                     Level::Warning,
                     format_args!("a buffer stays with its reader, for want of memory: {error}"),
@@ -290,18 +309,19 @@ impl State {
         let Some(pod) = pod else {
             self.log(Level::Debug, format_args!("format cleared"));
             self.format.set(None);
+            self.open.set(None);
             return;
         };
-        match StreamFormat::parse(pod) {
-            Ok(format) => {
-                self.log(Level::Info, format_args!("producer fixed {format:?}"));
-                self.format.set(Some(format));
-                self.missed.set(true);
-                self.had_format.set(true);
-                self.requests.set(0);
-                self.frame_due.set(Some(Instant::now() + FRAME_AFTER));
-                self.gone_since.set(None);
-                self.link.counters.set_stage(Stage::Paused);
+        let format = match StreamFormat::parse(pod) {
+            Ok(Fixed::Format(format)) => format,
+            Ok(Fixed::Choice(format, modifiers)) => {
+                self.log(
+                    Level::Debug,
+                    format_args!("the producer is to choose a modifier of {modifiers:x?}"),
+                );
+                self.format.set(None);
+                self.open.set(Some((format, Instant::now() + CHOOSE_AFTER)));
+                return;
             }
             Err(what) => {
                 self.format.set(None);
@@ -310,10 +330,19 @@ impl State {
                     .get_or_insert(format!("the producer fixed {what}"));
                 return;
             }
-        }
+        };
+        self.log(Level::Info, format_args!("producer fixed {format:?}"));
+        self.format.set(Some(format));
+        self.open.set(None);
+        self.missed.set(true);
+        self.had_format.set(true);
+        self.requests.set(0);
+        self.frame_due.set(Some(Instant::now() + FRAME_AFTER));
+        self.gone_since.set(None);
+        self.link.counters.set_stage(Stage::Paused);
         // Each Format needs its own answers, also when it is the same as before (L5).
-        let answers = negotiate::format_answers();
-        let mut params: Vec<&Pod> = answers.iter().map(negotiate::PodBytes::pod).collect();
+        let answers = negotiate::format_answers(&format);
+        let mut params: Vec<&Pod> = answers.iter().map(PodBytes::pod).collect();
         if let Err(error) = stream.update_params(&mut params) {
             self.error
                 .borrow_mut()
@@ -323,46 +352,28 @@ impl State {
 
     fn add_buffer(&self, raw: *mut pw_buffer) {
         self.gone_since.set(None);
-        let mut memory = [None, None];
-        // SAFETY: PipeWire passes a buffer that is valid until remove_buffer, with `n_datas`
-        // entries in `datas`; both structures lie in this process.
-        let datas = unsafe { datas(raw) };
-        for (slot, data) in memory.iter_mut().zip(datas) {
-            match open(data) {
-                Ok(memory) => {
-                    self.log(
-                        Level::Debug,
-                        format_args!(
-                            "buffer of {} bytes added, {}",
-                            memory.len(),
-                            match memory {
-                                Memory::Mapped(_) => "mapped",
-                                Memory::File(_) =>
-                                    "not sealed against shrinking: its frames are copied",
-                            }
-                        ),
-                    );
-                    *slot = Some(Arc::new(memory));
-                }
-                Err(error) => self.log(
-                    Level::Warning,
-                    format_args!("a buffer cannot be read, its frames are skipped: {error}"),
-                ),
-            }
-        }
         let id = self.link.next_buffer.get();
         self.link.next_buffer.set(id + 1);
+        // SAFETY: PipeWire passes a buffer that is valid until remove_buffer; what it has lies in
+        // this process.
+        let buffer = unsafe {
+            Buffer::open(id, datas(raw), |error| {
+                self.log(
+                    Level::Warning,
+                    format_args!("a buffer cannot be read, its frames are skipped: {error}"),
+                );
+            })
+        };
+        self.log(
+            Level::Debug,
+            format_args!("buffer added: {}", buffer.describe()),
+        );
         let mut buffers = self.buffers.borrow_mut();
         if buffers.is_empty() {
             // A new generation: what is still out of the last one does not count for it.
             self.pool.replace(Arc::default());
         }
         self.pool.borrow().add();
-        let buffer = Buffer {
-            id,
-            memory,
-            out: false,
-        };
         buffers.insert(raw, buffer);
     }
 
@@ -429,25 +440,9 @@ impl State {
         // SAFETY: The buffer is in our list, so PipeWire has added and not yet removed it.
         let (datas, metas) = unsafe { (datas(raw), Metas::new(metas(raw))) };
 
-        let mut chunks = [Chunk::default(); MAX_PLANES];
-        let mut flags = 0;
-        let count = datas.len().min(MAX_PLANES);
-        for (index, data) in datas.iter().take(count).enumerate() {
-            if data.chunk.is_null() {
-                return Err(Skip::Corrupted(Some("a block has no chunk".into())));
-            }
-            // SAFETY: The pointer is valid for as long as the buffer. The producer can write
-            // there at any time, so it is read once, and only the copy is checked and used.
-            let chunk = unsafe { data.chunk.read_volatile() };
-            flags |= chunk.flags;
-            chunks[index] = Chunk {
-                mapped: buffer.memory[index].as_ref().map_or(0, |m| m.len()),
-                offset: chunk.offset,
-                size: chunk.size,
-                stride: chunk.stride,
-            };
-        }
-        let empty = chunks[0].size == 0;
+        // SAFETY: As above.
+        let chunks = unsafe { Chunks::read(datas) }.map_err(|what| Skip::Corrupted(Some(what)))?;
+        let empty = chunks.are_empty(&format);
         let cursor = metas.cursor(&self.cursor.borrow());
         if let Some(cursor) = cursor {
             self.log(
@@ -465,20 +460,18 @@ impl State {
             self.cursor.replace(cursor.clone());
             self.link.inbox.put_cursor(cursor, !empty);
         }
-        // Compositors send buffers without pixels when only the cursor moved (L8), and mutter
-        // marks those as corrupted as well.
         if empty {
             return Err(Skip::Empty);
         }
         let header = metas.header();
-        let marked = flags & spa_sys::SPA_CHUNK_FLAG_CORRUPTED as i32 != 0
+        let marked = chunks.are_corrupted()
             || header.is_some_and(|h| h.flags & spa_sys::SPA_META_HEADER_FLAG_CORRUPTED != 0);
         if marked {
             return Err(Skip::Corrupted(None));
         }
-        let mut layout =
-            FrameLayout::new(format.format, format.width, format.height, &chunks[..count])
-                .map_err(|error| Skip::Corrupted(Some(error.to_string())))?;
+        let (mut layout, pixels) = buffer
+            .frame(&format, &chunks)
+            .map_err(|what| Skip::Corrupted(Some(what)))?;
         if let Some(region) = metas.crop() {
             layout = layout.crop(region);
         }
@@ -498,7 +491,7 @@ impl State {
             captured: Monotonic::of_capture(header.map(|header| header.pts), received),
             damage,
             transform: metas.transform(),
-            memory: buffer.memory.clone(),
+            pixels,
             lease: Lease::new(
                 buffer.id,
                 self.pool.borrow().clone(),
@@ -506,60 +499,5 @@ impl State {
                 self.link.counters.clone(),
             ),
         })
-    }
-}
-
-/// The memory blocks of a buffer.
-///
-/// # Safety
-/// `raw` must be a buffer that PipeWire has added and not yet removed, for as long as the result
-/// is used.
-unsafe fn datas<'a>(raw: *mut pw_buffer) -> &'a [spa_sys::spa_data] {
-    // SAFETY: By the contract above both structures are there, and `datas` has `n_datas` entries.
-    unsafe {
-        let buffer = &*(*raw).buffer;
-        if buffer.datas.is_null() {
-            return &[];
-        }
-        std::slice::from_raw_parts(buffer.datas, buffer.n_datas as usize)
-    }
-}
-
-/// The metadata of a buffer.
-///
-/// # Safety
-/// As for [`datas`].
-unsafe fn metas<'a>(raw: *mut pw_buffer) -> &'a [spa_sys::spa_meta] {
-    // SAFETY: By the contract above both structures are there, and `metas` has `n_metas` entries.
-    unsafe {
-        let buffer = &*(*raw).buffer;
-        if buffer.metas.is_null() {
-            return &[];
-        }
-        std::slice::from_raw_parts(buffer.metas, buffer.n_metas as usize)
-    }
-}
-
-/// Opens a block for reading.
-fn open(data: &spa_sys::spa_data) -> Result<Memory, String> {
-    let text = |error: std::io::Error| error.to_string();
-    match data.type_ {
-        spa_sys::SPA_DATA_MemFd => {
-            let fd = i32::try_from(data.fd)
-                .ok()
-                .filter(|fd| *fd >= 0)
-                .ok_or("it has no file descriptor")?;
-            // SAFETY: PipeWire keeps the descriptor open until remove_buffer, longer than this.
-            let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-            Memory::new(fd, data.mapoffset, data.maxsize).map_err(text)
-        }
-        // Memory that the daemon has allocated for both sides, and sealed; PipeWire has mapped it.
-        spa_sys::SPA_DATA_MemPtr => {
-            let address = NonNull::new(data.data).ok_or("it has no address")?;
-            // SAFETY: PipeWire keeps `maxsize` bytes mapped there until remove_buffer.
-            let mapping = unsafe { Mapping::again(address, data.maxsize) }.map_err(text)?;
-            Ok(Memory::Mapped(mapping))
-        }
-        other => Err(format!("memory of type {other} was not asked for")),
     }
 }

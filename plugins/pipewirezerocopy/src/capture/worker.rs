@@ -318,6 +318,7 @@ impl Worker {
         let moments = [
             stream.and_then(CaptureStream::gone_at),
             stream.and_then(CaptureStream::frame_due),
+            stream.and_then(CaptureStream::choice_due),
             self.retry_at,
         ];
         match moments.into_iter().flatten().min() {
@@ -366,6 +367,7 @@ impl Worker {
             if let Some(stream) = &self.stream {
                 stream.requeue(buffer);
             }
+            self.link.inbox.put_returned();
         }
     }
 
@@ -428,6 +430,12 @@ impl Worker {
             self.log(Level::Debug, format_args!("asking for a frame"));
             if let Err(error) = stream.ask_for_frame() {
                 self.log(Level::Warning, format_args!("pausing failed: {error}"));
+            }
+        }
+        if stream.choice_due().is_some_and(|at| at <= Instant::now()) {
+            self.log(Level::Debug, format_args!("choosing a modifier"));
+            if let Err(error) = stream.choose_modifier() {
+                self.log(Level::Warning, format_args!("choosing failed: {error}"));
             }
         }
         let known = stream.had_format() || self.past.told == Some(Told::Vanished);

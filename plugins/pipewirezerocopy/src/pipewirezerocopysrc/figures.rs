@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use zerocopy_plugin_common::Quantiles;
 
+use super::caps::OutputMemory;
 use crate::capture::Counters;
 
 /// What is counted beside the capture's own [`Counters`].
@@ -24,6 +25,10 @@ pub(super) struct Figures {
     copies: u64,
     /// The last frame was copied.
     copying: bool,
+    /// Memory in which the last frame left.
+    pub memory: Option<OutputMemory>,
+    /// The last frame came in DMA-BUFs, whose writers are waited for.
+    pub fenced: bool,
     bytes_received: u64,
     bytes_sent: u64,
     latency: Quantiles,
@@ -69,6 +74,7 @@ impl Figures {
         let counters = &self.counters;
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let (p50, p99) = self.latency.p50_p99_us();
+        let memory = self.memory.unwrap_or(OutputMemory::System);
         gst::Structure::builder("pipewirezerocopysrc-stats")
             .field("frames", self.frames)
             .field("bytes-sent", self.bytes_sent)
@@ -82,8 +88,8 @@ impl Figures {
             .field("corrupted", load(&counters.corrupted))
             .field("empty", load(&counters.empty))
             .field("held-buffers", load(&counters.held))
-            .field("memory", "system")
-            .field("sync", "none")
+            .field("memory", memory.name())
+            .field("sync", if self.fenced { "implicit" } else { "none" })
             .field("latency-p50-us", p50)
             .field("latency-p99-us", p99)
             .build()

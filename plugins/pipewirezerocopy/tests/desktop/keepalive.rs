@@ -15,7 +15,7 @@ use super::painter::{Painter, Picture, until};
 use super::run::{LONG, Run, is_keepalive, pixels, pts};
 
 /// A picture and the `count` keepalives that follow it, once the desktop has come to rest.
-fn still(run: &Run, count: usize) -> (gst::Sample, Vec<gst::Sample>) {
+pub fn still(run: &Run, count: usize) -> (gst::Sample, Vec<gst::Sample>) {
     let mut frame = run.frame();
     let mut keepalives = Vec::new();
     while keepalives.len() < count {
@@ -94,10 +94,11 @@ fn other_wake_ups_do_not_move_the_period() {
 
 #[test]
 fn keepalives_can_be_turned_off_and_on_while_playing() {
-    let mut desktop = desktop();
-    let cast = desktop.screencast(Recording::Monitor);
-    let run = Run::on_node(&desktop, cast.node);
+    let desktop = desktop();
+    let painter = painter(&desktop, "switched");
+    let run = run_on(&desktop, "switched", "video/x-raw");
     run.play();
+    painter.show(plain(1));
     still(&run, 1);
     run.src.set_property("keepalive-time", 0u32);
     // One may have been under way.
@@ -107,7 +108,6 @@ fn keepalives_can_be_turned_off_and_on_while_playing() {
     // The thread waits without an end now, and yet takes note.
     run.src.set_property("keepalive-time", 20u32);
     still(&run, 10);
-    desktop.close(&cast);
 }
 
 #[test]

@@ -21,6 +21,7 @@ mod painter;
 mod run;
 mod screencast;
 mod sharing;
+mod weston;
 
 /// The desktop that tests share, once one of them needs it.
 static DESKTOP: Mutex<Option<Desktop>> = Mutex::new(None);

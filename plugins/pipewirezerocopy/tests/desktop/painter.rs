@@ -154,7 +154,7 @@ impl Painter {
         let saying = said.clone();
         let thread = std::thread::spawn(move || {
             let offered = offer(format, size);
-            run(socket.into(), &name, &offered, canvas, saying, receiver);
+            run(socket.into(), &name, &offered, canvas, &saying, receiver);
         });
         Self {
             format,
@@ -246,7 +246,7 @@ fn run(
     name: &str,
     offered: &Offer,
     canvas: Canvas,
-    said: Arc<Said>,
+    said: &Arc<Said>,
     receiver: Receiver<Command>,
 ) {
     pipewire::init();
@@ -361,6 +361,7 @@ fn offer(format: PixelFormat, (width, height): (u32, u32)) -> Offer {
     let fixed = |n| Span { min: n, max: n };
     Offer(vec![OfferEntry {
         formats: vec![format],
+        modifiers: Vec::new(),
         width: fixed(width),
         height: fixed(height),
     }])

@@ -5,13 +5,13 @@
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
-use zerocopy_test_support::desktop::Recording;
+use zerocopy_test_support::desktop::{CursorMode, Recording};
 
 use super::desktop;
 use super::run::{Run, init, is_keepalive, pixels, pts};
 
 /// Pictures that the moving client shows, in order (see `tests/pattern.py`).
-fn moving_pictures(count: u32) -> Vec<Vec<u8>> {
+pub fn moving_pictures(count: u32) -> Vec<Vec<u8>> {
     init();
     let description = format!(
         "videotestsrc pattern=colors horizontal-speed=4 num-buffers={count} ! \
@@ -35,6 +35,14 @@ fn moving_pictures(count: u32) -> Vec<Vec<u8>> {
     pictures
 }
 
+/// Pixels of 4 bytes whose last says nothing.
+pub fn opaque(pixels: &[u8]) -> Vec<u8> {
+    pixels
+        .chunks(4)
+        .flat_map(|pixel| [pixel[0], pixel[1], pixel[2], 255])
+        .collect()
+}
+
 #[test]
 fn a_moving_desktop_gives_its_frames_with_the_right_colours() {
     let mut desktop = desktop();
@@ -53,12 +61,6 @@ fn a_moving_desktop_gives_its_frames_with_the_right_colours() {
 
     // The last picture is one of those that the client drew, in each colour of each pixel.
     let got = pixels(samples.last().unwrap());
-    let opaque = |pixels: &[u8]| -> Vec<u8> {
-        pixels
-            .chunks(4)
-            .flat_map(|pixel| [pixel[0], pixel[1], pixel[2], 255])
-            .collect()
-    };
     let got = opaque(&got);
     // The picture repeats after its width: 640 / 4 frames.
     let found = moving_pictures(161)
@@ -197,7 +199,7 @@ fn a_slow_consumer_gets_the_newest_picture_and_does_not_stall_capture() {
         run.pipeline.current_running_time().unwrap()
     };
     let meanwhile = dropped(10);
-    dropped(20);
+    dropped(run.stat("dropped") + 10);
     assert!(run.stat("held-buffers") <= 6, "mutter has two of its eight");
     // The pile, one that was under way, then the newest.
     for _ in 0..3 {
@@ -255,4 +257,75 @@ fn the_latency_is_that_of_a_frame() {
     assert_eq!(min.mseconds(), 16);
     assert_eq!(max, None);
     desktop.close(&cast);
+}
+
+/// The left upper corner of an overlay on a picture.
+fn overlay(sample: &gst::Sample) -> Option<(i32, i32)> {
+    let buffer = sample.buffer().unwrap();
+    let meta = buffer.meta::<gst_video::VideoOverlayCompositionMeta>()?;
+    let (x, y, _, _) = meta.overlay().rectangle(0).ok()?.render_rectangle();
+    Some((x, y))
+}
+
+/// Whether the two differ near that pixel.
+fn differ_at(one: &gst::Sample, other: &gst::Sample, (x, y): (usize, usize)) -> bool {
+    let [one, other] = [one, other].map(|sample| opaque(&pixels(sample)));
+    let row = |y: usize| (y * 640 + x - 8) * 4..(y * 640 + x + 24) * 4;
+    (y - 8..y + 24).any(|y| one[row(y)] != other[row(y)])
+}
+
+#[test]
+fn mutters_pointer_is_hidden_in_the_picture_or_beside_it_as_the_session_asks() {
+    let mut desktop = desktop();
+    for mode in [
+        CursorMode::Hidden,
+        CursorMode::Embedded,
+        CursorMode::Metadata,
+    ] {
+        let cast = desktop.screencast_with_pointer(mode);
+        desktop.move_pointer(&cast, 300, 200);
+        let run = Run::on_node(&desktop, cast.node);
+        run.src.set_property("keepalive-time", 20u32);
+        run.propose::<gst_video::VideoOverlayCompositionMeta>();
+        run.play();
+        let before = run.frame();
+        // Nothing tells when a movement is on the screen.
+        let end = Instant::now() + super::run::LONG;
+        let mut moves = 0;
+        for step in 0.. {
+            assert!(Instant::now() < end, "{mode:?}: no pointer is seen");
+            let (x, y) = (100 + step % 100, 100);
+            desktop.move_pointer(&cast, x, y);
+            let sample = run.frames_for(Duration::from_millis(100)).pop();
+            let Some(sample) = sample else { continue };
+            let drawn = differ_at(&sample, &before, (x as usize, y as usize));
+            let beside = overlay(&sample);
+            match mode {
+                CursorMode::Hidden => {
+                    assert!(!drawn && beside.is_none());
+                    moves += 1;
+                    if moves == 5 {
+                        break;
+                    }
+                }
+                CursorMode::Embedded => {
+                    assert_eq!(beside, None);
+                    if drawn {
+                        break;
+                    }
+                }
+                CursorMode::Metadata => {
+                    assert!(!drawn, "beside the picture, not in it");
+                    // Its tip is at most its size from its corner.
+                    if beside
+                        .is_some_and(|at| at.0.abs_diff(x as i32) < 48 && at.1.abs_diff(100) < 48)
+                    {
+                        break;
+                    }
+                }
+            }
+        }
+        run.stop();
+        desktop.close(&cast);
+    }
 }

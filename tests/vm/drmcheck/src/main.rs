@@ -12,6 +12,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 
 mod buffers;
+mod cuda;
 mod dmabuf;
 mod egl;
 mod foreign;
@@ -40,6 +41,9 @@ enum Command {
     /// Imports memory of each kind with EGL, reads it back and says what was found: "egl KIND HOW: right",
     /// "egl KIND HOW: refused: REASON", or that it was wrong.
     Egl,
+    /// Copies DMA-BUFs into CUDA memory by drawing them, with a libcuda that only looks like one, and
+    /// compares what is there: "cuda WHAT: right", or what else it is.
+    Cuda,
     /// Draws pictures into DMA-BUFs of one kind, sends them through vsockenc and records what comes back.
     Send(send::Options),
     /// Waits until an output is connected with a size, and says which outputs there are.
@@ -61,6 +65,7 @@ fn main() -> ExitCode {
         Command::Buffers => buffers::show(),
         Command::Refusals => foreign::show(),
         Command::Egl => egl::show(),
+        Command::Cuda => cuda::show(),
         Command::Send(options) => send::show(&options),
         Command::Output {
             name,
