@@ -97,7 +97,11 @@ fn without_a_target_it_does_not_start() {
 
 #[test]
 fn what_this_version_cannot_do_is_refused_by_name() {
-    for (name, value) in [("output-mode", "cuda"), ("capture-source", "wayland")] {
+    for (name, value) in [
+        ("output-mode", "cuda"),
+        ("capture-source", "wayland"),
+        ("capture-source", "x11"),
+    ] {
         let error = start_error(&[("pipewire-node-id", "42"), (name, value)]);
         assert!(error.contains(&format!("{name}={value}")), "{error}");
         assert!(error.contains("not in this version"), "{error}");
