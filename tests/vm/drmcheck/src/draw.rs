@@ -72,14 +72,20 @@ fn draw(
 /// The picture of an output: red grows to the right, green downwards, blue tells outputs apart, and a
 /// white rectangle says where its beginning is. Bytes are blue, green, red, nothing.
 fn picture(number: u32, width: u32, height: u32) -> Vec<u8> {
-    let pixel = |x: u32, y: u32| {
-        if x < 128 && y < 64 {
-            return [255, 255, 255, 0];
+    let blue = 64 + 128 * number as u8;
+    let red = |x| (x * 255 / (width - 1)) as u8;
+    let mut row: Vec<u8> = (0..width).flat_map(|x| [blue, 0, red(x), 0]).collect();
+    let mut pixels = Vec::with_capacity(row.len() * height as usize);
+    for y in 0..height {
+        let green = (y * 255 / (height - 1)) as u8;
+        for pixel in row.chunks_exact_mut(4) {
+            pixel[1] = green;
         }
-        let red = x * 255 / (width - 1);
-        let green = y * 255 / (height - 1);
-        [64 + 128 * number as u8, green as u8, red as u8, 0]
-    };
-    let rows = (0..height).flat_map(|y| (0..width).map(move |x| (x, y)));
-    rows.flat_map(|(x, y)| pixel(x, y)).collect()
+        pixels.extend_from_slice(&row);
+        if y < 64 {
+            let start = pixels.len() - row.len();
+            pixels[start..start + 128 * 4].fill(255);
+        }
+    }
+    pixels
 }
