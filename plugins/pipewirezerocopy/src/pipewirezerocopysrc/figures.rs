@@ -10,6 +10,7 @@ use zerocopy_plugin_common::Quantiles;
 
 use super::caps::OutputMemory;
 use crate::capture::Counters;
+use crate::cuda::Way;
 
 /// What is counted beside the capture's own [`Counters`].
 #[derive(Default)]
@@ -29,6 +30,8 @@ pub(super) struct Figures {
     pub memory: Option<OutputMemory>,
     /// The last frame came in DMA-BUFs, whose writers are waited for.
     pub fenced: bool,
+    /// How the last frame came into CUDA memory.
+    pub way: Option<Way>,
     bytes_received: u64,
     bytes_sent: u64,
     latency: Quantiles,
@@ -89,6 +92,7 @@ impl Figures {
             .field("empty", load(&counters.empty))
             .field("held-buffers", load(&counters.held))
             .field("memory", memory.name())
+            .field("import", self.way.map_or("none", Way::name))
             .field("sync", if self.fenced { "implicit" } else { "none" })
             .field("latency-p50-us", p50)
             .field("latency-p99-us", p99)

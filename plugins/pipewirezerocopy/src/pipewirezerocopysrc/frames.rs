@@ -61,8 +61,11 @@ impl PipeWireZeroCopySrc {
         // A new frame replaces it, and may leave in place only because its buffer is back.
         drop(last);
         let spared = inbox.take(format, |frame| {
-            let in_place =
-                memory == OutputMemory::DmaBuf || can_leave_in_place(frame, &info, takes);
+            let in_place = match memory {
+                OutputMemory::System => can_leave_in_place(frame, &info, takes),
+                OutputMemory::DmaBuf => true,
+                OutputMemory::Cuda => false,
+            };
             in_place && frame.reserve()
         });
         let (mut frame, pooled) = match (spared, memory) {
@@ -74,7 +77,7 @@ impl PipeWireZeroCopySrc {
                 }
                 return Ok(None);
             }
-            (None, OutputMemory::System) => {
+            (None, OutputMemory::System | OutputMemory::Cuda) => {
                 // The pool may make us wait: no frame is held meanwhile (L4).
                 let buffer = self.pooled_buffer()?;
                 match inbox.take(format, |_| true) {
@@ -92,7 +95,7 @@ impl PipeWireZeroCopySrc {
         }
         let (captured, transform) = (frame.captured, frame.transform);
         let damage = std::mem::replace(&mut frame.damage, Damage::Everything);
-        let copied = pooled.is_some();
+        let copied = pooled.is_some() && memory == OutputMemory::System;
         let picture = match (pooled, memory) {
             (None, OutputMemory::DmaBuf) => match pass_on(frame, &info, takes) {
                 Ok(picture) => Some(picture),
@@ -102,7 +105,14 @@ impl PipeWireZeroCopySrc {
                     return Ok(None);
                 }
             },
-            (None, OutputMemory::System) => in_place(frame, &info),
+            (None, OutputMemory::System | OutputMemory::Cuda) => in_place(frame, &info),
+            (Some(mut buffer), OutputMemory::Cuda) => {
+                if !self.copy_to_cuda(&frame, &mut buffer, &info, format)? {
+                    inbox.miss();
+                    return Ok(None);
+                }
+                Some(buffer)
+            }
             (Some(mut buffer), _) => {
                 if !self.copy(&frame, &mut buffer, &info, format)? {
                     inbox.miss();
@@ -252,7 +262,7 @@ impl PipeWireZeroCopySrc {
             let memory = negotiated.memory;
             (pointer.overlay().cloned(), info, memory, *takes)
         };
-        // Nobody draws into a producer's DMA-BUFs.
+        // Nobody draws into a producer's DMA-BUFs, and not with the processor on a GPU.
         let drawn = !takes.overlays && memory == OutputMemory::System;
         let mut buffer;
         if let Some(overlay) = overlay.as_ref().filter(|_| drawn) {

@@ -58,6 +58,7 @@ use super::figures::Figures;
 use super::settings::Settings;
 use super::streaming::{Ending, Streaming};
 use crate::capture::{Capture, Config, Counters, Failure, Level, Log};
+use crate::cuda;
 
 pub(super) static CAT: LazyLock<gst::DebugCategory> = LazyLock::new(|| {
     gst::DebugCategory::new(
@@ -79,6 +80,8 @@ pub struct PipeWireZeroCopySrc {
     pub(super) settings: Mutex<Settings>,
     pub(super) streaming: Mutex<Option<Streaming>>,
     pub(super) figures: Mutex<Figures>,
+    /// The CUDA context that this element and its neighbours share.
+    pub(super) cuda: cuda::Slot,
     /// Ends the streaming thread's waits; apart from the rest, so that it never waits itself.
     waker: Mutex<Option<Waker>>,
 }
@@ -160,6 +163,11 @@ impl ElementImpl for PipeWireZeroCopySrc {
         &TEMPLATES
     }
 
+    fn set_context(&self, context: &gst::Context) {
+        cuda::set_context(&self.cuda, context);
+        self.parent_set_context(context);
+    }
+
     fn send_event(&self, event: gst::Event) -> bool {
         // The base class would end the stream at once, without another buffer.
         if event.type_() == gst::EventType::Eos
@@ -182,6 +190,7 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
         settings.check().map_err(unusable)?;
         let target = settings.target().map_err(unusable)?;
         let remote = settings.remote().map_err(unusable)?;
+        self.cuda.reset(settings.cuda_device());
         let (can, display) = self.look_for_gpu(&settings)?;
         let failed = |error: std::io::Error| {
             gst::error_msg!(
@@ -215,6 +224,8 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
             // Its buffer can go back only while the capture is there.
             streaming.last = None;
         }
+        // After all that was made in it.
+        self.cuda.reset(None);
         Ok(())
     }
 
@@ -241,6 +252,11 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
             // A frame is here at the latest when the next one is drawn. Downstream may keep as many
             // as it likes, as long as it likes: frames are copied where the producer runs short.
             latency.set(true, self.latency(), gst::ClockTime::NONE);
+            return true;
+        }
+        if let gst::QueryViewMut::Context(query) = query.view_mut()
+            && cuda::answer(&self.cuda, query)
+        {
             return true;
         }
         BaseSrcImplExt::parent_query(self, query)

@@ -5,6 +5,7 @@ use gst::prelude::*;
 
 mod abilities;
 mod caps;
+mod cuda;
 mod dmabuf;
 mod figures;
 mod frames;
@@ -37,7 +38,7 @@ pub enum OutputMode {
     )]
     Auto,
     /// CUDA memory.
-    #[enum_value(name = "CUDA memory (not in this version)", nick = "cuda")]
+    #[enum_value(name = "CUDA memory", nick = "cuda")]
     Cuda,
     /// The producer's DMA-BUFs.
     #[enum_value(name = "The producer's DMA-BUFs, passed on", nick = "dmabuf")]

@@ -13,6 +13,7 @@ use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake};
 use super::OnDisconnect;
 use super::abilities::Abilities;
 use super::caps::OutputMemory;
+use super::cuda::CudaOutput;
 use super::dmabuf::describe;
 use super::imp::{CAT, PipeWireZeroCopySrc, failure_message, lock};
 use super::output::Takes;
@@ -54,6 +55,8 @@ pub(super) struct Streaming {
     pub display: Option<Display>,
     /// Reads what only the GPU can; made when first needed.
     pub reader: Option<Reader>,
+    /// Copies into CUDA memory; made when that is first negotiated.
+    pub cuda: Option<CudaOutput>,
     /// Why a kind of DMA-BUFs is not used any more.
     pub fallback: Option<String>,
     pub offer: Offer,
@@ -112,6 +115,7 @@ impl Streaming {
             can,
             display,
             reader: None,
+            cuda: None,
             fallback: None,
             offer: Offer::default(),
             wanted: None,
