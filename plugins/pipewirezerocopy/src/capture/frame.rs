@@ -7,15 +7,17 @@
 //! the loop thread at once. It is copied, or it is passed on as it lies, but only as long as its
 //! [`Pool`] has buffers to spare.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use super::damage::Damage;
-use super::dmabuf::{self, CpuAccess, DmaBufPicture};
+use super::dmabuf::{self, CpuAccess, DmaBufPicture, Fence};
 use super::geometry::{FrameLayout, MAX_PLANES};
 use super::memory::Memory;
 use super::meta::Transform;
 use super::negotiate::StreamFormat;
+use super::timeline::Point;
 use super::worker::Command;
 use super::{Counters, Monotonic};
 
@@ -134,7 +136,21 @@ pub struct Frame {
     /// How the picture was turned.
     pub transform: Transform,
     pub(super) pixels: Pixels,
+    /// When it may be looked at, where the producer says.
+    pub(super) acquire: Option<Point>,
     pub(super) lease: Lease,
+}
+
+/// How the producer's writing and our reading are kept apart.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sync {
+    /// The producer has finished when a frame comes.
+    #[default]
+    None,
+    /// The kernel knows who writes to a DMA-BUF.
+    Implicit,
+    /// By timelines.
+    Explicit,
 }
 
 /// Where a frame's pixels are.
@@ -181,6 +197,23 @@ impl Frame {
             Pixels::Blocks(_) => None,
             Pixels::DmaBuf(picture) => Some(picture),
         }
+    }
+
+    /// What must have happened before the frame may be looked at or passed on, and how that is known.
+    pub fn fence(&self) -> io::Result<(Sync, Fence)> {
+        match (&self.acquire, self.dmabuf()) {
+            (Some(point), _) => {
+                let reached = point.timeline.reached(point.value)?;
+                Ok((Sync::Explicit, Fence::new(reached)))
+            }
+            (None, Some(picture)) => Ok((Sync::Implicit, picture.buffer.writers())),
+            (None, None) => Ok((Sync::None, Fence::default())),
+        }
+    }
+
+    /// Whether the producer says when it may be looked at.
+    pub fn has_acquire_point(&self) -> bool {
+        self.acquire.is_some()
     }
 
     /// Reserves the frame's buffer for [`parts`](Self::parts) or [`into_lease`](Self::into_lease).
@@ -298,7 +331,7 @@ pub(super) mod tests {
         let file = unsafe {
             let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
             let fd = libc::memfd_create(c"frame-test".as_ptr(), flags);
-            assert!(fd >= 0, "memfd_create: {}", std::io::Error::last_os_error());
+            assert!(fd >= 0, "memfd_create: {}", io::Error::last_os_error());
             File::from_raw_fd(fd)
         };
         file.write_all_at(bytes, 0).unwrap();
@@ -331,6 +364,7 @@ pub(super) mod tests {
             damage: Damage::Everything,
             transform: Transform::default(),
             pixels: Pixels::Blocks([Some(Arc::new(memory)), None]),
+            acquire: None,
             lease: Lease::new(1, pool, sender, counters.clone()),
         }
     }

@@ -56,7 +56,7 @@ use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake, Waker};
 use super::caps;
 use super::figures::Figures;
 use super::settings::Settings;
-use super::streaming::{Ending, Streaming};
+use super::streaming::{Ending, Negotiated, Streaming};
 use crate::capture::{Capture, Config, Counters, Failure, Level, Log};
 use crate::cuda;
 
@@ -206,6 +206,7 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
             remote,
             target,
             name: self.obj().name().replace('\0', ""),
+            sync: display.as_ref().and_then(|display| self.timelines(display)),
             log: self.log(),
         };
         let capture = Capture::start(config, waiter.waker(), counters.clone()).map_err(failed)?;
@@ -221,8 +222,9 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
         // Dropped with no lock held: it joins the loop thread, which logs.
         let streaming = lock(&self.streaming).take();
         if let Some(mut streaming) = streaming {
-            // Its buffer can go back only while the capture is there.
+            // Their buffers can go back only while the capture is there.
             streaming.last = None;
+            streaming.latch.take();
         }
         // After all that was made in it.
         self.cuda.reset(None);
@@ -327,13 +329,21 @@ impl PipeWireZeroCopySrc {
         cancelled || pad.pad_flags().contains(gst::PadFlags::FLUSHING)
     }
 
-    /// The time from one frame to the next at the highest rate that the producer has.
+    /// A frame's time, and another one where frames are kept for that long.
     fn latency(&self) -> gst::ClockTime {
-        let format = lock(&self.streaming)
-            .as_ref()
-            .and_then(|streaming| streaming.negotiated.as_ref().map(|n| n.source));
-        let (num, den) = format
-            .and_then(|format| {
+        let (negotiated, latching) = match &*lock(&self.streaming) {
+            Some(streaming) => (streaming.negotiated.clone(), streaming.latch.active),
+            None => (None, false),
+        };
+        let interval = Self::interval(negotiated.as_ref());
+        if latching { interval * 2 } else { interval }
+    }
+
+    /// The time from one frame to the next at the highest rate that the producer has.
+    pub(super) fn interval(negotiated: Option<&Negotiated>) -> gst::ClockTime {
+        let (num, den) = negotiated
+            .and_then(|negotiated| {
+                let format = &negotiated.source;
                 let fixed = Some(format.framerate).filter(|rate| rate.0 > 0);
                 fixed.or(format.max_framerate)
             })

@@ -11,6 +11,7 @@ mod figures;
 mod frames;
 mod gpu;
 mod imp;
+mod latch;
 mod negotiation;
 mod offers;
 mod output;

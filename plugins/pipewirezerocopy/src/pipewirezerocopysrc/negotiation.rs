@@ -2,6 +2,8 @@
 
 //! Agreeing with downstream and with the producer on what leaves, and in which memory.
 
+use std::sync::Arc;
+
 use gst::prelude::*;
 use gst::subclass::prelude::*;
 use gst_base::prelude::*;
@@ -14,6 +16,7 @@ use super::offers;
 use super::output::Takes;
 use super::settings::Settings;
 use super::streaming::Negotiated;
+use crate::capture::timeline::SyncNode;
 use crate::cuda;
 use crate::egl::Display;
 
@@ -72,6 +75,13 @@ impl PipeWireZeroCopySrc {
                 Ok((can, None))
             }
         }
+    }
+
+    /// Where timelines are waited for: on the GPU's own node.
+    pub(super) fn timelines(&self, display: &Display) -> Option<Arc<SyncNode>> {
+        SyncNode::open(display.node())
+            .inspect_err(|reason| gst::info!(CAT, imp = self, "no explicit sync: {reason}"))
+            .ok()
     }
 
     /// The caps of what can leave. Before the start only as far as that is seen without asking the
@@ -199,8 +209,9 @@ impl PipeWireZeroCopySrc {
                     || before.memory != negotiated.memory
             });
             if changed {
-                // It has the old format.
+                // They have the old format.
                 streaming.last = None;
+                streaming.latch.take();
             }
         }
         if changed {
