@@ -266,6 +266,11 @@ impl Frame {
         }
     }
 
+    /// Whether the producer says when it may be looked at.
+    pub fn has_acquire_point(&self) -> bool {
+        self.acquire.is_some()
+    }
+
     /// Reserves the frame's buffer for [`parts`](Self::parts) or [`into_lease`](Self::into_lease).
     /// False where the producer needs it back soon.
     pub fn reserve(&mut self) -> bool {
