@@ -124,6 +124,14 @@ impl<B: Body> Tail<B> {
     }
 }
 
+/// What the socket may be able to do: it has not said otherwise since it became ready.
+struct Ready {
+    /// There may be bytes to take.
+    read: bool,
+    /// There may be room for bytes.
+    write: bool,
+}
+
 /// A connection and its two directions' state.
 pub struct Connection<B> {
     stream: Stream,
@@ -136,10 +144,7 @@ pub struct Connection<B> {
     /// When bytes last came, or reading began.
     received_at: Instant,
     reading: bool,
-    /// There may be bytes to take: the socket has not said otherwise since it became ready.
-    readable: bool,
-    /// There may be room for bytes, likewise.
-    writable: bool,
+    ready: Ready,
     /// The waiter tells when there is room again.
     awaiting_room: bool,
     /// Why nothing can be sent any more.
@@ -160,8 +165,10 @@ impl<B: Body> Connection<B> {
             sent_at: Instant::now(),
             received_at: Instant::now(),
             reading: true,
-            readable: true,
-            writable: true,
+            ready: Ready {
+                read: true,
+                write: true,
+            },
             awaiting_room: false,
             send_error: None,
             bytes_sent: 0,
@@ -270,8 +277,8 @@ impl<B: Body> Connection<B> {
                 return Err(ConnectionError::Cancelled);
             }
             if waiter.take_ready() {
-                self.readable = true;
-                self.writable = true;
+                self.ready.read = true;
+                self.ready.write = true;
             }
             if self.flush(waiter, &waker)? {
                 return Ok(Event::Drained);
@@ -280,7 +287,7 @@ impl<B: Body> Connection<B> {
                 if let Some(envelope) = self.decoder.next()? {
                     return Ok(Event::Message(envelope));
                 }
-                if self.readable && self.receive()? {
+                if self.ready.read && self.receive()? {
                     // A peer that never stops sending must not keep the caller from its own
                     // deadline, nor from those who want it.
                     if deadline.has_passed() {
@@ -318,7 +325,7 @@ impl<B: Body> Connection<B> {
                 Ok(true)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                self.readable = false;
+                self.ready.read = false;
                 Ok(false)
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(true),
@@ -329,7 +336,7 @@ impl<B: Body> Connection<B> {
     /// Sends until the socket is full; whether the outbox became empty by this.
     fn flush(&mut self, waiter: &Waiter, waker: &Waker) -> Result<bool, ConnectionError> {
         let mut progress = false;
-        while self.writable
+        while self.ready.write
             && let Some(message) = self.outbox.front()
         {
             // A peer that takes all at once must not keep the caller either.
@@ -358,7 +365,7 @@ impl<B: Body> Connection<B> {
                     self.sent_at = Instant::now();
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.writable = false;
+                    self.ready.write = false;
                     self.await_room(waiter, true)?;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
@@ -366,7 +373,7 @@ impl<B: Body> Connection<B> {
                     self.outbox.clear();
                     self.sent = 0;
                     // The word of it may not have come here, and the peer's last words are there.
-                    self.readable = true;
+                    self.ready.read = true;
                     self.send_error = Some(error);
                     return Ok(false);
                 }
