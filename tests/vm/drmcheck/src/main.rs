@@ -12,6 +12,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 
 mod buffers;
+mod capture;
 mod cuda;
 mod dmabuf;
 mod draw;
@@ -43,6 +44,9 @@ enum Command {
     /// Imports memory of each kind with EGL, reads it back and says what was found: "egl KIND HOW: right",
     /// "egl KIND HOW: refused: REASON", or that it was wrong.
     Egl,
+    /// Plays scenes with a producer of PipeWire DMA-BUFs and pipewirezerocopysrc: "capture NAME: right", or
+    /// what is wrong.
+    Capture(capture::Options),
     /// Copies DMA-BUFs into CUDA memory by drawing them, with a libcuda that only looks like one, and
     /// compares what is there: "cuda WHAT: right", or what else it is.
     Cuda,
@@ -78,6 +82,7 @@ fn main() -> ExitCode {
         Command::Buffers => buffers::show(),
         Command::Refusals => foreign::show(),
         Command::Egl => egl::show(),
+        Command::Capture(options) => capture::show(&options),
         Command::Cuda => cuda::show(),
         Command::Send(options) => send::show(&options),
         Command::Output {
