@@ -70,9 +70,9 @@ class Stage:
         except Fault as fault:
             self.check(False, f"{what}: {fault}")
 
-    def guest(self, name, kernel, devices=()):
-        """A guest with Linux 6.1 or 6.12, to be used in `with`."""
-        return Guest(self.system, self.name, name, kernel, self.folder, devices)
+    def guest(self, name, kernel, devices=(), of_room=False):
+        """A guest with Linux 6.1 or 6.12, to be used in `with`; with `of_room` in Debian 13's QEMU."""
+        return Guest(self.system, self.name, name, kernel, self.folder, devices, of_room)
 
     def program(self, name, argv, **options):
         """Starts a program on the host. It ends with the stage, or when it is told to."""
@@ -160,7 +160,7 @@ def sockets_folder(lock):
 def shell(system, kernel):
     """Becomes QEMU, with the guest's shell on this terminal."""
     size = shutil.get_terminal_size()
-    arguments = system.arguments(kernel, f"rig.shell rig.rows={size.lines} rig.columns={size.columns}")
+    arguments = [*system.qemu(False)[0], *system.arguments(kernel, f"rig.shell rig.rows={size.lines} rig.columns={size.columns}")]
     arguments += ["-display", "none", "-serial", "mon:stdio", "-device", "virtio-gpu-pci,max_outputs=4"]
     os.execvp(arguments[0], [str(argument) for argument in arguments])
 
