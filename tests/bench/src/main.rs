@@ -4,12 +4,15 @@
 //! same work costs. docs/performance.md says how to read what they print.
 //!
 //! What is measured runs in a process of its own, so that its CPU time is its own: this program
-//! calls itself with [`Command::Run`] for that, and with [`Command::Peer`] for the other end.
+//! calls itself with [`Command::Run`] or
+//! [`Command::Capture`] for that, and with [`Command::Peer`] for the other end.
 
+mod capture;
 mod case;
 mod meter;
 mod peer;
 mod pipeline;
+mod pipewirezerocopysrc;
 mod plain;
 mod report;
 mod scanout;
@@ -29,6 +32,8 @@ use crate::scanout::case as pushing;
 enum Command {
     /// vsockenc against an answering peer, a bare socket and x264enc
     Vsockenc(vsockenc::Options),
+    /// pipewirezerocopysrc against pipewiresrc, on a desktop of their own
+    Pipewirezerocopysrc(pipewirezerocopysrc::Options),
     /// helix-host and scanoutsrc against bare sockets and tcpserversink
     Scanout(scanout::Options),
     /// Answer requests at full speed, until standard input ends
@@ -40,6 +45,13 @@ enum Command {
         /// The case, as JSON
         #[arg(value_parser = |text: &str| serde_json::from_str::<Case>(text))]
         case: Case,
+    },
+    /// Capture a node and say what that takes, until standard input ends
+    #[command(hide = true)]
+    Capture {
+        /// The contender, as JSON
+        #[arg(value_parser = |text: &str| serde_json::from_str::<capture::Capture>(text))]
+        case: capture::Capture,
     },
     /// Push a recording, until standard input ends
     #[command(hide = true)]
@@ -63,8 +75,10 @@ enum Command {
 fn main() -> ExitCode {
     let result = match Command::parse() {
         Command::Vsockenc(options) => vsockenc::bench(&options),
+        Command::Pipewirezerocopysrc(options) => pipewirezerocopysrc::bench(&options),
         Command::Peer => peer::serve(),
         Command::Run { case } => run(&case),
+        Command::Capture { case } => capture::run(&case),
         Command::Scanout(options) => scanout::bench(&options),
         Command::Push { case } => scanout::push::serve(&case),
         Command::Watch { case, served } => watch(&case, served),

@@ -3,9 +3,17 @@
 use gst::glib;
 use gst::prelude::*;
 
+mod abilities;
 mod caps;
+mod cuda;
+mod dmabuf;
 mod figures;
+mod frames;
+mod gpu;
 mod imp;
+mod latch;
+mod negotiation;
+mod offers;
 mod output;
 mod pointer;
 mod schedule;
@@ -31,13 +39,10 @@ pub enum OutputMode {
     )]
     Auto,
     /// CUDA memory.
-    #[enum_value(name = "CUDA memory (not in this version)", nick = "cuda")]
+    #[enum_value(name = "CUDA memory", nick = "cuda")]
     Cuda,
     /// The producer's DMA-BUFs.
-    #[enum_value(
-        name = "The producer's DMA-BUFs, passed on (not in this version)",
-        nick = "dmabuf"
-    )]
+    #[enum_value(name = "The producer's DMA-BUFs, passed on", nick = "dmabuf")]
     DmaBuf,
     /// System memory.
     #[enum_value(name = "System memory", nick = "system")]

@@ -28,6 +28,21 @@ pub(super) struct Settings {
     pub live: LiveSettings,
 }
 
+/// The kinds of memory in which buffers may leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Wanted {
+    pub system: bool,
+    pub dmabuf: bool,
+    pub cuda: bool,
+}
+
+impl Wanted {
+    /// What there is besides CUDA memory.
+    pub fn nothing_but_cuda(self) -> bool {
+        self.cuda && !self.system && !self.dmabuf
+    }
+}
+
 /// What may change while playing: looked at for each buffer.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct LiveSettings {
@@ -104,7 +119,10 @@ impl Settings {
                 .build(),
             glib::ParamSpecString::builder("render-node")
                 .nick("Render node")
-                .blurb("DRM render node for importing DMA-BUFs (no effect in this version)")
+                .blurb(
+                    "DRM render node by whose abilities DMA-BUFs are negotiated, and which reads them \
+                     (null = the first)",
+                )
                 .default_value(default.render_node.as_deref())
                 .mutable_ready()
                 .build(),
@@ -116,8 +134,8 @@ impl Settings {
             glib::ParamSpecInt::builder("cuda-device-id")
                 .nick("CUDA device")
                 .blurb(
-                    "CUDA device for imports (no effect in this version; -1 = downstream's \
-                     context, else the render node's GPU)",
+                    "CUDA device whose memory buffers leave in (-1 = that of downstream's context, \
+                     else the render node's GPU)",
                 )
                 .minimum(-1)
                 .default_value(default.cuda_device_id)
@@ -233,14 +251,22 @@ impl Settings {
                 ));
             }
         }
-        let asked = match self.buffer_type.as_deref() {
+        self.wanted().map(|_| ())
+    }
+
+    /// The memory in which buffers may leave. The error says which property means nothing.
+    pub fn wanted(&self) -> Result<Wanted, String> {
+        let only = |system, dmabuf, cuda| Wanted {
+            system,
+            dmabuf,
+            cuda,
+        };
+        let by_type = match self.buffer_type.as_deref() {
             None => None,
-            Some("shm") => Some(Ok(())),
-            Some("dmabuf" | "dma-buf" | "gpu" | "cuda") => {
-                Some(Err("frames without system memory (DMA-BUF, CUDA)"))
-            }
+            Some("shm") => Some(only(true, false, false)),
+            Some("dmabuf" | "dma-buf" | "gpu" | "cuda") => Some(only(false, true, true)),
             Some("dmabuf-passthrough" | "passthrough" | "virtgpu") => {
-                Some(Err("passing DMA-BUFs on"))
+                Some(only(false, true, false))
             }
             Some(other) => {
                 return Err(format!(
@@ -249,23 +275,20 @@ impl Settings {
                 ));
             }
         };
-        let missing = |what, name: &str| {
-            Err(format!(
-                "{name} asks for {what}, which is not in this version: use output-mode=system or \
-                 output-mode=auto"
-            ))
-        };
-        if !self.output_mode_was_set
-            && let Some(Err(what)) = asked
-        {
-            let text = self.buffer_type.as_deref().unwrap_or_default();
-            return missing(what, &format!("buffer-type={text}"));
+        if let Some(wanted) = by_type.filter(|_| !self.output_mode_was_set) {
+            return Ok(wanted);
         }
-        match self.output_mode {
-            OutputMode::Auto | OutputMode::System => Ok(()),
-            OutputMode::Cuda => missing("CUDA memory", "output-mode=cuda"),
-            OutputMode::DmaBuf => missing("passing DMA-BUFs on", "output-mode=dmabuf"),
-        }
+        Ok(match self.output_mode {
+            OutputMode::Auto => only(true, true, true),
+            OutputMode::System => only(true, false, false),
+            OutputMode::DmaBuf => only(false, true, false),
+            OutputMode::Cuda => only(false, false, true),
+        })
+    }
+
+    /// The CUDA device that was asked for.
+    pub fn cuda_device(&self) -> Option<u32> {
+        u32::try_from(self.cuda_device_id).ok()
     }
 
     /// The node to capture.
@@ -328,21 +351,20 @@ mod tests {
         with(|s| s.buffer_type = Some(text.into()))
     }
 
+    /// System memory, DMA-BUFs, CUDA memory.
+    fn wants(settings: &Settings) -> (bool, bool, bool) {
+        let wanted = settings.wanted().unwrap();
+        (wanted.system, wanted.dmabuf, wanted.cuda)
+    }
+
     #[test]
     fn the_deprecated_buffer_types_keep_their_meaning() {
-        assert!(buffer_type("shm").check().is_ok());
-        for strict in [
-            "dmabuf",
-            "dma-buf",
-            "gpu",
-            "cuda",
-            "dmabuf-passthrough",
-            "passthrough",
-            "virtgpu",
-        ] {
-            let error = buffer_type(strict).check().unwrap_err();
-            assert!(error.contains(strict), "{error}");
-            assert!(error.contains("not in this version"), "{error}");
+        assert_eq!(wants(&buffer_type("shm")), (true, false, false));
+        for text in ["dmabuf", "dma-buf", "gpu", "cuda"] {
+            assert_eq!(wants(&buffer_type(text)), (false, true, true), "{text}");
+        }
+        for text in ["dmabuf-passthrough", "passthrough", "virtgpu"] {
+            assert_eq!(wants(&buffer_type(text)), (false, true, false), "{text}");
         }
         let error = buffer_type("shmm").check().unwrap_err();
         assert!(error.contains("shmm means nothing"), "{error}");
@@ -352,19 +374,18 @@ mod tests {
     fn an_output_mode_that_was_set_goes_before_the_buffer_type() {
         let mut settings = buffer_type("dmabuf");
         settings.output_mode_was_set = true;
-        assert!(settings.check().is_ok());
+        assert_eq!(wants(&settings), (true, true, true));
         settings.buffer_type = Some("nonsense".into());
         assert!(settings.check().is_err(), "nonsense stays nonsense");
     }
 
     #[test]
-    fn strict_modes_that_are_not_built_are_refused() {
-        for mode in [OutputMode::Cuda, OutputMode::DmaBuf] {
-            assert!(with(|s| s.output_mode = mode).check().is_err());
-        }
-        for mode in [OutputMode::Auto, OutputMode::System] {
-            assert!(with(|s| s.output_mode = mode).check().is_ok());
-        }
+    fn a_named_mode_is_strict() {
+        let wanted = |mode| wants(&with(|s| s.output_mode = mode));
+        assert_eq!(wanted(OutputMode::System), (true, false, false));
+        assert_eq!(wanted(OutputMode::DmaBuf), (false, true, false));
+        assert_eq!(wanted(OutputMode::Cuda), (false, false, true));
+        assert_eq!(wanted(OutputMode::Auto), (true, true, true));
     }
 
     #[test]
