@@ -124,6 +124,17 @@ impl<B: Body> Tail<B> {
     }
 }
 
+/// Whether the socket takes bytes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Room {
+    /// Nothing is known to the contrary.
+    Assumed,
+    /// It does not; the waiter tells when it does.
+    Awaited,
+    /// It may: the waiter has told so, and will again.
+    Announced,
+}
+
 /// A connection and its two directions' state.
 pub struct Connection<B> {
     stream: Stream,
@@ -138,10 +149,7 @@ pub struct Connection<B> {
     reading: bool,
     /// There may be bytes to take: the socket has not said otherwise since it became ready.
     readable: bool,
-    /// There may be room for bytes, likewise.
-    writable: bool,
-    /// The waiter tells when there is room again.
-    awaiting_room: bool,
+    room: Room,
     /// Why nothing can be sent any more.
     send_error: Option<io::Error>,
     bytes_sent: u64,
@@ -161,8 +169,7 @@ impl<B: Body> Connection<B> {
             received_at: Instant::now(),
             reading: true,
             readable: true,
-            writable: true,
-            awaiting_room: false,
+            room: Room::Assumed,
             send_error: None,
             bytes_sent: 0,
             bytes_received: 0,
@@ -271,7 +278,9 @@ impl<B: Body> Connection<B> {
             }
             if waiter.take_ready() {
                 self.readable = true;
-                self.writable = true;
+                if self.room == Room::Awaited {
+                    self.room = Room::Announced;
+                }
             }
             if self.flush(waiter, &waker)? {
                 return Ok(Event::Drained);
@@ -329,7 +338,7 @@ impl<B: Body> Connection<B> {
     /// Sends until the socket is full; whether the outbox became empty by this.
     fn flush(&mut self, waiter: &Waiter, waker: &Waker) -> Result<bool, ConnectionError> {
         let mut progress = false;
-        while self.writable
+        while self.room != Room::Awaited
             && let Some(message) = self.outbox.front()
         {
             // A peer that takes all at once must not keep the caller either.
@@ -358,8 +367,11 @@ impl<B: Body> Connection<B> {
                     self.sent_at = Instant::now();
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.writable = false;
-                    self.await_room(waiter, true)?;
+                    // Only now: see Waiter::register_for_reading.
+                    if self.room == Room::Assumed {
+                        waiter.set_writing(self.stream.as_fd(), true)?;
+                    }
+                    self.room = Room::Awaited;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
@@ -378,19 +390,11 @@ impl<B: Body> Connection<B> {
             }
         }
         let drained = progress && self.outbox.is_empty();
-        if drained {
-            self.await_room(waiter, false)?;
+        if drained && self.room != Room::Assumed {
+            waiter.set_writing(self.stream.as_fd(), false)?;
+            self.room = Room::Assumed;
         }
         Ok(drained)
-    }
-
-    /// Says whether the waiter shall tell when there is room in the socket.
-    fn await_room(&mut self, waiter: &Waiter, wanted: bool) -> io::Result<()> {
-        if self.awaiting_room != wanted {
-            waiter.set_writing(self.stream.as_fd(), wanted)?;
-            self.awaiting_room = wanted;
-        }
-        Ok(())
     }
 }
 
