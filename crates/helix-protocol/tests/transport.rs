@@ -347,8 +347,7 @@ fn of_all_who_find_a_stale_unix_socket_at_once_one_gets_it() {
             let threads = [(); AT_A_TIME].map(|()| scope.spawn(bind));
             threads.map(|thread| thread.join().unwrap())
         });
-        let (winners, losers): (Vec<_>, Vec<_>) =
-            results.into_iter().partition(|result| result.is_ok());
+        let (winners, losers): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
         assert_eq!(winners.len(), 1, "{winners:?} listen");
         for error in losers {
             let text = error.unwrap_err().to_string();

@@ -167,12 +167,11 @@ impl Lease {
         waiter: &mut Waiter,
         deadline: Deadline,
     ) -> Result<u16, LeaseError> {
-        let id = match &self.granted {
-            Some(granted) => granted.scanout_id,
-            None => {
-                let granted = self.wait(waiter, deadline)?;
-                self.granted.insert(granted).scanout_id
-            }
+        let id = if let Some(granted) = &self.granted {
+            granted.scanout_id
+        } else {
+            let granted = self.wait(waiter, deadline)?;
+            self.granted.insert(granted).scanout_id
         };
         if self.is_alive() {
             return Ok(id);

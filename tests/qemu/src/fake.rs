@@ -23,8 +23,12 @@ use crate::LIMIT;
 /// x8r8g8b8 of pixman.h: in memory blue, green, red, nothing.
 pub const X8R8G8B8: u32 = 0x2002_0888;
 
+/// `DRM_FORMAT_XRGB8888` of drm_fourcc.h; the same bytes.
+const XR24: u32 = u32::from_le_bytes(*b"XR24");
+
 const LISTENER: &str = "org.qemu.Display1.Listener";
 const MAP: &str = "org.qemu.Display1.Listener.Unix.Map";
+const DMABUF2: &str = "org.qemu.Display1.Listener.Unix.ScanoutDMABUF2";
 
 /// Sizes that clients have asked for: console, width, height.
 type Sizes = Arc<Mutex<Sender<(u32, u32, u32)>>>;
@@ -163,6 +167,53 @@ impl Listener {
     /// Something was drawn into the file.
     pub fn update_map(&self, at: (i32, i32), size: (i32, i32)) -> zbus::Result<()> {
         self.call(MAP, "UpdateMap", &(at.0, at.1, size.0, size.1))
+    }
+
+    /// A picture of XRGB8888 pixels in a DMA-BUF with a `DRM_FORMAT_MOD_*`.
+    pub fn scanout_dmabuf(
+        &self,
+        fd: BorrowedFd<'_>,
+        (width, height, stride): (u32, u32, u32),
+        modifier: u64,
+        y0_top: bool,
+    ) -> zbus::Result<()> {
+        let fd = Fd::from(fd);
+        let body = (fd, width, height, stride, XR24, modifier, y0_top);
+        self.call(LISTENER, "ScanoutDMABUF", &body)
+    }
+
+    /// A part of a larger linear one that `at` and `size` tell, as QEMU 9.2 and newer say it.
+    pub fn scanout_dmabuf2(
+        &self,
+        fd: BorrowedFd<'_>,
+        at: (u32, u32),
+        size: (u32, u32),
+        (width, height, stride): (u32, u32, u32),
+        y0_top: bool,
+    ) -> zbus::Result<()> {
+        let (offsets, strides) = (&[0_u32][..], &[stride][..]);
+        let (planes, modifier) = (1_u32, 0_u64);
+        let body = (
+            &[Fd::from(fd)][..],
+            at.0,
+            at.1,
+            size.0,
+            size.1,
+            offsets,
+            strides,
+            planes,
+            XR24,
+            width,
+            height,
+            modifier,
+            y0_top,
+        );
+        self.call(DMABUF2, "ScanoutDMABUF2", &body)
+    }
+
+    /// Something was drawn into the DMA-BUF. Returns when the client is done with it.
+    pub fn update_dmabuf(&self, at: (i32, i32), size: (i32, i32)) -> zbus::Result<()> {
+        self.call(LISTENER, "UpdateDMABUF", &(at.0, at.1, size.0, size.1))
     }
 
     /// The console is off.

@@ -14,6 +14,7 @@ use super::frame::Pixels;
 use super::geometry::{Chunk, FrameLayout, MAX_PLANES};
 use super::memory::{Mapping, Memory};
 use super::negotiate::StreamFormat;
+use super::timeline::{Point, SPA_DATA_SYNC_OBJ, SyncNode, SyncTimelineMeta, Timeline};
 
 /// The most blocks of a buffer that are looked at.
 const MAX_BLOCKS: usize = dmabuf::MAX_PLANES;
@@ -26,6 +27,10 @@ pub struct Buffer {
     /// A lease of it exists.
     pub out: bool,
     store: Store,
+    /// Its timelines: reached when it may be read, and when it may be drawn into.
+    timelines: Option<[Arc<Timeline>; 2]>,
+    /// The point to reach on the second when we have done with it.
+    release: Option<u64>,
 }
 
 /// Where a buffer's pixels are.
@@ -57,6 +62,7 @@ impl Buffer {
     pub unsafe fn open(
         id: u64,
         datas: &[spa_sys::spa_data],
+        sync: Option<&Arc<SyncNode>>,
         mut complain: impl FnMut(String),
     ) -> Self {
         let dmabufs: Vec<_> = datas
@@ -84,10 +90,38 @@ impl Buffer {
                 }
             }
         };
+        // Behind the planes come the timelines.
+        // SAFETY: By the contract above.
+        let timelines = unsafe { open_timelines(&datas[dmabufs.len()..], sync) };
         Self {
             id,
             out: false,
             store,
+            timelines: timelines.unwrap_or_else(|error| {
+                complain(error);
+                None
+            }),
+            release: None,
+        }
+    }
+
+    /// Notes what the producer says about a buffer that has just come. Returns when it may be read.
+    pub fn comes(&mut self, points: Option<SyncTimelineMeta>) -> Option<Point> {
+        let (points, [acquire, _]) = points.zip(self.timelines.as_ref())?;
+        self.release = Some(points.release_point);
+        Some(Point {
+            timeline: acquire.clone(),
+            value: points.acquire_point,
+        })
+    }
+
+    /// Says that the producer may draw into it, before it is given back. Read or not: every point
+    /// that was announced is waited for (lesson L14).
+    pub fn goes(&mut self) -> std::io::Result<()> {
+        self.out = false;
+        match (&self.timelines, self.release.take()) {
+            (Some([_, release]), Some(point)) => release.signal(point),
+            _ => Ok(()),
         }
     }
 
@@ -107,7 +141,11 @@ impl Buffer {
             Store::DmaBuf { buffer, starts } => {
                 let sizes = buffer.blocks().iter().map(|block| block.size().to_string());
                 let sizes = sizes.collect::<Vec<_>>().join(" and ");
-                format!("DMA-BUF of {sizes} bytes, {} planes", starts.len())
+                let synced = match self.timelines {
+                    Some(_) => ", with timelines",
+                    None => "",
+                };
+                format!("DMA-BUF of {sizes} bytes, {} planes{synced}", starts.len())
             }
         }
     }
@@ -321,6 +359,30 @@ unsafe fn open(data: &spa_sys::spa_data) -> Result<Memory, String> {
     }
 }
 
+/// Takes hold of the timelines among blocks, of which there are two or none.
+///
+/// # Safety
+/// As for [`Buffer::open`].
+unsafe fn open_timelines(
+    datas: &[spa_sys::spa_data],
+    sync: Option<&Arc<SyncNode>>,
+) -> Result<Option<[Arc<Timeline>; 2]>, String> {
+    let objects = datas.iter().filter(|data| data.type_ == SPA_DATA_SYNC_OBJ);
+    let objects: Vec<_> = objects.collect();
+    let (Some(node), [acquire, release]) = (sync, objects.as_slice()) else {
+        return Ok(None);
+    };
+    let import = |data: &spa_sys::spa_data| {
+        // SAFETY: By the contract above.
+        let fd = unsafe { descriptor(data) }?;
+        let timeline = Timeline::import(node, fd);
+        timeline
+            .map(Arc::new)
+            .map_err(|error| format!("its timelines: {error}"))
+    };
+    Ok(Some([import(acquire)?, import(release)?]))
+}
+
 /// Takes hold of DMA-BUFs.
 ///
 /// # Safety
@@ -339,4 +401,210 @@ unsafe fn open_dmabufs(datas: &[&spa_sys::spa_data]) -> Result<Store, String> {
             .map(|(block, data)| (block, data.mapoffset))
             .collect(),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capture::dmabuf::tests::memory;
+    use crate::capture::dmabuf::{Block, IMPLICIT};
+    use crate::capture::format::PixelFormat;
+    use crate::capture::offer::tests::format;
+    use std::fs::File;
+    use std::os::fd::{AsFd, AsRawFd};
+
+    fn data(type_: u32, fd: &File, mapoffset: u32) -> spa_sys::spa_data {
+        spa_sys::spa_data {
+            type_,
+            flags: 0,
+            fd: fd.as_raw_fd().into(),
+            mapoffset,
+            // Means nothing for DMA-BUFs.
+            maxsize: 0,
+            data: std::ptr::null_mut(),
+            chunk: std::ptr::null_mut(),
+        }
+    }
+
+    fn dmabuf(fd: &File) -> spa_sys::spa_data {
+        data(spa_sys::SPA_DATA_DmaBuf, fd, 0)
+    }
+
+    fn open(datas: &[spa_sys::spa_data]) -> Buffer {
+        // SAFETY: The descriptors are open.
+        unsafe { Buffer::open(1, datas, None, |error| panic!("{error}")) }
+    }
+
+    fn chunks(list: &[(u32, i32, i32)]) -> Chunks {
+        let mut chunks: Vec<_> = list
+            .iter()
+            .map(|&(offset, stride, flags)| spa_sys::spa_chunk {
+                offset,
+                size: 0,
+                stride,
+                flags,
+            })
+            .collect();
+        let datas: Vec<_> = chunks
+            .iter_mut()
+            .map(|chunk| {
+                let file = File::open("/dev/null").unwrap();
+                let mut data = dmabuf(&file);
+                data.chunk = chunk;
+                data
+            })
+            .collect();
+        // SAFETY: The chunks are there.
+        unsafe { Chunks::read(&datas) }.unwrap()
+    }
+
+    /// 2x2 pixels.
+    fn small(pixels: PixelFormat, modifier: u64) -> StreamFormat {
+        StreamFormat {
+            format: pixels,
+            width: 2,
+            height: 2,
+            ..format(Some(modifier))
+        }
+    }
+
+    const BGRX: PixelFormat = PixelFormat::Bgrx;
+    const NV12: PixelFormat = PixelFormat::Nv12;
+
+    fn picture(pixels: Pixels) -> DmaBufPicture {
+        match pixels {
+            Pixels::DmaBuf(picture) => picture,
+            Pixels::Blocks(_) => panic!("it is a DMA-BUF"),
+        }
+    }
+
+    #[test]
+    fn linear_memory_may_be_larger_than_the_frame() {
+        let file = memory(&[0; 1000]);
+        let buffer = open(&[dmabuf(&file)]);
+        let (layout, pixels) = buffer
+            .frame(&small(BGRX, LINEAR), &chunks(&[(100, 64, 0)]))
+            .unwrap();
+        let plane = layout.planes()[0];
+        assert_eq!((plane.offset, plane.stride, plane.rows), (100, 64, 2));
+        let expected = Plane {
+            block: 0,
+            offset: 100,
+            stride: 64,
+        };
+        assert_eq!(picture(pixels).planes(), [expected]);
+    }
+
+    #[test]
+    fn linear_planes_are_found_in_one_memory_and_in_two() {
+        let (luma, chroma) = (memory(&[0; 64]), memory(&[0; 32]));
+        let nv12 = small(NV12, LINEAR);
+        let places = |datas: &[spa_sys::spa_data], said: &[(u32, i32, i32)]| {
+            let (layout, pixels) = open(datas).frame(&nv12, &chunks(said)).unwrap();
+            let picture = picture(pixels);
+            for (plane, row) in picture.planes().iter().zip(layout.planes()) {
+                assert_eq!(
+                    (plane.block, plane.offset as usize),
+                    (row.block, row.offset)
+                );
+            }
+            let planes = picture.planes().iter();
+            planes.map(|p| (p.block, p.offset)).collect::<Vec<_>>()
+        };
+        let (one, two) = (dmabuf(&luma), dmabuf(&chroma));
+        assert_eq!(places(&[one], &[(0, 8, 0)]), [(0, 0), (0, 16)]);
+        assert_eq!(
+            places(&[one, one], &[(0, 8, 0), (32, 8, 0)]),
+            [(0, 0), (0, 32)]
+        );
+        assert_eq!(
+            places(&[one, two], &[(0, 8, 0), (4, 8, 0)]),
+            [(0, 0), (1, 4)]
+        );
+        let late = data(spa_sys::SPA_DATA_DmaBuf, &luma, 16);
+        assert_eq!(
+            places(&[one, late], &[(0, 8, 0), (4, 8, 0)]),
+            [(0, 0), (0, 20)]
+        );
+    }
+
+    #[test]
+    fn linear_lies_are_found_out_and_others_are_the_drivers_business() {
+        let file = memory(&[0; 80]);
+        let buffer = open(&[dmabuf(&file)]);
+        let lies = [(0, 76, 0), (80 - 15, 0, 0), (0, 4, 0), (0, -8, 0)];
+        for lie in lies {
+            let frame = buffer.frame(&small(BGRX, LINEAR), &chunks(&[lie]));
+            assert!(frame.is_err(), "{lie:?}");
+        }
+        for modifier in [7, IMPLICIT] {
+            let format = small(BGRX, modifier);
+            let (layout, pixels) = buffer.frame(&format, &chunks(&[(79, 76, 0)])).unwrap();
+            assert!(layout.planes().is_empty(), "rows are not where they seem");
+            assert_eq!(picture(pixels).modifier, modifier);
+            for lie in [(80, 8, 0), (u32::MAX, 8, 0), (0, -8, 0)] {
+                assert!(buffer.frame(&format, &chunks(&[lie])).is_err(), "{lie:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_stride_that_is_not_said_is_that_of_rows_without_padding() {
+        let file = memory(&[0; 80]);
+        let buffer = open(&[dmabuf(&file)]);
+        for modifier in [LINEAR, 7] {
+            let frame = buffer.frame(&small(BGRX, modifier), &chunks(&[(0, 0, 0)]));
+            assert_eq!(picture(frame.unwrap().1).planes()[0].stride, 8);
+        }
+    }
+
+    #[test]
+    fn compression_has_more_planes_than_the_format() {
+        let file = memory(&[0; 80]);
+        let buffer = open(&[dmabuf(&file), dmabuf(&file)]);
+        let said = chunks(&[(0, 8, 0), (64, 4, 0)]);
+        let (_, pixels) = buffer.frame(&small(BGRX, 7), &said).unwrap();
+        assert_eq!(picture(pixels).planes().len(), 2);
+    }
+
+    #[test]
+    fn memory_is_of_the_kind_that_was_agreed_on() {
+        let file = memory(&[0; 80]);
+        let said = chunks(&[(0, 8, 0)]);
+        let system = StreamFormat {
+            modifier: None,
+            ..small(BGRX, 0)
+        };
+        assert!(open(&[dmabuf(&file)]).frame(&system, &said).is_err());
+        let mut shared = data(spa_sys::SPA_DATA_MemFd, &file, 0);
+        shared.maxsize = 80;
+        assert!(open(&[shared]).frame(&small(BGRX, LINEAR), &said).is_err());
+    }
+
+    #[test]
+    fn sizes_of_dmabufs_mean_nothing_unless_the_content_is_corrupted_too() {
+        let corrupted = spa_sys::SPA_CHUNK_FLAG_CORRUPTED as i32;
+        for (modifier, flags, empty) in [
+            (None, 0, true),
+            (Some(LINEAR), 0, false),
+            (Some(LINEAR), corrupted, true),
+        ] {
+            let chunks = chunks(&[(0, 8, flags)]);
+            assert_eq!(chunks.are_empty(&format(modifier)), empty);
+        }
+    }
+
+    #[test]
+    fn a_producer_that_calls_other_memory_a_dmabuf_harms_nobody() {
+        let file = memory(&[7; 80]);
+        let (buffer, _) = DmaBuffer::new(&[file.as_fd()]).unwrap();
+        let _access = buffer.begin_cpu_access();
+        let block: &Block = &buffer.blocks()[0];
+        let mut out = [0; 80];
+        assert!(block.memory().unwrap().copy_out(0, &mut out));
+        assert_eq!(out, [7; 80]);
+        file.set_len(0).unwrap();
+        // Reading a mapping would end this process with SIGBUS.
+        assert!(!block.memory().unwrap().copy_out(0, &mut out));
+    }
 }

@@ -199,6 +199,13 @@ pub struct Fence {
 }
 
 impl Fence {
+    /// Waits for one descriptor to become readable.
+    pub(super) fn new(fd: OwnedFd) -> Self {
+        Self {
+            pending: [Some(fd), None, None, None],
+        }
+    }
+
     /// A descriptor to wait for: it becomes readable. None when all has happened.
     pub fn pending(&self) -> Option<BorrowedFd<'_>> {
         let fds = self.pending.iter().flatten().map(AsFd::as_fd);
@@ -312,5 +319,102 @@ impl DmaBufPicture {
     /// Its planes.
     pub fn planes(&self) -> &[Plane] {
         &self.planes[..self.count]
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+    use std::io::Write;
+    use std::os::unix::fs::FileExt;
+
+    /// A descriptor that a producer may call a DMA-BUF: memory that can be shrunk. Real ones need a
+    /// kernel that makes them (tests/vm/stages).
+    pub fn memory(bytes: &[u8]) -> File {
+        // SAFETY: The name is a C string; the result is checked and owned by the File.
+        let file = unsafe {
+            let fd = libc::memfd_create(c"dmabuf-test".as_ptr(), libc::MFD_CLOEXEC);
+            assert!(fd >= 0, "memfd_create: {}", io::Error::last_os_error());
+            File::from_raw_fd(fd)
+        };
+        file.write_all_at(bytes, 0).unwrap();
+        file
+    }
+
+    fn buffer(sizes: &[usize]) -> DmaBuffer {
+        let files: Vec<_> = sizes.iter().map(|size| memory(&vec![0; *size])).collect();
+        let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
+        DmaBuffer::new(&fds).unwrap().0
+    }
+
+    #[test]
+    fn planes_in_the_same_memory_share_a_block() {
+        let (one, other) = (memory(&[0; 10]), memory(&[0; 20]));
+        let again = one.try_clone().unwrap();
+        let fds = [one.as_fd(), other.as_fd(), again.as_fd()];
+        let (buffer, which) = DmaBuffer::new(&fds).unwrap();
+        assert_eq!(which, [0, 1, 0]);
+        let sizes: Vec<_> = buffer.blocks().iter().map(Block::size).collect();
+        assert_eq!(sizes, [10, 20]);
+    }
+
+    #[test]
+    fn empty_memory_is_refused() {
+        assert!(DmaBuffer::new(&[memory(&[]).as_fd()]).is_err());
+        assert!(DmaBuffer::new(&[io::pipe().unwrap().0.as_fd()]).is_err());
+    }
+
+    #[test]
+    fn what_is_made_of_a_buffer_is_made_once_and_ends_with_it() {
+        let buffer = buffer(&[1]);
+        let made = buffer.keep(|| Ok::<_, ()>(7_u32)).unwrap();
+        assert_eq!(buffer.keep(|| Err::<u32, _>("twice")), Ok(made.clone()));
+        assert_eq!(buffer.keep(|| Err::<u8, _>("other")), Err("other"));
+        buffer.forget::<u32>();
+        assert_eq!(buffer.keep(|| Ok::<u32, ()>(8)).as_deref(), Ok(&8));
+        let kept = buffer.keep(|| Ok::<_, ()>("text")).unwrap();
+        assert_eq!(Arc::strong_count(&kept), 2);
+        drop(buffer);
+        assert_eq!((Arc::strong_count(&kept), Arc::strong_count(&made)), (1, 1));
+    }
+
+    #[test]
+    fn a_plane_begins_in_its_memory() {
+        let buffer = Arc::new(buffer(&[100, 50]));
+        let picture = |planes: &[(usize, u32)]| {
+            let planes: Vec<_> = planes
+                .iter()
+                .map(|&(block, offset)| Plane {
+                    block,
+                    offset,
+                    stride: 8,
+                })
+                .collect();
+            DmaBufPicture::new(buffer.clone(), 7, (2, 2), &planes)
+        };
+        assert_eq!(picture(&[(0, 99), (1, 49)]).unwrap().planes().len(), 2);
+        for lie in [
+            &[(0, 100)][..],
+            &[(1, 50)],
+            &[(2, 0)],
+            &[(0, u32::MAX)],
+            &[],
+        ] {
+            assert!(picture(lie).is_err(), "{lie:?}");
+        }
+        assert!(picture(&[(0, 0); 5]).is_err(), "too many");
+    }
+
+    #[test]
+    fn a_fence_is_waited_for_until_it_is_signalled() {
+        assert!(Fence::default().pending().is_none());
+        let (reader, mut writer) = io::pipe().unwrap();
+        let fence = Fence {
+            pending: [None, Some(reader.into()), None, None],
+        };
+        assert!(fence.pending().is_some());
+        writer.write_all(b"!").unwrap();
+        assert!(fence.pending().is_none());
+        assert!(buffer(&[1]).writers().pending().is_none(), "nobody writes");
     }
 }

@@ -9,15 +9,17 @@
 //! [`Pool`] has buffers to spare.
 
 use std::collections::VecDeque;
+use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::damage::Damage;
-use super::dmabuf::{self, CpuAccess, DmaBufPicture};
+use super::dmabuf::{self, CpuAccess, DmaBufPicture, Fence};
 use super::geometry::{FrameLayout, MAX_PLANES};
 use super::memory::Memory;
 use super::meta::Transform;
 use super::negotiate::StreamFormat;
+use super::timeline::Point;
 use super::worker::Command;
 use super::{Counters, Monotonic};
 
@@ -189,7 +191,21 @@ pub struct Frame {
     /// How the picture was turned.
     pub transform: Transform,
     pub(super) pixels: Pixels,
+    /// When it may be looked at, where the producer says.
+    pub(super) acquire: Option<Point>,
     pub(super) lease: Lease,
+}
+
+/// How the producer's writing and our reading are kept apart.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sync {
+    /// The producer has finished when a frame comes.
+    #[default]
+    None,
+    /// The kernel knows who writes to a DMA-BUF.
+    Implicit,
+    /// By timelines.
+    Explicit,
 }
 
 /// Where a frame's pixels are.
@@ -236,6 +252,23 @@ impl Frame {
             Pixels::Blocks(_) => None,
             Pixels::DmaBuf(picture) => Some(picture),
         }
+    }
+
+    /// What must have happened before the frame may be looked at or passed on, and how that is known.
+    pub fn fence(&self) -> io::Result<(Sync, Fence)> {
+        match (&self.acquire, self.dmabuf()) {
+            (Some(point), _) => {
+                let reached = point.timeline.reached(point.value)?;
+                Ok((Sync::Explicit, Fence::new(reached)))
+            }
+            (None, Some(picture)) => Ok((Sync::Implicit, picture.buffer.writers())),
+            (None, None) => Ok((Sync::None, Fence::default())),
+        }
+    }
+
+    /// Whether the producer says when it may be looked at.
+    pub fn has_acquire_point(&self) -> bool {
+        self.acquire.is_some()
     }
 
     /// Reserves the frame's buffer for [`parts`](Self::parts) or [`into_lease`](Self::into_lease).
@@ -353,7 +386,7 @@ pub(super) mod tests {
         let file = unsafe {
             let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
             let fd = libc::memfd_create(c"frame-test".as_ptr(), flags);
-            assert!(fd >= 0, "memfd_create: {}", std::io::Error::last_os_error());
+            assert!(fd >= 0, "memfd_create: {}", io::Error::last_os_error());
             File::from_raw_fd(fd)
         };
         file.write_all_at(bytes, 0).unwrap();
@@ -386,6 +419,7 @@ pub(super) mod tests {
             damage: Damage::Everything,
             transform: Transform::default(),
             pixels: Pixels::Blocks([Some(Arc::new(memory)), None]),
+            acquire: None,
             lease: Lease::new(1, pool, Arc::new(Returns::new(sender)), counters.clone()),
         }
     }

@@ -15,6 +15,7 @@
 //! | [`negotiate`] | reading what it fixes, and answering that |
 //! | [`memory`] | a producer's memory, mapped or read |
 //! | [`dmabuf`] | a producer's memory on a device |
+//! | [`timeline`] | explicit synchronization |
 //! | [`frame`] | the loan of a buffer, and passing it on |
 //! | [`damage`] | what of a picture has changed |
 //! | [`meta`] | what else comes with a buffer |
@@ -48,6 +49,7 @@ pub mod negotiate;
 pub mod offer;
 mod registry;
 mod stream;
+pub mod timeline;
 mod worker;
 
 pub use clock::Monotonic;
@@ -56,6 +58,7 @@ pub use inbox::{Inbox, Interest, Look};
 pub use negotiate::StreamFormat;
 pub use offer::{Offer, OfferEntry, Span};
 
+use timeline::SyncNode;
 use worker::Command;
 
 /// The PipeWire daemon to talk to.
@@ -109,6 +112,9 @@ pub struct Config {
     pub target: Target,
     /// The name under which our stream shows up in PipeWire's tools.
     pub name: String,
+    /// Where timelines are, for explicit synchronization with a producer of DMA-BUFs; none where
+    /// there are none.
+    pub sync: Option<Arc<SyncNode>>,
     /// Where messages go.
     pub log: Log,
 }
@@ -243,6 +249,7 @@ impl Capture {
             counters,
             returns: Arc::new(frame::Returns::new(commands.clone())),
             log: config.log.clone(),
+            sync: config.sync.clone(),
             next_buffer: std::cell::Cell::new(0),
         };
         let thread = thread::Builder::new()

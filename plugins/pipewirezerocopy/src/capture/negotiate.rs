@@ -19,12 +19,14 @@ use libspa::param::video::VideoInfoRaw;
 use libspa::param::{ParamType, format_utils};
 use libspa::pod::deserialize::PodDeserializer;
 use libspa::pod::serialize::PodSerializer;
-use libspa::pod::{ChoiceValue, Object, Pod, Property, Value};
+use libspa::pod::{ChoiceValue, Object, Pod, Property, PropertyFlags, Value};
 use libspa::utils::{Choice, ChoiceEnum, ChoiceFlags, Fraction, Id, SpaTypes};
 
 use super::damage::MAX_RECTS;
+use super::dmabuf::MAX_PLANES;
 use super::format::PixelFormat;
 use super::meta::MAX_CURSOR;
+use super::timeline::{SPA_META_SYNC_TIMELINE, SPA_PARAM_BUFFERS_META_TYPE, SyncTimelineMeta};
 
 /// Buffers asked for, as (default, least, greatest). One may wait to be taken while another is
 /// copied, so fewer than three would leave the producer none to draw into (lesson L4); frames are
@@ -165,17 +167,21 @@ impl PodBytes {
 ///
 /// Memory for the CPU is asked for as file descriptors or as what the daemon shares with both sides.
 /// Either can be mapped by us, and so kept readable for as long as a frame lives.
-pub fn format_answers(format: &StreamFormat) -> Vec<PodBytes> {
+///
+/// With `timelines`, DMA-BUFs that come with explicit synchronization are preferred. Without DMA-BUFs
+/// that breaks streams (lesson L14).
+pub fn format_answers(format: &StreamFormat, timelines: bool) -> Vec<PodBytes> {
     let (default, min, max) = BUFFERS;
+    let timelines = timelines && format.modifier.is_some();
     let memory = if format.modifier.is_some() {
         1 << libspa::sys::SPA_DATA_DmaBuf
     } else {
         (1 << libspa::sys::SPA_DATA_MemFd) | (1 << libspa::sys::SPA_DATA_MemPtr)
     };
-    let buffers = Object {
+    let buffers = |more: Vec<Property>| Object {
         type_: SpaTypes::ObjectParamBuffers.as_raw(),
         id: ParamType::Buffers.as_raw(),
-        properties: vec![
+        properties: [
             Property::new(
                 libspa::sys::SPA_PARAM_BUFFERS_buffers,
                 Value::Choice(ChoiceValue::Int(Choice(
@@ -193,12 +199,45 @@ pub fn format_answers(format: &StreamFormat) -> Vec<PodBytes> {
                     },
                 ))),
             ),
-        ],
+        ]
+        .into_iter()
+        .chain(more)
+        .collect(),
+    };
+    // Two blocks more than planes, whose number the producer knows, and only with that metadata.
+    let planes_and_timelines = |planes: usize| (planes + 2) as i32;
+    let with_timelines = || {
+        let least = planes_and_timelines(1);
+        let blocks = ChoiceEnum::Range {
+            default: least,
+            min: least,
+            max: planes_and_timelines(MAX_PLANES),
+        };
+        let blocks = Choice(ChoiceFlags::empty(), blocks);
+        vec![
+            Property::new(
+                libspa::sys::SPA_PARAM_BUFFERS_blocks,
+                Value::Choice(ChoiceValue::Int(blocks)),
+            ),
+            Property {
+                key: SPA_PARAM_BUFFERS_META_TYPE,
+                flags: PropertyFlags::MANDATORY,
+                value: Value::Int(1 << SPA_META_SYNC_TIMELINE),
+            },
+        ]
     };
     let size = |bytes: usize| Value::Int(bytes as i32);
     let region = size_of::<libspa::sys::spa_meta_region>();
-    vec![
-        PodBytes::new(buffers),
+    let mut answers = Vec::new();
+    if timelines {
+        answers.push(PodBytes::new(buffers(with_timelines())));
+    }
+    answers.push(PodBytes::new(buffers(Vec::new())));
+    if timelines {
+        let bytes = size(size_of::<SyncTimelineMeta>());
+        answers.push(meta(SPA_META_SYNC_TIMELINE, bytes));
+    }
+    answers.extend([
         meta(
             libspa::sys::SPA_META_Header,
             size(size_of::<libspa::sys::spa_meta_header>()),
@@ -216,7 +255,8 @@ pub fn format_answers(format: &StreamFormat) -> Vec<PodBytes> {
             libspa::sys::SPA_META_Cursor,
             sizes(cursor_size(1), cursor_size(64), cursor_size(MAX_CURSOR)),
         ),
-    ]
+    ]);
+    answers
 }
 
 /// Bytes of metadata for a pointer of that width and height.
@@ -264,7 +304,7 @@ mod tests {
             (Some(LINEAR), &[spa::SPA_DATA_DmaBuf]),
             (Some(IMPLICIT), &[spa::SPA_DATA_DmaBuf]),
         ] {
-            let answers = format_answers(&format(modifier));
+            let answers = format_answers(&format(modifier), false);
             let wanted: i32 = kinds.iter().map(|kind| 1 << kind).sum();
             let Value::Choice(ChoiceValue::Int(Choice(_, ChoiceEnum::Flags { default, .. }))) =
                 *value(&object(&answers[0]), spa::SPA_PARAM_BUFFERS_dataType)
@@ -277,13 +317,45 @@ mod tests {
 
     #[test]
     fn a_format_is_answered_with_buffers_and_meta_only() {
-        for modifier in [None, Some(LINEAR)] {
-            let answers = format_answers(&format(modifier));
+        let plain = [(None, false), (None, true), (Some(LINEAR), false)];
+        for (modifier, timelines) in plain {
+            let answers = format_answers(&format(modifier), timelines);
             let ids: Vec<_> = answers.iter().map(|pod| object(pod).id).collect();
             let (buffers, metas) = ids.split_first().unwrap();
             assert_eq!(*buffers, ParamType::Buffers.as_raw());
             assert!(metas.iter().all(|id| *id == ParamType::Meta.as_raw()));
+            let sync = |pod: &PodBytes| {
+                let kind = value(&object(pod), spa::SPA_PARAM_META_type).clone();
+                kind == Value::Id(Id(SPA_META_SYNC_TIMELINE))
+            };
+            assert!(!answers[1..].iter().any(sync));
         }
+    }
+
+    #[test]
+    fn timelines_are_preferred_and_nothing_depends_on_them() {
+        let answers = format_answers(&format(Some(LINEAR)), true);
+        let first = object(&answers[0]);
+        let required = first.properties.iter();
+        let required: Vec<_> = required
+            .filter(|p| p.flags == PropertyFlags::MANDATORY)
+            .collect();
+        assert_eq!(required.len(), 1);
+        assert_eq!(required[0].key, SPA_PARAM_BUFFERS_META_TYPE);
+        assert_eq!(required[0].value, Value::Int(1 << 9));
+        let Value::Choice(ChoiceValue::Int(Choice(_, ChoiceEnum::Range { min, max, .. }))) =
+            *value(&first, spa::SPA_PARAM_BUFFERS_blocks)
+        else {
+            panic!("blocks are no range");
+        };
+        assert_eq!((min, max), (3, 6));
+        let second = object(&answers[1]);
+        assert_eq!(second.id, ParamType::Buffers.as_raw());
+        let flags = |p: &Property| p.flags == PropertyFlags::empty();
+        assert!(second.properties.iter().all(flags));
+        let meta = object(&answers[2]);
+        let size = value(&meta, spa::SPA_PARAM_META_size);
+        assert_eq!(*size, Value::Int(24));
     }
 
     /// A `Format` as PipeWire sends it.

@@ -8,6 +8,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::ffi::CStr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -29,6 +30,7 @@ use super::meta::{Cursor, Metas};
 use super::negotiate::{self, Fixed, PodBytes, StreamFormat};
 use super::offer::Offer;
 use super::registry::Node;
+use super::timeline;
 use super::worker::Link;
 use super::{Level, Monotonic, Stage};
 
@@ -56,6 +58,8 @@ enum Skip {
 /// What the callbacks know.
 struct State {
     link: Rc<Link>,
+    /// All here know explicit synchronization; the producer may.
+    timelines: bool,
     format: Cell<Option<StreamFormat>>,
     /// A format whose modifier the producer is to choose, and how long it may take.
     open: Cell<Option<(StreamFormat, Instant)>>,
@@ -97,6 +101,7 @@ impl CaptureStream {
         name: &str,
         (id, node): (u32, &Node),
         offer: &Offer,
+        timelines: bool,
     ) -> Result<Self, pipewire::Error> {
         // Without the first three, WirePlumber does not link the stream (L3). A stream whose
         // node is gone must not be linked to whatever other source of video there is.
@@ -112,7 +117,9 @@ impl CaptureStream {
             properties.insert("target.object", serial.as_str());
         }
         let stream = StreamRc::new(core, name, properties)?;
+        let library = pipewire_version();
         let state = Rc::new(State {
+            timelines: timelines && link.sync.is_some() && timeline::is_known_to(&library),
             link,
             format: Cell::default(),
             open: Cell::default(),
@@ -180,11 +187,9 @@ impl CaptureStream {
             .iter_mut()
             .find(|(_, buffer)| buffer.id == id && buffer.out);
         if let Some((raw, buffer)) = found {
-            buffer.out = false;
-            self.state.pool.borrow().end_loan();
             // SAFETY: The buffer was dequeued from this stream, whose list of buffers still has
             // it, and it is given back only once: `out` says.
-            unsafe { self.stream.queue_raw_buffer(*raw) };
+            unsafe { self.state.give_back(&self.stream, *raw, buffer) };
         }
     }
 
@@ -203,10 +208,8 @@ impl CaptureStream {
                 );
                 continue;
             }
-            buffer.out = false;
-            self.state.pool.borrow().end_loan();
             // SAFETY: As in `requeue`.
-            unsafe { self.stream.queue_raw_buffer(*raw) };
+            unsafe { self.state.give_back(&self.stream, *raw, buffer) };
         }
     }
 
@@ -245,6 +248,13 @@ impl CaptureStream {
     pub fn gone_at(&self) -> Option<Instant> {
         self.state.gone_since.get().map(|since| since + GONE_AFTER)
     }
+}
+
+/// The version of the library that this process has, whichever it was built with.
+fn pipewire_version() -> String {
+    // SAFETY: It returns a string that is never freed.
+    let version = unsafe { CStr::from_ptr(pipewire::sys::pw_get_library_version()) };
+    version.to_string_lossy().into_owned()
 }
 
 fn listen(stream: &StreamRc, state: &Rc<State>) -> Result<StreamListener<()>, pipewire::Error> {
@@ -341,7 +351,7 @@ impl State {
         self.gone_since.set(None);
         self.link.counters.set_stage(Stage::Paused);
         // Each Format needs its own answers, also when it is the same as before (L5).
-        let answers = negotiate::format_answers(&format);
+        let answers = negotiate::format_answers(&format, self.timelines);
         let mut params: Vec<&Pod> = answers.iter().map(PodBytes::pod).collect();
         if let Err(error) = stream.update_params(&mut params) {
             self.error
@@ -357,7 +367,7 @@ impl State {
         // SAFETY: PipeWire passes a buffer that is valid until remove_buffer; what it has lies in
         // this process.
         let buffer = unsafe {
-            Buffer::open(id, datas(raw), |error| {
+            Buffer::open(id, datas(raw), self.link.sync.as_ref(), |error| {
                 self.log(
                     Level::Warning,
                     format_args!("a buffer cannot be read, its frames are skipped: {error}"),
@@ -426,8 +436,31 @@ impl State {
                 }
             }
             // SAFETY: It was dequeued above, and no frame was made of it.
-            unsafe { stream.queue_raw_buffer(raw) };
+            unsafe {
+                match self.buffers.borrow_mut().get_mut(&raw) {
+                    Some(buffer) => self.give_back(stream, raw, buffer),
+                    None => stream.queue_raw_buffer(raw),
+                }
+            }
         }
+    }
+
+    /// Gives a buffer back to the producer.
+    ///
+    /// # Safety
+    /// `raw` must be dequeued from this stream, and `buffer` what is known of it.
+    unsafe fn give_back(&self, stream: &Stream, raw: *mut pw_buffer, buffer: &mut Buffer) {
+        if buffer.out {
+            self.pool.borrow().end_loan();
+        }
+        if let Err(error) = buffer.goes() {
+            self.log(
+                Level::Warning,
+                format_args!("the producer is not told that it may draw: {error}"),
+            );
+        }
+        // SAFETY: By the contract above.
+        unsafe { stream.queue_raw_buffer(raw) };
     }
 
     /// The frame in a buffer that has just been dequeued.
@@ -440,6 +473,7 @@ impl State {
         // SAFETY: The buffer is in our list, so PipeWire has added and not yet removed it.
         let (datas, metas) = unsafe { (datas(raw), Metas::new(metas(raw))) };
 
+        let acquire = buffer.comes(metas.sync_timeline());
         // SAFETY: As above.
         let chunks = unsafe { Chunks::read(datas) }.map_err(|what| Skip::Corrupted(Some(what)))?;
         let empty = chunks.are_empty(&format);
@@ -492,6 +526,7 @@ impl State {
             damage,
             transform: metas.transform(),
             pixels,
+            acquire,
             lease: Lease::new(
                 buffer.id,
                 self.pool.borrow().clone(),

@@ -24,6 +24,7 @@ use pipewire::properties::properties;
 use super::frame::Returns;
 use super::registry::{Node, NodeList};
 use super::stream::CaptureStream;
+use super::timeline::{self, SyncNode};
 use super::{Config, Counters, Failure, Inbox, Level, Log, Offer, Remote, Stage};
 
 /// How often to try again to stream from a node that exists but has stopped streaming.
@@ -53,6 +54,8 @@ pub(super) struct Link {
     pub counters: Arc<Counters>,
     pub returns: Arc<Returns>,
     pub log: Log,
+    /// Where explicit synchronization takes place.
+    pub sync: Option<Arc<SyncNode>>,
     /// The number for the next buffer.
     pub next_buffer: Cell<u64>,
 }
@@ -62,6 +65,8 @@ pub(super) struct Link {
 struct CoreNotes {
     /// The last sync that the daemon has answered.
     done: Cell<Option<i32>>,
+    /// The daemon knows explicit synchronization.
+    knows_timelines: Cell<bool>,
     /// Why the connection is no more.
     lost: RefCell<Option<String>>,
 }
@@ -257,6 +262,13 @@ impl Worker {
         let core_notes = Rc::new(CoreNotes::default());
         let core_listener = core
             .add_listener_local()
+            .info({
+                let notes = core_notes.clone();
+                move |info| {
+                    let known = timeline::is_known_to(info.version());
+                    notes.knows_timelines.set(known);
+                }
+            })
             .done({
                 let notes = core_notes.clone();
                 move |id, seq| {
@@ -529,6 +541,7 @@ impl Worker {
             &self.config.name,
             (id, &node),
             offer,
+            self.notes.knows_timelines.get(),
         );
         let what = describe(id, &node);
         match connected {

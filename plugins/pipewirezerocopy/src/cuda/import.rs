@@ -93,6 +93,14 @@ pub(super) fn planes(format: u32) -> Option<Planes> {
     }
 }
 
+/// The DRM formats of the images that a picture of `format` is imported as, one for each plane; none
+/// where it has no form in CUDA memory.
+pub fn image_formats(format: u32) -> Vec<u32> {
+    let planes = planes(format);
+    let planes = planes.iter().flat_map(|planes| planes.iter());
+    planes.map(|plane| plane.fourcc).collect()
+}
+
 /// One plane or two.
 pub(super) enum Planes {
     One([Plane; 1]),

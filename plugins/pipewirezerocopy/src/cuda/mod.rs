@@ -38,7 +38,7 @@ mod texture;
 
 pub use context::{Context, MEMORY_FEATURE, Pool, Stream};
 pub use device::of_node;
-pub use import::{Display, Importer, Source, Way};
+pub use import::{Display, Importer, Source, Way, image_formats};
 pub use resource::EglResource;
 pub use share::{CONTEXT_TYPE, Slot, answer, ensure, set_context};
 

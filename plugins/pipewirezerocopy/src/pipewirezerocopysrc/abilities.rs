@@ -2,7 +2,7 @@
 
 //! What the element can put out on this machine, as far as the settings want it.
 
-use super::caps::{SAYS_MODIFIERS, dma_drm, plain_dmabuf, system, video_format};
+use super::caps::{self, SAYS_MODIFIERS, dma_drm, plain_dmabuf, system, video_format};
 use super::gpu::{Importable, drm_format};
 use crate::capture::PixelFormat;
 use crate::capture::dmabuf::{IMPLICIT, LINEAR};
@@ -14,6 +14,8 @@ pub(super) enum Use {
     PassOn,
     /// To be copied into system memory.
     Read,
+    /// To be copied into CUDA memory.
+    Cuda,
 }
 
 /// A kind of DMA-BUFs that did not work.
@@ -31,6 +33,8 @@ pub(super) struct Abilities {
     pub system: bool,
     /// DMA-BUFs, where there is a GPU.
     pub dmabuf: bool,
+    /// CUDA memory, where the GPU has it.
+    pub cuda: bool,
     /// What the GPU imports.
     pub gpu: Option<Importable>,
     /// What has turned out not to work.
@@ -60,6 +64,14 @@ impl Abilities {
         self.not_refused(known, format, Use::Read)
     }
 
+    /// The modifiers with which DMA-BUFs of that format can be copied into CUDA memory.
+    pub fn copyable(&self, format: PixelFormat) -> Vec<u64> {
+        let known = caps::CUDA_FORMATS.contains(&format);
+        let gpu = self.gpu.as_ref().filter(|_| self.cuda && known);
+        let known = gpu.map_or_else(Vec::new, |gpu| gpu.drawable(format));
+        self.not_refused(known, format, Use::Cuda)
+    }
+
     fn not_refused(&self, mut known: Vec<u64>, format: PixelFormat, what: Use) -> Vec<u64> {
         known.retain(|modifier| {
             !self.refused.contains(&Refusal {
@@ -75,6 +87,11 @@ impl Abilities {
     pub fn caps(&self) -> gst::Caps {
         let mut caps = gst::Caps::new_empty();
         let writable = caps.make_mut();
+        let cuda = caps::CUDA_FORMATS.into_iter();
+        let cuda: Vec<_> = cuda.filter(|f| !self.copyable(*f).is_empty()).collect();
+        if !cuda.is_empty() {
+            writable.append(caps::cuda(&cuda));
+        }
         if self.dmabuf && self.gpu.is_some() {
             let formats = PixelFormat::ALL.into_iter().map(|f| (f, self.passable(f)));
             let formats: Vec<_> = formats.collect();

@@ -15,6 +15,7 @@ use super::gpu::{drm_format, from_drm_format};
 use crate::capture::dmabuf::{IMPLICIT, LINEAR};
 use crate::capture::negotiate::Color;
 use crate::capture::{PixelFormat, StreamFormat};
+use crate::cuda::MEMORY_FEATURE;
 
 /// The format of caps that say a DRM format and a modifier, known from GStreamer 1.24 on.
 pub(super) const DMA_DRM: &str = "DMA_DRM";
@@ -25,6 +26,7 @@ pub(super) const SAYS_MODIFIERS: bool = cfg!(feature = "v1_24");
 pub(super) enum OutputMemory {
     System,
     DmaBuf,
+    Cuda,
 }
 
 impl OutputMemory {
@@ -33,6 +35,7 @@ impl OutputMemory {
         match self {
             Self::System => "system",
             Self::DmaBuf => "dmabuf",
+            Self::Cuda => "cuda",
         }
     }
 }
@@ -46,6 +49,7 @@ pub(super) fn video_format(format: PixelFormat) -> VideoFormat {
 pub(super) fn template() -> gst::Caps {
     let mut caps = gst::Caps::new_empty();
     let writable = caps.make_mut();
+    writable.append(cuda(&CUDA_FORMATS));
     if SAYS_MODIFIERS {
         writable.append(dma_drm(None));
     }
@@ -57,6 +61,24 @@ pub(super) fn template() -> gst::Caps {
 pub(super) fn system() -> gst::Caps {
     VideoCapsBuilder::new()
         .format_list(PixelFormat::ALL.map(video_format))
+        .build()
+}
+
+/// The formats that CUDA memory can have: those of libgstcuda that are copied byte by byte.
+pub(super) const CUDA_FORMATS: [PixelFormat; 7] = [
+    PixelFormat::Bgra,
+    PixelFormat::Rgba,
+    PixelFormat::Argb,
+    PixelFormat::Abgr,
+    PixelFormat::Bgrx,
+    PixelFormat::Rgbx,
+    PixelFormat::Nv12,
+];
+
+pub(super) fn cuda(formats: &[PixelFormat]) -> gst::Caps {
+    VideoCapsBuilder::new()
+        .features([MEMORY_FEATURE])
+        .format_list(formats.iter().copied().map(video_format))
         .build()
 }
 
@@ -79,6 +101,11 @@ pub(super) fn dma_drm(formats: Option<Vec<String>>) -> gst::Caps {
     caps
 }
 
+/// Whether caps with these features are for CUDA memory.
+pub(super) fn is_cuda(features: &gst::CapsFeaturesRef) -> bool {
+    features.contains(MEMORY_FEATURE)
+}
+
 /// Whether caps with these features are for DMA-BUFs.
 pub(super) fn is_dmabuf(features: &gst::CapsFeaturesRef) -> bool {
     features.contains(CAPS_FEATURE_MEMORY_DMABUF)
@@ -87,6 +114,9 @@ pub(super) fn is_dmabuf(features: &gst::CapsFeaturesRef) -> bool {
 /// The memory that fixed caps say, and size, colours and layout of pictures in it. For DMA-BUFs the
 /// layout is a guess, which the buffers' GstVideoMeta puts right.
 pub(super) fn video_info(caps: &gst::CapsRef) -> Option<(OutputMemory, VideoInfo)> {
+    if caps.features(0).is_some_and(is_cuda) {
+        return Some((OutputMemory::Cuda, VideoInfo::from_caps(caps).ok()?));
+    }
     if !caps.features(0).is_some_and(is_dmabuf) {
         return Some((OutputMemory::System, VideoInfo::from_caps(caps).ok()?));
     }
@@ -102,7 +132,7 @@ pub(super) fn video_info(caps: &gst::CapsRef) -> Option<(OutputMemory, VideoInfo
 
 /// Caps for frames of `format` as far as `allowed` lets them be, or none.
 ///
-/// DMA-BUFs leave as they are where they can, else as copies in system memory. Any framerate that
+/// DMA-BUFs leave in CUDA memory or as they are where they can, else as copies in system memory. Any framerate that
 /// downstream fixes is taken: capture follows the screen's changes whatever the caps say. Where
 /// downstream leaves it open, it is the producer's.
 pub(super) fn caps_for(
@@ -137,6 +167,19 @@ pub(super) fn caps_for(
             both.map(move |fields| (name, (fields, feature())))
         })
     };
+    let copied = can.copyable(format.format).contains(&modifier);
+    let copied = names
+        .clone()
+        // What the GPU copies, it copies as it is.
+        .filter(|name| *name == format.format || name.alpha_byte().is_none())
+        .filter(|name| copied && CUDA_FORMATS.contains(name))
+        .find_map(|name| {
+            let feature = gst::CapsFeatures::new([MEMORY_FEATURE]);
+            fitting(format, name, (plain_fields(name).0, feature), allowed)
+        });
+    if copied.is_some() {
+        return copied;
+    }
     let passed = can.passable(format.format).contains(&modifier);
     let passed = passed
         .then(dmabuf)
@@ -309,6 +352,7 @@ pub(super) mod tests {
         Abilities {
             system: true,
             dmabuf: true,
+            cuda: false,
             gpu: None,
             refused: Vec::new(),
         }

@@ -69,6 +69,7 @@ impl PipeWireZeroCopySrc {
             match what {
                 Use::PassOn => "cannot be passed on",
                 Use::Read => "cannot be read",
+                Use::Cuda => "cannot be copied into CUDA memory",
             }
         );
         gst::warning!(CAT, imp = self, "{text}");
@@ -125,6 +126,27 @@ struct Imported {
     planes: Vec<Plane>,
 }
 
+/// What EGL is told of the picture.
+pub(super) fn with_dmabuf<T>(
+    picture: &DmaBufPicture,
+    format: PixelFormat,
+    use_it: impl FnOnce(&egl::DmaBuf<'_>) -> T,
+) -> T {
+    let planes = picture.planes().iter().map(|plane| egl::Plane {
+        fd: picture.buffer.blocks()[plane.block].as_fd(),
+        offset: plane.offset,
+        stride: plane.stride,
+    });
+    let planes: Vec<_> = planes.collect();
+    use_it(&egl::DmaBuf {
+        fourcc: format.fourcc(),
+        modifier: Some(picture.modifier).filter(|modifier| *modifier != IMPLICIT),
+        width: picture.size.0,
+        height: picture.size.1,
+        planes: &planes,
+    })
+}
+
 /// The picture as an image on a GPU, imported once for each buffer.
 fn import(
     picture: &DmaBufPicture,
@@ -133,22 +155,7 @@ fn import(
 ) -> Result<Arc<Image>, egl::Error> {
     let buffer = &picture.buffer;
     let make = || {
-        let planes: Vec<_> = picture
-            .planes()
-            .iter()
-            .map(|plane| egl::Plane {
-                fd: buffer.blocks()[plane.block].as_fd(),
-                offset: plane.offset,
-                stride: plane.stride,
-            })
-            .collect();
-        let image = display.import(&egl::DmaBuf {
-            fourcc: format.fourcc(),
-            modifier: Some(picture.modifier).filter(|modifier| *modifier != IMPLICIT),
-            width: picture.size.0,
-            height: picture.size.1,
-            planes: &planes,
-        })?;
+        let image = with_dmabuf(picture, format, |buffer| display.import(buffer))?;
         Ok(Imported {
             image: Arc::new(image),
             planes: picture.planes().to_vec(),

@@ -10,6 +10,8 @@ use zerocopy_plugin_common::Quantiles;
 
 use super::caps::OutputMemory;
 use crate::capture::Counters;
+use crate::capture::frame::Sync;
+use crate::cuda::Way;
 
 /// What is counted beside the capture's own [`Counters`].
 #[derive(Default)]
@@ -27,8 +29,12 @@ pub(super) struct Figures {
     copying: bool,
     /// Memory in which the last frame left.
     pub memory: Option<OutputMemory>,
-    /// The last frame came in DMA-BUFs, whose writers are waited for.
-    pub fenced: bool,
+    /// How the last frame was kept from being read too early.
+    pub sync: Sync,
+    /// The last frame was kept for a frame's time, because nothing said when it was drawn.
+    pub latched: bool,
+    /// How the last frame came into CUDA memory.
+    pub way: Option<Way>,
     bytes_received: u64,
     bytes_sent: u64,
     latency: Quantiles,
@@ -75,6 +81,17 @@ impl Figures {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let (p50, p99) = self.latency.p50_p99_us();
         let memory = self.memory.unwrap_or(OutputMemory::System);
+        let transfer = match memory {
+            OutputMemory::Cuda => "gpu-copy",
+            _ if self.copying => "copy",
+            _ => "shared",
+        };
+        let sync = match self.sync {
+            _ if self.latched => "latch",
+            Sync::None => "none",
+            Sync::Implicit => "implicit",
+            Sync::Explicit => "explicit",
+        };
         gst::Structure::builder("pipewirezerocopysrc-stats")
             .field("frames", self.frames)
             .field("bytes-sent", self.bytes_sent)
@@ -82,14 +99,15 @@ impl Figures {
             .field("dropped", load(&counters.dropped))
             .field("errors", self.errors)
             .field("reconnects", self.reconnects)
-            .field("transfer", if self.copying { "copy" } else { "shared" })
+            .field("transfer", transfer)
             .field("keepalives", self.keepalives)
             .field("copies", self.copies)
             .field("corrupted", load(&counters.corrupted))
             .field("empty", load(&counters.empty))
             .field("held-buffers", load(&counters.held))
             .field("memory", memory.name())
-            .field("sync", if self.fenced { "implicit" } else { "none" })
+            .field("import", self.way.map_or("none", Way::name))
+            .field("sync", sync)
             .field("latency-p50-us", p50)
             .field("latency-p99-us", p99)
             .build()

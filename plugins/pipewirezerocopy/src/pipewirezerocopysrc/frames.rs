@@ -3,7 +3,7 @@
 //! From the frame that is there to the buffer that leaves, and the same once more.
 
 use std::sync::atomic::Ordering;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use gst::prelude::*;
 use gst::subclass::prelude::*;
@@ -19,7 +19,7 @@ use super::output::{can_leave_in_place, copy_frame, draw, in_place, orientation}
 use super::settings::LiveSettings;
 use super::streaming::{Negotiated, Streaming};
 use crate::capture::damage::Damage;
-use crate::capture::frame::Frame;
+use crate::capture::frame::{Frame, Sync};
 use crate::capture::meta::Transform;
 use crate::capture::{Monotonic, StreamFormat};
 
@@ -57,12 +57,16 @@ impl PipeWireZeroCopySrc {
                 streaming.takes,
             )
         };
-        let Negotiated { info, memory, .. } = negotiated;
+        let Negotiated { info, memory, .. } = &negotiated;
+        let memory = *memory;
         // A new frame replaces it, and may leave in place only because its buffer is back.
         drop(last);
         let spared = inbox.take(format, |frame| {
-            let in_place =
-                memory == OutputMemory::DmaBuf || can_leave_in_place(frame, &info, takes);
+            let in_place = match memory {
+                OutputMemory::System => can_leave_in_place(frame, info, takes),
+                OutputMemory::DmaBuf => true,
+                OutputMemory::Cuda => false,
+            };
             in_place && frame.reserve()
         });
         let (mut frame, pooled) = match (spared, memory) {
@@ -74,7 +78,7 @@ impl PipeWireZeroCopySrc {
                 }
                 return Ok(None);
             }
-            (None, OutputMemory::System) => {
+            (None, OutputMemory::System | OutputMemory::Cuda) => {
                 // The pool may make us wait: no frame is held meanwhile (L4).
                 let buffer = self.pooled_buffer()?;
                 match inbox.take(format, |_| true) {
@@ -83,18 +87,98 @@ impl PipeWireZeroCopySrc {
                 }
             }
         };
-        let fence = frame.dmabuf().map(|picture| picture.buffer.writers());
-        if let Some(fence) = &fence
-            && let Err(flushing) = self.wait_for(fence, waiter)
+        let explicit = frame.has_acquire_point();
+        if memory == OutputMemory::Cuda
+            && self.must_latch(explicit)
+            && let Some(streaming) = &mut *lock(&self.streaming)
         {
-            inbox.miss();
-            return Err(flushing);
+            let time = Duration::from(Self::interval(Some(&negotiated)));
+            match streaming.latch.exchange(frame, Instant::now(), time) {
+                Some(before) => frame = before,
+                // It leaves with the next one, or when none comes.
+                None => return Ok(None),
+            }
         }
+        self.finish(frame, pooled, &negotiated, settings, waiter)
+    }
+
+    /// The frame that was kept, when no other has come in its time.
+    pub(super) fn flush_latch(
+        &self,
+        settings: &LiveSettings,
+        waiter: &mut Waiter,
+    ) -> Result<Option<gst::Buffer>, gst::FlowError> {
+        let pooled = self.pooled_buffer()?;
+        let kept = lock(&self.streaming)
+            .as_mut()
+            .and_then(|streaming| streaming.latch.take().zip(streaming.negotiated.clone()));
+        match kept {
+            Some((frame, negotiated)) => {
+                self.finish(frame, Some(pooled), &negotiated, settings, waiter)
+            }
+            None => Ok(None),
+        }
+    }
+
+    /// Whether frames must be kept because nothing says when they are drawn. Tells when that changes:
+    /// it is a frame's time of latency.
+    fn must_latch(&self, explicit: bool) -> bool {
+        let mut changed = false;
+        let mut latching = false;
+        if let Some(streaming) = &mut *lock(&self.streaming) {
+            let display = streaming.display.as_ref();
+            // NVIDIA's driver has no fences of its own in DMA-BUFs.
+            latching = !explicit && display.is_some_and(|display| display.cuda_device().is_some());
+            changed = streaming.latch.active != latching;
+            streaming.latch.active = latching;
+        }
+        if changed {
+            let message = gst::message::Latency::builder().src(&*self.obj()).build();
+            // Fails only while the element is being disposed of.
+            let _ = self.obj().post_message(message);
+        }
+        latching
+    }
+
+    /// A frame as a buffer, and all that is to be remembered of it.
+    fn finish(
+        &self,
+        mut frame: Frame,
+        pooled: Option<gst::Buffer>,
+        negotiated: &Negotiated,
+        settings: &LiveSettings,
+        waiter: &mut Waiter,
+    ) -> Result<Option<gst::Buffer>, gst::FlowError> {
+        let (inbox, takes, latching) = match &*lock(&self.streaming) {
+            Some(streaming) => (
+                streaming.capture.inbox().clone(),
+                streaming.takes,
+                streaming.latch.active,
+            ),
+            None => return Err(gst::FlowError::Flushing),
+        };
+        let Negotiated {
+            source: format,
+            info,
+            memory,
+        } = negotiated;
+        let memory = *memory;
+        let sync = match frame.fence() {
+            Ok((sync, fence)) => {
+                self.wait_for(&fence, waiter)
+                    .inspect_err(|_| inbox.miss())?;
+                sync
+            }
+            Err(error) => {
+                gst::warning!(CAT, imp = self, "a frame is taken as it is: {error}");
+                Sync::None
+            }
+        };
         let (captured, transform) = (frame.captured, frame.transform);
         let damage = std::mem::replace(&mut frame.damage, Damage::Everything);
-        let copied = pooled.is_some();
+        let copied = pooled.is_some() && memory == OutputMemory::System;
         let picture = match (pooled, memory) {
-            (None, OutputMemory::DmaBuf) => match pass_on(frame, &info, takes) {
+            (None, OutputMemory::DmaBuf) => match pass_on(frame, info, takes) {
                 Ok(picture) => Some(picture),
                 Err(reason) => {
                     self.refuse(format, Use::PassOn, &reason);
@@ -102,9 +186,16 @@ impl PipeWireZeroCopySrc {
                     return Ok(None);
                 }
             },
-            (None, OutputMemory::System) => in_place(frame, &info),
+            (None, OutputMemory::System | OutputMemory::Cuda) => in_place(frame, info),
+            (Some(mut buffer), OutputMemory::Cuda) => {
+                if !self.copy_to_cuda(&frame, &mut buffer, info, format)? {
+                    inbox.miss();
+                    return Ok(None);
+                }
+                Some(buffer)
+            }
             (Some(mut buffer), _) => {
-                if !self.copy(&frame, &mut buffer, &info, format)? {
+                if !self.copy(&frame, &mut buffer, info, format)? {
                     inbox.miss();
                     return Ok(None);
                 }
@@ -112,14 +203,15 @@ impl PipeWireZeroCopySrc {
             }
         };
         let Some(picture) = picture else {
-            return self.does_not_fit(&info);
+            return self.does_not_fit(info);
         };
         self.turn(transform);
         {
             let mut figures = lock(&self.figures);
             figures.add_transfer(copied);
             figures.memory = Some(memory);
-            figures.fenced = fence.is_some();
+            figures.sync = sync;
+            figures.latched = latching && memory == OutputMemory::Cuda;
         }
         let buffer = self.leave(&picture, damage, captured)?;
         let now = Instant::now();
@@ -252,7 +344,7 @@ impl PipeWireZeroCopySrc {
             let memory = negotiated.memory;
             (pointer.overlay().cloned(), info, memory, *takes)
         };
-        // Nobody draws into a producer's DMA-BUFs.
+        // Nobody draws into a producer's DMA-BUFs, and not with the processor on a GPU.
         let drawn = !takes.overlays && memory == OutputMemory::System;
         let mut buffer;
         if let Some(overlay) = overlay.as_ref().filter(|_| drawn) {

@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::capture::PixelFormat;
 use crate::capture::dmabuf::{IMPLICIT, LINEAR};
+use crate::cuda::image_formats;
 use crate::egl::{Display, Format};
 
 /// Where the kernel's DRM nodes are.
@@ -21,15 +22,23 @@ pub(super) struct Gpu {
 }
 
 impl Gpu {
-    /// The GPU of the node that was asked for, else of the first node that has one. The error says
-    /// what is missing.
-    pub fn find(node: Option<&str>) -> Result<Self, String> {
+    /// The GPU of the node that was asked for, else of the first node that has one which `suits`. The
+    /// error says what is missing.
+    pub fn find(
+        node: Option<&str>,
+        suits: impl Fn(&Self) -> Result<(), String>,
+    ) -> Result<Self, String> {
+        let open = |node: &Path| {
+            let gpu = Self::open(node)?;
+            suits(&gpu).map_err(|reason| format!("{}: {reason}", node.display()))?;
+            Ok(gpu)
+        };
         if let Some(node) = node {
-            return Self::open(Path::new(node)).map_err(|error| format!("render-node={error}"));
+            return open(Path::new(node)).map_err(|error: String| format!("render-node={error}"));
         }
         let mut seen = Vec::new();
         for node in nodes(Path::new(NODES)) {
-            match Self::open(&node) {
+            match open(&node) {
                 Ok(gpu) => return Ok(gpu),
                 Err(error) => seen.push(error),
             }
@@ -95,12 +104,29 @@ impl Importable {
         self.listed(format, |known| known.modifiers.clone())
     }
 
+    /// The same for those whose planes a shader can read one by one, as images of their own.
+    pub fn drawable(&self, format: PixelFormat) -> Vec<u64> {
+        let images = image_formats(format.fourcc());
+        let mut lists = images
+            .into_iter()
+            .map(|image| self.listed_as(image, |known| known.modifiers.clone()));
+        let mut common = lists.next().unwrap_or_default();
+        for list in lists {
+            common.retain(|modifier| list.contains(modifier));
+        }
+        common
+    }
+
     fn listed(&self, format: PixelFormat, of: impl Fn(&Format) -> Vec<u64>) -> Vec<u64> {
+        self.listed_as(format.fourcc(), of)
+    }
+
+    fn listed_as(&self, fourcc: u32, of: impl Fn(&Format) -> Vec<u64>) -> Vec<u64> {
         if self.0.is_empty() {
             // A driver from before modifiers.
             return vec![LINEAR, IMPLICIT];
         }
-        let known = self.0.iter().find(|known| known.fourcc == format.fourcc());
+        let known = self.0.iter().find(|known| known.fourcc == fourcc);
         let mut listed = known.map(of).unwrap_or_default();
         listed.retain(|modifier| *modifier != IMPLICIT);
         if !listed.is_empty() {
@@ -175,6 +201,25 @@ mod tests {
     }
 
     #[test]
+    fn planes_are_imported_one_by_one_where_both_can_be() {
+        let format = |name: [u8; 4], modifiers: &[u64]| Format {
+            fourcc: u32::from_le_bytes(name),
+            modifiers: modifiers.to_vec(),
+            external: Vec::new(),
+        };
+        let importable = Importable(vec![
+            format(*b"R8  ", &[7, 9, LINEAR]),
+            format(*b"GR88", &[LINEAR, 7]),
+            format(*b"XR24", &[5]),
+        ]);
+        let of = |format| importable.drawable(format);
+        assert_eq!(of(PixelFormat::Nv12), [7, LINEAR, IMPLICIT]);
+        assert_eq!(of(PixelFormat::Bgrx), [5, IMPLICIT]);
+        assert!(of(PixelFormat::Rgba).is_empty());
+        assert!(of(PixelFormat::Rgb).is_empty(), "no form in CUDA memory");
+    }
+
+    #[test]
     fn render_nodes_go_before_primary_ones() {
         let folder = tempfile::tempdir().unwrap();
         for name in ["card1", "renderD129", "card0", "by-path", "renderD128"] {
@@ -188,7 +233,7 @@ mod tests {
 
     #[test]
     fn a_node_that_is_not_there_is_named() {
-        let Err(error) = Gpu::find(Some("/dev/dri/renderD4711")) else {
+        let Err(error) = Gpu::find(Some("/dev/dri/renderD4711"), |_| Ok(())) else {
             panic!("there is none");
         };
         assert!(error.starts_with("render-node=/dev/dri/renderD4711: "));

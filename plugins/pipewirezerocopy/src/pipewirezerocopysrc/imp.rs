@@ -56,8 +56,9 @@ use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake, Waker};
 use super::caps;
 use super::figures::Figures;
 use super::settings::Settings;
-use super::streaming::{Ending, Streaming};
+use super::streaming::{Ending, Negotiated, Streaming};
 use crate::capture::{Capture, Config, Counters, Failure, Level, Log};
+use crate::cuda;
 
 pub(super) static CAT: LazyLock<gst::DebugCategory> = LazyLock::new(|| {
     gst::DebugCategory::new(
@@ -79,6 +80,8 @@ pub struct PipeWireZeroCopySrc {
     pub(super) settings: Mutex<Settings>,
     pub(super) streaming: Mutex<Option<Streaming>>,
     pub(super) figures: Mutex<Figures>,
+    /// The CUDA context that this element and its neighbours share.
+    pub(super) cuda: cuda::Slot,
     /// Ends the streaming thread's waits; apart from the rest, so that it never waits itself.
     waker: Mutex<Option<Waker>>,
 }
@@ -160,6 +163,11 @@ impl ElementImpl for PipeWireZeroCopySrc {
         &TEMPLATES
     }
 
+    fn set_context(&self, context: &gst::Context) {
+        cuda::set_context(&self.cuda, context);
+        self.parent_set_context(context);
+    }
+
     fn send_event(&self, event: gst::Event) -> bool {
         // The base class would end the stream at once, without another buffer.
         if event.type_() == gst::EventType::Eos
@@ -182,6 +190,7 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
         settings.check().map_err(unusable)?;
         let target = settings.target().map_err(unusable)?;
         let remote = settings.remote().map_err(unusable)?;
+        self.cuda.reset(settings.cuda_device());
         let (can, display) = self.look_for_gpu(&settings)?;
         let failed = |error: std::io::Error| {
             gst::error_msg!(
@@ -197,6 +206,7 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
             remote,
             target,
             name: self.obj().name().replace('\0', ""),
+            sync: display.as_ref().and_then(|display| self.timelines(display)),
             log: self.log(),
         };
         let capture = Capture::start(config, waiter.waker(), counters.clone()).map_err(failed)?;
@@ -212,9 +222,12 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
         // Dropped with no lock held: it joins the loop thread, which logs.
         let streaming = lock(&self.streaming).take();
         if let Some(mut streaming) = streaming {
-            // Its buffer can go back only while the capture is there.
+            // Their buffers can go back only while the capture is there.
             streaming.last = None;
+            streaming.latch.take();
         }
+        // After all that was made in it.
+        self.cuda.reset(None);
         Ok(())
     }
 
@@ -241,6 +254,11 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
             // A frame is here at the latest when the next one is drawn. Downstream may keep as many
             // as it likes, as long as it likes: frames are copied where the producer runs short.
             latency.set(true, self.latency(), gst::ClockTime::NONE);
+            return true;
+        }
+        if let gst::QueryViewMut::Context(query) = query.view_mut()
+            && cuda::answer(&self.cuda, query)
+        {
             return true;
         }
         BaseSrcImplExt::parent_query(self, query)
@@ -311,13 +329,21 @@ impl PipeWireZeroCopySrc {
         cancelled || pad.pad_flags().contains(gst::PadFlags::FLUSHING)
     }
 
-    /// The time from one frame to the next at the highest rate that the producer has.
+    /// A frame's time, and another one where frames are kept for that long.
     fn latency(&self) -> gst::ClockTime {
-        let format = lock(&self.streaming)
-            .as_ref()
-            .and_then(|streaming| streaming.negotiated.as_ref().map(|n| n.source));
-        let (num, den) = format
-            .and_then(|format| {
+        let (negotiated, latching) = match &*lock(&self.streaming) {
+            Some(streaming) => (streaming.negotiated.clone(), streaming.latch.active),
+            None => (None, false),
+        };
+        let interval = Self::interval(negotiated.as_ref());
+        if latching { interval * 2 } else { interval }
+    }
+
+    /// The time from one frame to the next at the highest rate that the producer has.
+    pub(super) fn interval(negotiated: Option<&Negotiated>) -> gst::ClockTime {
+        let (num, den) = negotiated
+            .and_then(|negotiated| {
+                let format = &negotiated.source;
                 let fixed = Some(format.framerate).filter(|rate| rate.0 > 0);
                 fixed.or(format.max_framerate)
             })

@@ -5,11 +5,13 @@ use gst::prelude::*;
 
 mod abilities;
 mod caps;
+mod cuda;
 mod dmabuf;
 mod figures;
 mod frames;
 mod gpu;
 mod imp;
+mod latch;
 mod negotiation;
 mod offers;
 mod output;
@@ -37,7 +39,7 @@ pub enum OutputMode {
     )]
     Auto,
     /// CUDA memory.
-    #[enum_value(name = "CUDA memory (not in this version)", nick = "cuda")]
+    #[enum_value(name = "CUDA memory", nick = "cuda")]
     Cuda,
     /// The producer's DMA-BUFs.
     #[enum_value(name = "The producer's DMA-BUFs, passed on", nick = "dmabuf")]

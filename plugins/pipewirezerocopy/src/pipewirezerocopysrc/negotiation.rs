@@ -2,6 +2,8 @@
 
 //! Agreeing with downstream and with the producer on what leaves, and in which memory.
 
+use std::sync::Arc;
+
 use gst::prelude::*;
 use gst::subclass::prelude::*;
 use gst_base::prelude::*;
@@ -14,6 +16,8 @@ use super::offers;
 use super::output::Takes;
 use super::settings::Settings;
 use super::streaming::Negotiated;
+use crate::capture::timeline::SyncNode;
+use crate::cuda;
 use crate::egl::Display;
 
 impl PipeWireZeroCopySrc {
@@ -29,15 +33,36 @@ impl PipeWireZeroCopySrc {
         let mut can = Abilities {
             system: wanted.system,
             dmabuf: wanted.dmabuf,
+            cuda: wanted.cuda,
             ..Abilities::default()
         };
-        match Gpu::find(settings.render_node.as_deref()) {
+        // Of several GPUs CUDA's own is the right one only where nothing else will do.
+        let no_other = wanted.nothing_but_cuda();
+        let without_cuda = |reason: &dyn std::fmt::Display| {
+            gst::error_msg!(
+                gst::ResourceError::NotFound,
+                ["output-mode=cuda cannot be had here: {reason} (output-mode=auto does without)"]
+            )
+        };
+        if no_other {
+            // What is missing is said before what a GPU might lack.
+            cuda::available().map_err(|error| without_cuda(&error))?;
+        }
+        let found = Gpu::find(settings.render_node.as_deref(), |gpu| {
+            if no_other { self.has_cuda(gpu) } else { Ok(()) }
+        });
+        match found {
             Ok(gpu) => {
                 let node = gpu.display.node().display();
                 gst::info!(CAT, imp = self, "DMA-BUFs as {node} imports them");
+                if let Err(reason) = self.has_cuda(&gpu) {
+                    gst::info!(CAT, imp = self, "no CUDA memory leaves here: {reason}");
+                    can.cuda = false;
+                }
                 can.gpu = Some(gpu.importable);
                 Ok((can, Some(gpu.display)))
             }
+            Err(reason) if no_other => Err(without_cuda(&reason)),
             Err(reason) if !wanted.system => Err(gst::error_msg!(
                 gst::ResourceError::NotFound,
                 [
@@ -52,6 +77,13 @@ impl PipeWireZeroCopySrc {
         }
     }
 
+    /// Where timelines are waited for: on the GPU's own node.
+    pub(super) fn timelines(&self, display: &Display) -> Option<Arc<SyncNode>> {
+        SyncNode::open(display.node())
+            .inspect_err(|reason| gst::info!(CAT, imp = self, "no explicit sync: {reason}"))
+            .ok()
+    }
+
     /// The caps of what can leave. Before the start only as far as that is seen without asking the
     /// GPU's driver.
     pub(super) fn possible_caps(&self) -> gst::Caps {
@@ -64,10 +96,13 @@ impl PipeWireZeroCopySrc {
             return caps::template();
         };
         let gpu = has_node(settings.render_node.as_deref());
+        let cuda = wanted.cuda && gpu && cuda::available().is_ok();
         let mut caps = caps::template();
         if let Some(caps) = caps.get_mut() {
             caps.filter_map_in_place(|features, _| {
-                let kept = if caps::is_dmabuf(features) {
+                let kept = if caps::is_cuda(features) {
+                    cuda
+                } else if caps::is_dmabuf(features) {
                     wanted.dmabuf && gpu
                 } else {
                     wanted.system
@@ -135,10 +170,21 @@ impl PipeWireZeroCopySrc {
             gst::info!(CAT, imp = self, "caps {caps}");
             let (memory, info) = caps::video_info(&caps)
                 .ok_or_else(|| gst::loggable_error!(CAT, "{caps} are no video"))?;
+            if memory == OutputMemory::Cuda
+                && let Err(error) = self.prepare_cuda(&caps, &info)
+            {
+                self.give_up_cuda(&wanted, &error);
+                continue;
+            }
             // Downstream is called: no lock is held.
             if self.obj().set_caps(&caps).is_err() {
-                if memory == OutputMemory::DmaBuf && !self.is_flushing() {
-                    self.refuse(&wanted, Use::PassOn, &format!("downstream refused {caps}"));
+                let what = match memory {
+                    OutputMemory::System => None,
+                    OutputMemory::DmaBuf => Some(Use::PassOn),
+                    OutputMemory::Cuda => Some(Use::Cuda),
+                };
+                if let Some(what) = what.filter(|_| !self.is_flushing()) {
+                    self.refuse(&wanted, what, &format!("downstream refused {caps}"));
                     continue;
                 }
                 return Err(gst::loggable_error!(CAT, "downstream refused {caps}"));
@@ -163,8 +209,9 @@ impl PipeWireZeroCopySrc {
                     || before.memory != negotiated.memory
             });
             if changed {
-                // It has the old format.
+                // They have the old format.
                 streaming.last = None;
+                streaming.latch.take();
             }
         }
         if changed {
@@ -205,6 +252,9 @@ impl PipeWireZeroCopySrc {
                 query.remove_nth_allocation_pool(0);
             }
             return Ok(());
+        }
+        if memory == OutputMemory::Cuda {
+            return self.decide_cuda(query, &caps);
         }
         let size = u32::try_from(info.size())
             .map_err(|_| gst::loggable_error!(CAT, "frames over 4 GiB"))?;

@@ -24,7 +24,10 @@ pub(super) fn offer(allowed: &gst::CapsRef, can: &Abilities) -> Offer {
         if width.min > width.max || height.min > height.max {
             continue;
         }
-        let wanted = if caps::is_dmabuf(features) {
+        let wanted = if caps::is_cuda(features) {
+            let asked = formats(structure).map(|format| (format, can.copyable(format)));
+            with_alpha_for_padding(asked.collect(), |format, _| can.copyable(format))
+        } else if caps::is_dmabuf(features) {
             passed_on(structure, can)
         } else {
             vec![(with_siblings(formats(structure)), Vec::new())]
@@ -102,17 +105,37 @@ fn passed_on(structure: &gst::StructureRef, can: &Abilities) -> Vec<Wanted> {
             None => can.into_iter().filter(|m| *m != IMPLICIT).collect(),
         }
     };
-    let siblings = asked.iter().filter_map(|(format, modifiers)| {
-        let sibling = format
-            .sibling()
-            .filter(|sibling| sibling.alpha_byte().is_some())?;
-        let listed = asked.iter().any(|(known, _)| *known == sibling);
-        (!listed).then(|| (vec![sibling], had(sibling, modifiers)))
-    });
-    let asked_for = asked
+    let asked = asked.into_iter();
+    let asked: Vec<_> = asked
+        .map(|(format, said)| (format, said.clone(), had(format, &said)))
+        .collect();
+    let listed = asked
         .iter()
-        .map(|(format, modifiers)| (vec![*format], had(*format, modifiers)));
-    together(asked_for.chain(siblings))
+        .map(|(format, _, modifiers)| (*format, modifiers.clone()));
+    with_alpha_for_padding(listed.collect(), |sibling, format| {
+        let said = asked.iter().find(|(known, ..)| *known == format);
+        said.map_or_else(Vec::new, |(_, said, _)| had(sibling, said))
+    })
+}
+
+/// The formats, and behind them those that differ in having alpha where these have padding, which
+/// does no harm to who wants none. `modifiers` says with which such a sibling of a format can be had.
+fn with_alpha_for_padding(
+    asked: Vec<(PixelFormat, Vec<u64>)>,
+    modifiers: impl Fn(PixelFormat, PixelFormat) -> Vec<u64>,
+) -> Vec<Wanted> {
+    let siblings: Vec<_> = asked
+        .iter()
+        .filter_map(|(format, _)| {
+            let sibling = format
+                .sibling()
+                .filter(|sibling| sibling.alpha_byte().is_some())?;
+            let listed = asked.iter().any(|(known, _)| *known == sibling);
+            (!listed).then(|| (vec![sibling], modifiers(sibling, *format)))
+        })
+        .collect();
+    let asked = asked.into_iter().map(|(format, had)| (vec![format], had));
+    together(asked.chain(siblings))
 }
 
 /// Neighbours that have the same modifiers as one; those that have none are left out.

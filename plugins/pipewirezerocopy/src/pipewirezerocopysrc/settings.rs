@@ -33,6 +33,14 @@ pub(super) struct Settings {
 pub(super) struct Wanted {
     pub system: bool,
     pub dmabuf: bool,
+    pub cuda: bool,
+}
+
+impl Wanted {
+    /// What there is besides CUDA memory.
+    pub fn nothing_but_cuda(self) -> bool {
+        self.cuda && !self.system && !self.dmabuf
+    }
 }
 
 /// What may change while playing: looked at for each buffer.
@@ -126,8 +134,8 @@ impl Settings {
             glib::ParamSpecInt::builder("cuda-device-id")
                 .nick("CUDA device")
                 .blurb(
-                    "CUDA device for imports (no effect in this version; -1 = downstream's \
-                     context, else the render node's GPU)",
+                    "CUDA device whose memory buffers leave in (-1 = that of downstream's context, \
+                     else the render node's GPU)",
                 )
                 .minimum(-1)
                 .default_value(default.cuda_device_id)
@@ -246,25 +254,20 @@ impl Settings {
         self.wanted().map(|_| ())
     }
 
-    /// The memory in which buffers may leave. The error says which property asks for what cannot be
-    /// done by this version.
+    /// The memory in which buffers may leave. The error says which property means nothing.
     pub fn wanted(&self) -> Result<Wanted, String> {
-        let only = |system, dmabuf| Ok(Wanted { system, dmabuf });
-        let cuda = |name: &str| {
-            Err(format!(
-                "{name} asks for CUDA memory, which is not in this version: use output-mode=auto, \
-                 dmabuf or system"
-            ))
+        let only = |system, dmabuf, cuda| Wanted {
+            system,
+            dmabuf,
+            cuda,
         };
         let by_type = match self.buffer_type.as_deref() {
             None => None,
-            Some("shm") => Some(only(true, false)),
-            // The first group means auto without system memory, so CUDA memory as well in a version
-            // that has it.
-            Some(
-                "dmabuf" | "dma-buf" | "gpu" | "cuda" | "dmabuf-passthrough" | "passthrough"
-                | "virtgpu",
-            ) => Some(only(false, true)),
+            Some("shm") => Some(only(true, false, false)),
+            Some("dmabuf" | "dma-buf" | "gpu" | "cuda") => Some(only(false, true, true)),
+            Some("dmabuf-passthrough" | "passthrough" | "virtgpu") => {
+                Some(only(false, true, false))
+            }
             Some(other) => {
                 return Err(format!(
                     "buffer-type={other} means nothing: it is shm, dmabuf or dmabuf-passthrough \
@@ -273,14 +276,19 @@ impl Settings {
             }
         };
         if let Some(wanted) = by_type.filter(|_| !self.output_mode_was_set) {
-            return wanted;
+            return Ok(wanted);
         }
-        match self.output_mode {
-            OutputMode::Auto => only(true, true),
-            OutputMode::System => only(true, false),
-            OutputMode::DmaBuf => only(false, true),
-            OutputMode::Cuda => cuda("output-mode=cuda"),
-        }
+        Ok(match self.output_mode {
+            OutputMode::Auto => only(true, true, true),
+            OutputMode::System => only(true, false, false),
+            OutputMode::DmaBuf => only(false, true, false),
+            OutputMode::Cuda => only(false, false, true),
+        })
+    }
+
+    /// The CUDA device that was asked for.
+    pub fn cuda_device(&self) -> Option<u32> {
+        u32::try_from(self.cuda_device_id).ok()
     }
 
     /// The node to capture.
@@ -343,28 +351,20 @@ mod tests {
         with(|s| s.buffer_type = Some(text.into()))
     }
 
-    const SYSTEM: Wanted = Wanted {
-        system: true,
-        dmabuf: false,
-    };
-    const DMABUF: Wanted = Wanted {
-        system: false,
-        dmabuf: true,
-    };
+    /// System memory, DMA-BUFs, CUDA memory.
+    fn wants(settings: &Settings) -> (bool, bool, bool) {
+        let wanted = settings.wanted().unwrap();
+        (wanted.system, wanted.dmabuf, wanted.cuda)
+    }
 
     #[test]
     fn the_deprecated_buffer_types_keep_their_meaning() {
-        assert_eq!(buffer_type("shm").wanted(), Ok(SYSTEM));
-        for strict in [
-            "dmabuf",
-            "dma-buf",
-            "gpu",
-            "cuda",
-            "dmabuf-passthrough",
-            "passthrough",
-            "virtgpu",
-        ] {
-            assert_eq!(buffer_type(strict).wanted(), Ok(DMABUF), "{strict}");
+        assert_eq!(wants(&buffer_type("shm")), (true, false, false));
+        for text in ["dmabuf", "dma-buf", "gpu", "cuda"] {
+            assert_eq!(wants(&buffer_type(text)), (false, true, true), "{text}");
+        }
+        for text in ["dmabuf-passthrough", "passthrough", "virtgpu"] {
+            assert_eq!(wants(&buffer_type(text)), (false, true, false), "{text}");
         }
         let error = buffer_type("shmm").check().unwrap_err();
         assert!(error.contains("shmm means nothing"), "{error}");
@@ -374,22 +374,18 @@ mod tests {
     fn an_output_mode_that_was_set_goes_before_the_buffer_type() {
         let mut settings = buffer_type("dmabuf");
         settings.output_mode_was_set = true;
-        let all = Wanted {
-            system: true,
-            dmabuf: true,
-        };
-        assert_eq!(settings.wanted(), Ok(all));
+        assert_eq!(wants(&settings), (true, true, true));
         settings.buffer_type = Some("nonsense".into());
         assert!(settings.check().is_err(), "nonsense stays nonsense");
     }
 
     #[test]
-    fn a_named_mode_is_strict_and_one_that_is_not_built_is_refused() {
-        let wanted = |mode| with(|s| s.output_mode = mode).wanted();
-        assert_eq!(wanted(OutputMode::System), Ok(SYSTEM));
-        assert_eq!(wanted(OutputMode::DmaBuf), Ok(DMABUF));
-        assert!(wanted(OutputMode::Cuda).is_err());
-        assert!(with(|s| s.output_mode = OutputMode::Cuda).check().is_err());
+    fn a_named_mode_is_strict() {
+        let wanted = |mode| wants(&with(|s| s.output_mode = mode));
+        assert_eq!(wanted(OutputMode::System), (true, false, false));
+        assert_eq!(wanted(OutputMode::DmaBuf), (false, true, false));
+        assert_eq!(wanted(OutputMode::Cuda), (false, false, true));
+        assert_eq!(wanted(OutputMode::Auto), (true, true, true));
     }
 
     #[test]

@@ -13,12 +13,15 @@ use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake};
 use super::OnDisconnect;
 use super::abilities::Abilities;
 use super::caps::OutputMemory;
+use super::cuda::CudaOutput;
 use super::dmabuf::describe;
 use super::imp::{CAT, PipeWireZeroCopySrc, failure_message, lock};
+use super::latch::Latch;
 use super::output::Takes;
 use super::pointer::Pointer;
 use super::schedule::Schedule;
 use super::settings::LiveSettings;
+use crate::capture::frame::Frame;
 use crate::capture::meta::{Cursor, Transform};
 use crate::capture::{Capture, Counters, Interest, Look, Offer, StreamFormat};
 use crate::egl::{Display, Reader};
@@ -54,9 +57,13 @@ pub(super) struct Streaming {
     pub display: Option<Display>,
     /// Reads what only the GPU can; made when first needed.
     pub reader: Option<Reader>,
+    /// Copies into CUDA memory; made when that is first negotiated.
+    pub cuda: Option<CudaOutput>,
     /// Why a kind of DMA-BUFs is not used any more.
     pub fallback: Option<String>,
     pub offer: Offer,
+    /// Frames of a driver that has no fences, and of a producer that does not say when they are drawn.
+    pub latch: Latch<Frame>,
     /// What the frame that is there needs.
     pub wanted: Option<StreamFormat>,
     pub negotiated: Option<Negotiated>,
@@ -87,6 +94,8 @@ pub(super) struct Streaming {
 /// What the streaming thread does next.
 enum Step {
     Push(StreamFormat),
+    /// The frame that was kept leaves without another one having come.
+    Flush,
     Negotiate(StreamFormat),
     Discard,
     Resend,
@@ -112,6 +121,8 @@ impl Streaming {
             can,
             display,
             reader: None,
+            cuda: None,
+            latch: Latch::default(),
             fallback: None,
             offer: Offer::default(),
             wanted: None,
@@ -181,6 +192,11 @@ impl Streaming {
         if self.vanished {
             return Step::Wait(Deadline::NEVER);
         }
+        match self.latch.due() {
+            Some(due) if due <= now => return Step::Flush,
+            Some(due) => return Step::Wait(Deadline::at(due)),
+            None => {}
+        }
         if !self.frame_seen {
             let since = *self.waiting_since.get_or_insert(now);
             let limit = settings.first_frame_timeout;
@@ -234,6 +250,11 @@ impl PipeWireZeroCopySrc {
             match step {
                 Step::Push(format) => {
                     if let Some(buffer) = self.take_frame(&format, &settings, waiter)? {
+                        return Ok(buffer);
+                    }
+                }
+                Step::Flush => {
+                    if let Some(buffer) = self.flush_latch(&settings, waiter)? {
                         return Ok(buffer);
                     }
                 }
@@ -298,6 +319,7 @@ impl PipeWireZeroCopySrc {
             streaming.stale = streaming.wanted.take();
             streaming.negotiated = None;
             streaming.last = None;
+            streaming.latch.take();
             streaming.frame_seen = false;
             streaming.waiting_since = None;
         }
@@ -307,6 +329,7 @@ impl PipeWireZeroCopySrc {
         self.announce("vanished", Some(reason));
         if let Some(streaming) = &mut *lock(&self.streaming) {
             streaming.vanished = true;
+            streaming.latch.take();
             streaming.pointer.update(Cursor::default());
         }
         match meaning {
