@@ -8,6 +8,7 @@
 //! buffers with caps, timestamps and keepalives is in `pipewirezerocopysrc`.
 
 pub mod capture;
+pub mod cuda;
 pub mod egl;
 mod pipewirezerocopysrc;
 

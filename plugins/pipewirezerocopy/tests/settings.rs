@@ -99,10 +99,8 @@ fn without_a_target_it_does_not_start() {
 fn what_this_version_cannot_do_is_refused_by_name() {
     for (name, value) in [
         ("output-mode", "cuda"),
-        ("output-mode", "dmabuf"),
-        ("buffer-type", "dmabuf"),
-        ("buffer-type", "dmabuf-passthrough"),
         ("capture-source", "wayland"),
+        ("capture-source", "x11"),
     ] {
         let error = start_error(&[("pipewire-node-id", "42"), (name, value)]);
         assert!(error.contains(&format!("{name}={value}")), "{error}");
@@ -110,6 +108,31 @@ fn what_this_version_cannot_do_is_refused_by_name() {
     }
     let error = start_error(&[("pipewire-node-id", "42"), ("buffer-type", "shmem")]);
     assert!(error.contains("buffer-type=shmem"), "{error}");
+}
+
+#[test]
+fn dmabufs_without_a_gpu_are_refused_and_left_out_of_caps() {
+    let no_gpu = ("render-node", "/dev/dri/renderD4711");
+    for (name, value) in [
+        ("output-mode", "dmabuf"),
+        ("buffer-type", "dmabuf"),
+        ("buffer-type", "dmabuf-passthrough"),
+    ] {
+        let error = start_error(&[("pipewire-node-id", "42"), no_gpu, (name, value)]);
+        assert!(
+            error.contains("render-node=/dev/dri/renderD4711"),
+            "{error}"
+        );
+        assert!(error.contains("output-mode=system"), "{error}");
+    }
+    let src = source();
+    src.set_property(no_gpu.0, no_gpu.1);
+    let caps = src.static_pad("src").unwrap().query_caps(None);
+    let system = |(_, features): (_, &gst::CapsFeaturesRef)| !features.contains("memory:DMABuf");
+    assert!(
+        !caps.is_empty() && caps.iter_with_features().all(system),
+        "{caps}"
+    );
 }
 
 #[test]

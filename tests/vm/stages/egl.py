@@ -3,12 +3,16 @@
 
 The EGL module of pipewirezerocopysrc finds its display by the DRM node, asks for formats and modifiers,
 imports memory of each kind and reads it back through OpenGL ES: that an import succeeds proves nothing.
+The CUDA module draws with the same display, against a libcuda without a GPU (tests/cuda-fake).
 """
 
 import re
 
 LIMIT = 90
 KINDS = ("dumb", "vgem", "udmabuf", "heap")
+# No element is used; looking through all of them takes a minute here.
+NO_PLUGINS = "GST_PLUGIN_PATH= GST_PLUGIN_SYSTEM_PATH= GST_REGISTRY=/tmp/registry"
+CUDA = ("XR24", "AB24", "NV12", "part", "drawn again", "nothing left")
 
 
 def run(stage):
@@ -18,6 +22,16 @@ def run(stage):
         with stage.part("imports, read back"):
             said = guest.run("egl", "drmcheck egl", LIMIT)
             check(stage, said)
+        with stage.part("into CUDA memory, by drawing"):
+            said = guest.run("cuda", f"{NO_PLUGINS} drmcheck cuda", LIMIT)
+            check_cuda(stage, said)
+
+
+def check_cuda(stage, said):
+    """What is drawn on the real EGL display must arrive, whole, in part, and drawn again."""
+    for what in CUDA:
+        line = re.search(f"^cuda {what}: (.*)$", said, re.MULTILINE)
+        stage.check(line is not None and line[1] == "right", line[0] if line else f"nothing about {what}")
 
 
 def check(stage, said):

@@ -4,23 +4,34 @@
 //!
 //! The producer cannot draw into a buffer that we hold, and it has few of them (lesson L4). So a
 //! [`Frame`] has a [`Lease`]: dropping it, anywhere, on any thread, sends the buffer back through
-//! the loop thread at once. It is copied, or it is passed on as it lies, but only as long as its
+//! the loop thread: at once where the producer may need it, else with the next frame, for which that
+//! thread wakes anyhow. It is copied, or it is passed on as it lies, but only as long as its
 //! [`Pool`] has buffers to spare.
 
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::damage::Damage;
+use super::dmabuf::{self, CpuAccess, DmaBufPicture, Fence};
 use super::geometry::{FrameLayout, MAX_PLANES};
 use super::memory::Memory;
 use super::meta::Transform;
 use super::negotiate::StreamFormat;
+use super::timeline::Point;
 use super::worker::Command;
 use super::{Counters, Monotonic};
 
 /// Buffers of a pool that are never passed on: two for the producer to draw into, one that waits
 /// in the inbox, and one that is being copied.
 const KEPT_BACK: usize = 4;
+/// The same where nothing is copied: those who take DMA-BUFs take nothing else.
+const KEPT_BACK_OF_DMABUFS: usize = 3;
+
+/// Buffers that the producer has at least while others wait to be given back; it also has half of
+/// all.
+const ENOUGH: usize = 2;
 
 /// One generation of a stream's buffers: those that came after one format. A lease from an older
 /// generation counts for that one only.
@@ -28,6 +39,8 @@ const KEPT_BACK: usize = 4;
 pub struct Pool {
     buffers: AtomicUsize,
     passed: AtomicUsize,
+    /// Those that the producer has not.
+    out: AtomicUsize,
 }
 
 impl Pool {
@@ -41,17 +54,74 @@ impl Pool {
         self.buffers.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// Notes that one more buffer is out for as long as downstream likes, if that can be.
-    fn pass_one(&self) -> bool {
-        let limit = self
-            .buffers
-            .load(Ordering::Relaxed)
-            .saturating_sub(KEPT_BACK);
+    /// A buffer that was out is with the producer again, or gone.
+    pub(super) fn end_loan(&self) {
+        self.out.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Whether the producer should not wait for the next frame to get a buffer back.
+    fn is_short(&self) -> bool {
+        let buffers = self.buffers.load(Ordering::Relaxed);
+        let left = buffers.saturating_sub(self.out.load(Ordering::Relaxed));
+        left < ENOUGH.max(buffers / 2)
+    }
+
+    /// How many buffers may be out for as long as downstream likes. Of DMA-BUFs one always may, or
+    /// a small pool would give nothing at all.
+    fn limit(&self, dmabufs: bool) -> usize {
+        let buffers = self.buffers.load(Ordering::Relaxed);
+        if dmabufs {
+            buffers.saturating_sub(KEPT_BACK_OF_DMABUFS).max(1)
+        } else {
+            buffers.saturating_sub(KEPT_BACK)
+        }
+    }
+
+    /// Whether one more may be out.
+    fn has_one(&self, dmabufs: bool) -> bool {
+        self.passed.load(Ordering::Relaxed) < self.limit(dmabufs)
+    }
+
+    /// Notes that one more is out, if that can be.
+    fn pass_one(&self, dmabufs: bool) -> bool {
+        let limit = self.limit(dmabufs);
         self.passed
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |passed| {
                 (passed < limit).then_some(passed + 1)
             })
             .is_ok()
+    }
+}
+
+/// Buffers on their way back to the producer.
+pub(super) struct Returns {
+    buffers: Mutex<VecDeque<u64>>,
+    commands: pipewire::channel::Sender<Command>,
+}
+
+impl Returns {
+    pub fn new(commands: pipewire::channel::Sender<Command>) -> Self {
+        Self {
+            buffers: Mutex::default(),
+            commands,
+        }
+    }
+
+    /// Gives a buffer to the loop thread.
+    fn give(&self, buffer: u64, soon: bool) {
+        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        buffers.push_back(buffer);
+        drop(buffers);
+        if soon {
+            // Fails only when the loop thread is gone, and its buffers with it.
+            let _ = self.commands.send(Command::TakeBack);
+        }
+    }
+
+    /// One that has come back.
+    pub fn next(&self) -> Option<u64> {
+        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        buffers.pop_front()
     }
 }
 
@@ -64,7 +134,7 @@ pub struct Lease {
     pool: Arc<Pool>,
     /// It counts among the pool's passed buffers.
     passed: bool,
-    returns: pipewire::channel::Sender<Command>,
+    returns: Arc<Returns>,
     counters: Arc<Counters>,
 }
 
@@ -79,9 +149,10 @@ impl Lease {
     pub(super) fn new(
         buffer: u64,
         pool: Arc<Pool>,
-        returns: pipewire::channel::Sender<Command>,
+        returns: Arc<Returns>,
         counters: Arc<Counters>,
     ) -> Self {
+        pool.out.fetch_add(1, Ordering::Relaxed);
         counters.held.fetch_add(1, Ordering::Relaxed);
         Self {
             buffer,
@@ -95,12 +166,14 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
+        // At the limit somebody may wait for just this one.
+        let mut soon = self.pool.is_short();
         if self.passed {
-            self.pool.passed.fetch_sub(1, Ordering::Relaxed);
+            let passed = self.pool.passed.fetch_sub(1, Ordering::Relaxed);
+            soon |= passed >= self.pool.limit(false).max(1);
         }
         self.counters.held.fetch_sub(1, Ordering::Relaxed);
-        // Fails only when the loop thread is gone, and its buffers with it.
-        let _ = self.returns.send(Command::Requeue(self.buffer));
+        self.returns.give(self.buffer, soon);
     }
 }
 
@@ -117,8 +190,31 @@ pub struct Frame {
     pub damage: Damage,
     /// How the picture was turned.
     pub transform: Transform,
-    pub(super) memory: [Option<Arc<Memory>>; MAX_PLANES],
+    pub(super) pixels: Pixels,
+    /// When it may be looked at, where the producer says.
+    pub(super) acquire: Option<Point>,
     pub(super) lease: Lease,
+}
+
+/// How the producer's writing and our reading are kept apart.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Sync {
+    /// The producer has finished when a frame comes.
+    #[default]
+    None,
+    /// The kernel knows who writes to a DMA-BUF.
+    Implicit,
+    /// By timelines.
+    Explicit,
+}
+
+/// Where a frame's pixels are.
+#[derive(Debug)]
+pub(super) enum Pixels {
+    /// In memory for the CPU; none for a block that cannot be read.
+    Blocks([Option<Arc<Memory>>; MAX_PLANES]),
+    /// In memory of a device.
+    DmaBuf(DmaBufPicture),
 }
 
 /// Pixels of a frame in the producer's own memory. They stay readable, whatever becomes of the
@@ -141,37 +237,76 @@ impl AsRef<[u8]> for Part {
 impl Frame {
     /// Whether all of it can be read in place, in whole rows.
     pub fn is_mapped(&self) -> bool {
-        self.layout.extents().all(|extent| {
-            self.shared(extent.block, extent.start, extent.len)
-                .is_some()
-        })
+        let Pixels::Blocks(memory) = &self.pixels else {
+            return false;
+        };
+        let shared = |block: usize, start, len| memory.get(block)?.as_ref()?.shared(start, len);
+        self.layout
+            .extents()
+            .all(|extent| shared(extent.block, extent.start, extent.len).is_some())
     }
 
-    fn shared(&self, block: usize, start: usize, len: usize) -> Option<&[u8]> {
-        self.memory.get(block)?.as_ref()?.shared(start, len)
+    /// The DMA-BUFs that it is in, if it is.
+    pub fn dmabuf(&self) -> Option<&DmaBufPicture> {
+        match &self.pixels {
+            Pixels::Blocks(_) => None,
+            Pixels::DmaBuf(picture) => Some(picture),
+        }
     }
 
-    /// Reserves the frame's buffer for [`parts`](Self::parts). False where the producer needs it
-    /// back soon.
+    /// What must have happened before the frame may be looked at or passed on, and how that is known.
+    pub fn fence(&self) -> io::Result<(Sync, Fence)> {
+        match (&self.acquire, self.dmabuf()) {
+            (Some(point), _) => {
+                let reached = point.timeline.reached(point.value)?;
+                Ok((Sync::Explicit, Fence::new(reached)))
+            }
+            (None, Some(picture)) => Ok((Sync::Implicit, picture.buffer.writers())),
+            (None, None) => Ok((Sync::None, Fence::default())),
+        }
+    }
+
+    /// Reserves the frame's buffer for [`parts`](Self::parts) or [`into_lease`](Self::into_lease).
+    /// False where the producer needs it back soon.
     pub fn reserve(&mut self) -> bool {
-        self.lease.passed = self.lease.passed || self.lease.pool.pass_one();
+        let dmabufs = self.dmabuf().is_some();
+        self.lease.passed = self.lease.passed || self.lease.pool.pass_one(dmabufs);
         self.lease.passed
+    }
+
+    /// Whether [`reserve`](Self::reserve) would succeed now.
+    pub(super) fn can_be_reserved(&self) -> bool {
+        let dmabufs = self.dmabuf().is_some();
+        self.lease.passed || self.lease.pool.has_one(dmabufs)
+    }
+
+    /// What keeps the buffer from the producer, for whoever has its DMA-BUFs already.
+    pub fn into_lease(self) -> Lease {
+        self.lease
     }
 
     /// The frame's memory as it lies, a part for each of the layout's extents.
     pub fn parts(self) -> Vec<Part> {
+        let Pixels::Blocks(memory) = self.pixels else {
+            return Vec::new();
+        };
         let lease = Arc::new(self.lease);
         self.layout
             .extents()
             .filter_map(|extent| {
                 Some(Part {
-                    memory: self.memory[extent.block].clone()?,
+                    memory: memory[extent.block].clone()?,
                     start: extent.start,
                     len: extent.len,
                     _lease: lease.clone(),
                 })
             })
             .collect()
+    }
+
+    /// Must be held while planes of a DMA-BUF are copied.
+    pub fn begin_cpu_access(&self) -> Option<CpuAccess<'_>> {
+        Some(self.dmabuf()?.buffer.begin_cpu_access())
     }
 
     /// Copies plane `index` into rows of `stride` bytes; false where the rows do not fit `out`.
@@ -189,7 +324,14 @@ impl Frame {
         let Some(plane) = self.layout.planes().get(index) else {
             return false;
         };
-        let Some(memory) = self.memory.get(plane.block).and_then(Option::as_ref) else {
+        let memory = match &self.pixels {
+            Pixels::Blocks(memory) => memory.get(plane.block).and_then(Option::as_deref),
+            Pixels::DmaBuf(picture) => {
+                let block = picture.buffer.blocks().get(plane.block);
+                block.and_then(dmabuf::Block::memory)
+            }
+        };
+        let Some(memory) = memory else {
             return false;
         };
         let length = (plane.rows - 1)
@@ -239,7 +381,7 @@ pub(super) mod tests {
         let file = unsafe {
             let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
             let fd = libc::memfd_create(c"frame-test".as_ptr(), flags);
-            assert!(fd >= 0, "memfd_create: {}", std::io::Error::last_os_error());
+            assert!(fd >= 0, "memfd_create: {}", io::Error::last_os_error());
             File::from_raw_fd(fd)
         };
         file.write_all_at(bytes, 0).unwrap();
@@ -266,12 +408,14 @@ pub(super) mod tests {
                 framerate: (0, 1),
                 max_framerate: None,
                 color: Color::default(),
+                modifier: None,
             },
             captured: Monotonic::now(),
             damage: Damage::Everything,
             transform: Transform::default(),
-            memory: [Some(Arc::new(memory)), None],
-            lease: Lease::new(1, pool, sender, counters.clone()),
+            pixels: Pixels::Blocks([Some(Arc::new(memory)), None]),
+            acquire: None,
+            lease: Lease::new(1, pool, Arc::new(Returns::new(sender)), counters.clone()),
         }
     }
 
@@ -355,7 +499,38 @@ pub(super) mod tests {
             for _ in 0..buffers {
                 pool.add();
             }
-            assert_eq!((0..32).filter(|_| pool.pass_one()).count(), most);
+            assert_eq!((0..32).filter(|_| pool.pass_one(false)).count(), most);
+        }
+    }
+
+    #[test]
+    fn of_dmabufs_one_is_always_passed_on() {
+        for (buffers, most) in [(1, 1), (3, 1), (4, 1), (5, 2), (8, 5)] {
+            let pool = Pool::default();
+            for _ in 0..buffers {
+                pool.add();
+            }
+            assert_eq!((0..32).filter(|_| pool.pass_one(true)).count(), most);
+            assert!(!pool.has_one(true));
+        }
+    }
+
+    #[test]
+    fn a_producer_waits_for_the_next_frame_only_while_it_has_buffers_enough() {
+        for (buffers, out, short) in [
+            (8, 4, false),
+            (8, 5, true),
+            (3, 1, false),
+            (3, 2, true),
+            (2, 1, true),
+            (16, 8, false),
+        ] {
+            let pool = Pool::default();
+            for _ in 0..buffers {
+                pool.add();
+            }
+            pool.out.store(out, Ordering::Relaxed);
+            assert_eq!(pool.is_short(), short, "{out} of {buffers} out");
         }
     }
 }

@@ -84,6 +84,8 @@ pub struct FrameLayout {
     /// The buffer's pixel at which the frame begins, as left and top: (0, 0) unless it is a crop.
     pub origin: (u32, u32),
     planes: [PlaneLayout; MAX_PLANES],
+    /// How many of them are known.
+    count: usize,
 }
 
 /// Why a frame cannot be read.
@@ -142,9 +144,7 @@ impl FrameLayout {
         height: u32,
         chunks: &[Chunk],
     ) -> Result<Self, LayoutError> {
-        if !(1..=MAX_DIMENSION).contains(&width) || !(1..=MAX_DIMENSION).contains(&height) {
-            return Err(LayoutError::Size(width, height));
-        }
+        let mut layout = Self::without_planes(format, width, height)?;
         let shapes = format.planes();
         let contiguous = match chunks.len() {
             0 => return Err(LayoutError::Blocks(0)),
@@ -153,7 +153,6 @@ impl FrameLayout {
             n => return Err(LayoutError::Blocks(n)),
         };
 
-        let mut planes = [PlaneLayout::default(); MAX_PLANES];
         let mut behind_previous = 0;
         for (index, shape) in shapes.iter().enumerate() {
             let block = if contiguous { 0 } else { index };
@@ -191,7 +190,7 @@ impl FrameLayout {
                 .checked_mul(stride)
                 .and_then(|length| length.checked_add(behind_previous))
                 .ok_or(LayoutError::Overflow)?;
-            planes[index] = PlaneLayout {
+            layout.planes[index] = PlaneLayout {
                 block,
                 offset,
                 stride,
@@ -199,18 +198,41 @@ impl FrameLayout {
                 rows,
             };
         }
+        layout.count = shapes.len();
+        Ok(layout)
+    }
+
+    /// A frame whose pixels lie where only a device knows: it has a size, but no planes.
+    pub fn without_planes(
+        format: PixelFormat,
+        width: u32,
+        height: u32,
+    ) -> Result<Self, LayoutError> {
+        if !(1..=MAX_DIMENSION).contains(&width) || !(1..=MAX_DIMENSION).contains(&height) {
+            return Err(LayoutError::Size(width, height));
+        }
         Ok(Self {
             format,
             width,
             height,
             origin: (0, 0),
-            planes,
+            planes: [PlaneLayout::default(); MAX_PLANES],
+            count: 0,
         })
     }
 
-    /// The planes, as many as the format has.
+    /// The planes, as many as the format has, or none where the CPU cannot find them.
     pub fn planes(&self) -> &[PlaneLayout] {
-        &self.planes[..self.format.planes().len()]
+        &self.planes[..self.count]
+    }
+
+    /// The same frame in memory that is numbered otherwise: its block n is block `which[n]` there.
+    #[must_use]
+    pub fn with_blocks(mut self, which: &[usize]) -> Self {
+        for plane in &mut self.planes[..self.count] {
+            plane.block = which[plane.block];
+        }
+        self
     }
 
     /// What the frame needs of each block, in the order of its planes.

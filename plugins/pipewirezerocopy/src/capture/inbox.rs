@@ -41,6 +41,8 @@ pub enum Interest {
     All,
     /// News, but no frame: it holds one back for a while, or would only drop it.
     News,
+    /// Anything but a frame that cannot be passed on: it has to, and waits for a buffer to come back.
+    Buffer,
 }
 
 #[derive(Debug, Default)]
@@ -92,7 +94,8 @@ impl Inbox {
             contents.frame_is_newer = false;
             return Look::Vanished(reason);
         }
-        if let Some(frame) = &contents.frame {
+        let stuck = interest == Interest::Buffer && contents.frame.as_ref().is_some_and(is_stuck);
+        if let Some(frame) = contents.frame.as_ref().filter(|_| !stuck) {
             let format = frame.format;
             contents.waiting = Some(interest).filter(|interest| *interest == Interest::News);
             return Look::Frame(format);
@@ -178,9 +181,11 @@ impl Inbox {
             }
             contents.frame_is_newer = contents.vanished.is_some();
             contents.absent = None;
-            let wake = contents
-                .waiting
-                .take_if(|interest| *interest == Interest::All);
+            let wake = contents.waiting.take_if(|interest| match interest {
+                Interest::All => true,
+                Interest::News => false,
+                Interest::Buffer => !is_stuck(&frame),
+            });
             (contents.frame.replace(frame), wake.is_some())
         };
         if replaced.is_some() {
@@ -196,8 +201,21 @@ impl Inbox {
         let wake = {
             let mut contents = self.lock();
             contents.cursor = Some(cursor);
-            let all = |interest: &mut Interest| *interest == Interest::All;
+            let all = |interest: &mut Interest| *interest != Interest::News;
             !frame_follows && contents.waiting.take_if(all).is_some()
+        };
+        if wake {
+            self.waker.wake();
+        }
+    }
+
+    /// A buffer is back with the producer.
+    pub(super) fn put_returned(&self) {
+        let wake = {
+            let mut contents = self.lock();
+            let stuck = contents.frame.as_ref().is_some_and(is_stuck);
+            let buffer = |interest: &mut Interest| *interest == Interest::Buffer && !stuck;
+            contents.waiting.take_if(buffer).is_some()
         };
         if wake {
             self.waker.wake();
@@ -236,6 +254,11 @@ impl Inbox {
             self.waker.wake();
         }
     }
+}
+
+/// Whether a frame has to wait: it can only be passed on, and downstream has all that can be spared.
+fn is_stuck(frame: &Frame) -> bool {
+    frame.dmabuf().is_some() && !frame.can_be_reserved()
 }
 
 #[cfg(test)]

@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
+use std::sync::LazyLock;
 
 /// A block of a producer's memory, readable for as long as this value lives, whatever becomes of
 /// the PipeWire buffer that it was found in.
@@ -157,7 +158,7 @@ unsafe impl Sync for Mapping {}
 
 impl Mapping {
     /// Maps `len` bytes of `file` from `offset` on. They must be there, and stay.
-    fn new(file: &File, offset: usize, len: usize) -> io::Result<Self> {
+    pub(super) fn new(file: &File, offset: usize, len: usize) -> io::Result<Self> {
         let start = offset % page_size();
         let mapped = start + len;
         // SAFETY: A new mapping at an address of the kernel's choice touches no memory of ours.
@@ -315,8 +316,11 @@ impl Drop for Mapping {
 }
 
 fn page_size() -> usize {
-    // SAFETY: sysconf has no preconditions.
-    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+    static SIZE: LazyLock<usize> = LazyLock::new(|| {
+        // SAFETY: sysconf has no preconditions.
+        usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+    });
+    *SIZE
 }
 
 #[cfg(test)]

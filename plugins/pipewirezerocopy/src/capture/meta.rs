@@ -12,6 +12,7 @@ use libspa::sys as spa_sys;
 
 use super::format::PixelFormat;
 use super::geometry::Region;
+use super::timeline::{SPA_META_SYNC_TIMELINE, SyncTimelineMeta};
 
 /// Greatest width and height of a pointer's picture in pixels: mutter sends up to 384.
 pub const MAX_CURSOR: u32 = 512;
@@ -73,6 +74,12 @@ impl<'a> Metas<'a> {
     pub fn header(&self) -> Option<spa_sys::spa_meta_header> {
         // SAFETY: A structure of integers.
         unsafe { self.find(spa_sys::SPA_META_Header)?.read(0) }
+    }
+
+    /// When the buffer may be read and drawn into, where that is said by timelines.
+    pub fn sync_timeline(&self) -> Option<SyncTimelineMeta> {
+        // SAFETY: A structure of integers.
+        unsafe { self.find(SPA_META_SYNC_TIMELINE)?.read(0) }
     }
 
     /// The part of the buffer that is the picture.

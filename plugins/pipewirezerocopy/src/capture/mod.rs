@@ -11,14 +11,18 @@
 //! | --- | --- |
 //! | [`format`](mod@format) | pixel formats and their names in PipeWire and DRM |
 //! | [`geometry`] | where the pixels are in the producer's memory, checked |
-//! | [`negotiate`] | what is offered to the producer, and reading what it fixes |
+//! | [`offer`] | what is offered to the producer |
+//! | [`negotiate`] | reading what it fixes, and answering that |
 //! | [`memory`] | a producer's memory, mapped or read |
+//! | [`dmabuf`] | a producer's memory on a device |
+//! | [`timeline`] | explicit synchronization |
 //! | [`frame`] | the loan of a buffer, and passing it on |
 //! | [`damage`] | what of a picture has changed |
 //! | [`meta`] | what else comes with a buffer |
 //! | [`clock`] | capture times |
 //! | [`inbox`] | from the loop thread to the consumer |
-//! | `stream` | one PipeWire stream: its callbacks and its buffers |
+//! | `stream` | one PipeWire stream and its callbacks |
+//! | `buffers` | the buffers of a stream |
 //! | `registry` | which nodes there are |
 //! | `worker` | the loop thread itself |
 
@@ -31,8 +35,10 @@ use std::thread::{self, JoinHandle};
 
 use zerocopy_plugin_common::wait::Waker;
 
+mod buffers;
 pub mod clock;
 pub mod damage;
+pub mod dmabuf;
 pub mod format;
 pub mod frame;
 pub mod geometry;
@@ -40,15 +46,19 @@ pub mod inbox;
 pub mod memory;
 pub mod meta;
 pub mod negotiate;
+pub mod offer;
 mod registry;
 mod stream;
+pub mod timeline;
 mod worker;
 
 pub use clock::Monotonic;
 pub use format::PixelFormat;
 pub use inbox::{Inbox, Interest, Look};
-pub use negotiate::{Offer, OfferEntry, Span, StreamFormat};
+pub use negotiate::StreamFormat;
+pub use offer::{Offer, OfferEntry, Span};
 
+use timeline::SyncNode;
 use worker::Command;
 
 /// The PipeWire daemon to talk to.
@@ -102,6 +112,9 @@ pub struct Config {
     pub target: Target,
     /// The name under which our stream shows up in PipeWire's tools.
     pub name: String,
+    /// Where timelines are, for explicit synchronization with a producer of DMA-BUFs; none where
+    /// there are none.
+    pub sync: Option<Arc<SyncNode>>,
     /// Where messages go.
     pub log: Log,
 }
@@ -234,8 +247,9 @@ impl Capture {
         let link = worker::Link {
             inbox: inbox.clone(),
             counters,
-            commands: commands.clone(),
+            returns: Arc::new(frame::Returns::new(commands.clone())),
             log: config.log.clone(),
+            sync: config.sync.clone(),
             next_buffer: std::cell::Cell::new(0),
         };
         let thread = thread::Builder::new()

@@ -6,110 +6,32 @@
 //! producer fixes one and sends it back as `Format`, and each `Format` is answered with `Buffers`
 //! and `Meta` objects that say what memory and metadata we want. mutter may send `Format` twice;
 //! each is answered anew, and nothing else is echoed (lesson L5).
+//!
+//! DMA-BUFs are offered as formats with a list of modifiers, memory that the CPU reads as formats
+//! without. Only who allocates knows which modifier is best: PipeWire hands the ones that both
+//! sides share to the producer, and a second `Format` has the one it chose (PipeWire's page "DMA-BUF
+//! Sharing").
 
-use std::fmt;
 use std::io::Cursor;
 
 use libspa::param::format::{FormatProperties, MediaSubtype, MediaType};
 use libspa::param::video::VideoInfoRaw;
 use libspa::param::{ParamType, format_utils};
+use libspa::pod::deserialize::PodDeserializer;
 use libspa::pod::serialize::PodSerializer;
-use libspa::pod::{ChoiceValue, Object, Pod, Property, Value};
-use libspa::utils::{Choice, ChoiceEnum, ChoiceFlags, Fraction, Id, Rectangle, SpaTypes};
+use libspa::pod::{ChoiceValue, Object, Pod, Property, PropertyFlags, Value};
+use libspa::utils::{Choice, ChoiceEnum, ChoiceFlags, Fraction, Id, SpaTypes};
 
 use super::damage::MAX_RECTS;
+use super::dmabuf::MAX_PLANES;
 use super::format::PixelFormat;
-use super::geometry::MAX_DIMENSION;
 use super::meta::MAX_CURSOR;
-
-/// The framerates offered, as (default, least, greatest).
-///
-/// Always a range that begins at 0/1, which is what damage-driven compositors have, and never one
-/// fixed rate: mutter's limiter compares 16 ms frames with 16.666 ms and drops to 30-40 fps when
-/// it is told a plain 60, and a least rate of 1 has once become the rate (lesson L6).
-const FRAMERATES: (Fraction, Fraction, Fraction) = (
-    Fraction {
-        num: 1000,
-        denom: 1,
-    },
-    Fraction { num: 0, denom: 1 },
-    Fraction {
-        num: 1000,
-        denom: 1,
-    },
-);
-
-/// The size asked for where the producer leaves it to us (mutter's virtual monitors do).
-const DEFAULT_SIZE: (u32, u32) = (1920, 1080);
+use super::timeline::{SPA_META_SYNC_TIMELINE, SPA_PARAM_BUFFERS_META_TYPE, SyncTimelineMeta};
 
 /// Buffers asked for, as (default, least, greatest). One may wait to be taken while another is
 /// copied, so fewer than three would leave the producer none to draw into (lesson L4); frames are
 /// passed on without a copy only from pools of five and more (see [`Pool`](super::frame::Pool)).
 const BUFFERS: (i32, i32, i32) = (8, 3, 16);
-
-/// An inclusive range of pixels.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Span {
-    /// Least.
-    pub min: u32,
-    /// Greatest.
-    pub max: u32,
-}
-
-impl Span {
-    /// Every size that can be.
-    pub const ANY: Self = Self {
-        min: 1,
-        max: MAX_DIMENSION,
-    };
-
-    /// Whether it contains `value`.
-    pub fn contains(self, value: u32) -> bool {
-        (self.min..=self.max).contains(&value)
-    }
-}
-
-/// Formats that go with one range of sizes.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct OfferEntry {
-    /// Formats, the preferred one first.
-    pub formats: Vec<PixelFormat>,
-    /// Widths.
-    pub width: Span,
-    /// Heights.
-    pub height: Span,
-}
-
-/// What we take, the preferred first. Never empty where it is sent.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Offer(pub Vec<OfferEntry>);
-
-impl fmt::Display for Offer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for (index, entry) in self.0.iter().enumerate() {
-            if index > 0 {
-                f.write_str("; ")?;
-            }
-            let names: Vec<_> = entry.formats.iter().map(|format| format.name()).collect();
-            write!(f, "{{{}}}", names.join(", "))?;
-            if entry.width != Span::ANY || entry.height != Span::ANY {
-                write!(
-                    f,
-                    " of {}-{} x {}-{} pixels",
-                    entry.width.min, entry.width.max, entry.height.min, entry.height.max
-                )?;
-            }
-        }
-        Ok(())
-    }
-}
-
-impl Offer {
-    /// The offer as `EnumFormat` objects.
-    pub fn pods(&self) -> Vec<PodBytes> {
-        self.0.iter().map(enum_format).collect()
-    }
-}
 
 /// A format that the producer has fixed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -126,6 +48,18 @@ pub struct StreamFormat {
     pub max_framerate: Option<(u32, u32)>,
     /// How its numbers make colours, as far as the producer says.
     pub color: Color,
+    /// Modifier of DMA-BUFs, [`IMPLICIT`](super::dmabuf::IMPLICIT) included; none for memory that the CPU reads.
+    pub modifier: Option<u64>,
+}
+
+/// What a `Format` object says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Fixed {
+    /// All there is to know.
+    Format(StreamFormat),
+    /// All but the modifier, for which the producer may choose one of these. The format has the
+    /// preferred one.
+    Choice(StreamFormat, Vec<u64>),
 }
 
 /// Colorimetry in the numbers of `spa/param/video/color.h`, which are GStreamer's as well; 0 =
@@ -142,8 +76,8 @@ pub struct Color {
 impl StreamFormat {
     /// Reads a `Format` object.
     ///
-    /// Fails, and says why, on anything but raw video in a carried format without a modifier.
-    pub fn parse(pod: &Pod) -> Result<Self, String> {
+    /// Fails, and says why, on anything but raw video in a carried format.
+    pub fn parse(pod: &Pod) -> Result<Fixed, String> {
         let (media, subtype) = format_utils::parse_format(pod)
             .map_err(|error| format!("an unreadable format: {error}"))?;
         if (media, subtype) != (MediaType::Video, MediaSubtype::Raw) {
@@ -156,7 +90,8 @@ impl StreamFormat {
             .ok_or_else(|| format!("{:?}, which was not offered", info.format()))?;
         let rate = |fraction: Fraction| (fraction.num, fraction.denom.max(1));
         let max = info.max_framerate();
-        Ok(Self {
+        let modifiers = modifiers(pod)?;
+        let fixed = Self {
             format,
             width: info.size().width,
             height: info.size().height,
@@ -168,8 +103,48 @@ impl StreamFormat {
                 transfer: info.transfer_function(),
                 primaries: info.color_primaries(),
             },
+            modifier: modifiers.first().copied(),
+        };
+        Ok(match modifiers.len() {
+            0 | 1 => Fixed::Format(fixed),
+            _ => Fixed::Choice(fixed, modifiers),
         })
     }
+}
+
+/// The modifiers in a `Format` object, the preferred one first, each once.
+fn modifiers(pod: &Pod) -> Result<Vec<u64>, String> {
+    let key = Id(FormatProperties::VideoModifier.as_raw());
+    let Some(property) = pod
+        .as_object()
+        .ok()
+        .and_then(|object| object.find_prop(key))
+    else {
+        return Ok(Vec::new());
+    };
+    let value = PodDeserializer::deserialize_any_from(property.value().as_bytes())
+        .map_err(|_| "a format with an unreadable modifier")?
+        .1;
+    let list = match value {
+        Value::Long(one) | Value::Choice(ChoiceValue::Long(Choice(_, ChoiceEnum::None(one)))) => {
+            vec![one]
+        }
+        Value::Choice(ChoiceValue::Long(Choice(
+            _,
+            ChoiceEnum::Enum {
+                default,
+                alternatives,
+            },
+        ))) => [default].into_iter().chain(alternatives).collect(),
+        other => return Err(format!("a format with {other:?} for a modifier")),
+    };
+    let mut modifiers = Vec::new();
+    for modifier in list.into_iter().map(i64::cast_unsigned) {
+        if !modifiers.contains(&modifier) {
+            modifiers.push(modifier);
+        }
+    }
+    Ok(modifiers)
 }
 
 /// A serialized pod, aligned for PipeWire to read.
@@ -181,78 +156,32 @@ impl PodBytes {
         Pod::from_bytes(&self.0).expect("the serializer writes whole pods")
     }
 
-    fn new(object: Object) -> Self {
+    pub(super) fn new(object: Object) -> Self {
         let (cursor, _) = PodSerializer::serialize(Cursor::new(Vec::new()), &Value::Object(object))
             .expect("writing to memory does not fail");
         Self(cursor.into_inner())
     }
 }
 
-fn enum_format(entry: &OfferEntry) -> PodBytes {
-    let id = |format: PixelFormat| Id(format.spa().as_raw());
-    let preferred = entry.formats.first().copied().unwrap_or(PixelFormat::Bgrx);
-    let size = |width, height| Rectangle { width, height };
-    let framerates = || {
-        let (default, min, max) = FRAMERATES;
-        Value::Choice(ChoiceValue::Fraction(Choice(
-            ChoiceFlags::empty(),
-            ChoiceEnum::Range { default, min, max },
-        )))
-    };
-    let property = |key: FormatProperties, value| Property::new(key.as_raw(), value);
-    PodBytes::new(Object {
-        type_: SpaTypes::ObjectParamFormat.as_raw(),
-        id: ParamType::EnumFormat.as_raw(),
-        properties: vec![
-            property(
-                FormatProperties::MediaType,
-                Value::Id(Id(MediaType::Video.as_raw())),
-            ),
-            property(
-                FormatProperties::MediaSubtype,
-                Value::Id(Id(MediaSubtype::Raw.as_raw())),
-            ),
-            property(
-                FormatProperties::VideoFormat,
-                Value::Choice(ChoiceValue::Id(Choice(
-                    ChoiceFlags::empty(),
-                    ChoiceEnum::Enum {
-                        default: id(preferred),
-                        alternatives: entry.formats.iter().copied().map(id).collect(),
-                    },
-                ))),
-            ),
-            property(
-                FormatProperties::VideoSize,
-                Value::Choice(ChoiceValue::Rectangle(Choice(
-                    ChoiceFlags::empty(),
-                    ChoiceEnum::Range {
-                        default: size(
-                            DEFAULT_SIZE.0.clamp(entry.width.min, entry.width.max),
-                            DEFAULT_SIZE.1.clamp(entry.height.min, entry.height.max),
-                        ),
-                        min: size(entry.width.min, entry.height.min),
-                        max: size(entry.width.max, entry.height.max),
-                    },
-                ))),
-            ),
-            property(FormatProperties::VideoFramerate, framerates()),
-            property(FormatProperties::VideoMaxFramerate, framerates()),
-        ],
-    })
-}
-
 /// The answers to a `Format`: which buffers, and which metadata, we want for it.
 ///
-/// Memory is asked for as file descriptors or as what the daemon shares with both sides. Either
-/// can be mapped by us, and so kept readable for as long as a frame lives.
-pub fn format_answers() -> Vec<PodBytes> {
+/// Memory for the CPU is asked for as file descriptors or as what the daemon shares with both sides.
+/// Either can be mapped by us, and so kept readable for as long as a frame lives.
+///
+/// With `timelines`, DMA-BUFs that come with explicit synchronization are preferred. Without DMA-BUFs
+/// that breaks streams (lesson L14).
+pub fn format_answers(format: &StreamFormat, timelines: bool) -> Vec<PodBytes> {
     let (default, min, max) = BUFFERS;
-    let memory = (1 << libspa::sys::SPA_DATA_MemFd) | (1 << libspa::sys::SPA_DATA_MemPtr);
-    let buffers = Object {
+    let timelines = timelines && format.modifier.is_some();
+    let memory = if format.modifier.is_some() {
+        1 << libspa::sys::SPA_DATA_DmaBuf
+    } else {
+        (1 << libspa::sys::SPA_DATA_MemFd) | (1 << libspa::sys::SPA_DATA_MemPtr)
+    };
+    let buffers = |more: Vec<Property>| Object {
         type_: SpaTypes::ObjectParamBuffers.as_raw(),
         id: ParamType::Buffers.as_raw(),
-        properties: vec![
+        properties: [
             Property::new(
                 libspa::sys::SPA_PARAM_BUFFERS_buffers,
                 Value::Choice(ChoiceValue::Int(Choice(
@@ -270,12 +199,45 @@ pub fn format_answers() -> Vec<PodBytes> {
                     },
                 ))),
             ),
-        ],
+        ]
+        .into_iter()
+        .chain(more)
+        .collect(),
+    };
+    // Two blocks more than planes, whose number the producer knows, and only with that metadata.
+    let planes_and_timelines = |planes: usize| (planes + 2) as i32;
+    let with_timelines = || {
+        let least = planes_and_timelines(1);
+        let blocks = ChoiceEnum::Range {
+            default: least,
+            min: least,
+            max: planes_and_timelines(MAX_PLANES),
+        };
+        let blocks = Choice(ChoiceFlags::empty(), blocks);
+        vec![
+            Property::new(
+                libspa::sys::SPA_PARAM_BUFFERS_blocks,
+                Value::Choice(ChoiceValue::Int(blocks)),
+            ),
+            Property {
+                key: SPA_PARAM_BUFFERS_META_TYPE,
+                flags: PropertyFlags::MANDATORY,
+                value: Value::Int(1 << SPA_META_SYNC_TIMELINE),
+            },
+        ]
     };
     let size = |bytes: usize| Value::Int(bytes as i32);
     let region = size_of::<libspa::sys::spa_meta_region>();
-    vec![
-        PodBytes::new(buffers),
+    let mut answers = Vec::new();
+    if timelines {
+        answers.push(PodBytes::new(buffers(with_timelines())));
+    }
+    answers.push(PodBytes::new(buffers(Vec::new())));
+    if timelines {
+        let bytes = size(size_of::<SyncTimelineMeta>());
+        answers.push(meta(SPA_META_SYNC_TIMELINE, bytes));
+    }
+    answers.extend([
         meta(
             libspa::sys::SPA_META_Header,
             size(size_of::<libspa::sys::spa_meta_header>()),
@@ -293,7 +255,8 @@ pub fn format_answers() -> Vec<PodBytes> {
             libspa::sys::SPA_META_Cursor,
             sizes(cursor_size(1), cursor_size(64), cursor_size(MAX_CURSOR)),
         ),
-    ]
+    ]);
+    answers
 }
 
 /// Bytes of metadata for a pointer of that width and height.
@@ -329,146 +292,152 @@ fn meta(kind: u32, size: Value) -> PodBytes {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use libspa::pod::deserialize::PodDeserializer;
-
-    fn object(pod: &PodBytes) -> Object {
-        match PodDeserializer::deserialize_any_from(&pod.0).unwrap().1 {
-            Value::Object(object) => object,
-            other => panic!("{other:?} is no object"),
-        }
-    }
-
-    fn value(object: &Object, key: u32) -> &Value {
-        &object
-            .properties
-            .iter()
-            .find(|property| property.key == key)
-            .unwrap()
-            .value
-    }
-
-    fn any(formats: &[PixelFormat]) -> Offer {
-        Offer(vec![OfferEntry {
-            formats: formats.to_vec(),
-            width: Span::ANY,
-            height: Span::ANY,
-        }])
-    }
+    use crate::capture::dmabuf::{IMPLICIT, LINEAR};
+    use crate::capture::offer::tests::{format, object, value};
+    use libspa::sys as spa;
+    use libspa::utils::Rectangle;
 
     #[test]
-    fn framerates_are_offered_as_ranges_from_zero() {
-        let pods = any(&PixelFormat::ALL).pods();
-        let object = object(&pods[0]);
-        for key in [
-            FormatProperties::VideoFramerate,
-            FormatProperties::VideoMaxFramerate,
+    fn the_kind_of_memory_goes_with_the_modifier() {
+        for (modifier, kinds) in [
+            (None, [spa::SPA_DATA_MemFd, spa::SPA_DATA_MemPtr].as_slice()),
+            (Some(LINEAR), &[spa::SPA_DATA_DmaBuf]),
+            (Some(IMPLICIT), &[spa::SPA_DATA_DmaBuf]),
         ] {
-            let Value::Choice(ChoiceValue::Fraction(Choice(
-                _,
-                ChoiceEnum::Range { default, min, max },
-            ))) = value(&object, key.as_raw())
+            let answers = format_answers(&format(modifier), false);
+            let wanted: i32 = kinds.iter().map(|kind| 1 << kind).sum();
+            let Value::Choice(ChoiceValue::Int(Choice(_, ChoiceEnum::Flags { default, .. }))) =
+                *value(&object(&answers[0]), spa::SPA_PARAM_BUFFERS_dataType)
             else {
-                panic!("{key:?} is no range");
+                panic!("kinds of memory are no flags");
             };
-            assert_eq!((min.num, min.denom), (0, 1));
-            assert_eq!((max.num, max.denom), (1000, 1));
-            assert_eq!(default, max);
+            assert_eq!(default, wanted);
         }
-    }
-
-    #[test]
-    fn the_preferred_format_is_the_default() {
-        let pods = any(&[PixelFormat::Rgba, PixelFormat::Rgbx]).pods();
-        let object = object(&pods[0]);
-        let Value::Choice(ChoiceValue::Id(Choice(
-            _,
-            ChoiceEnum::Enum {
-                default,
-                alternatives,
-            },
-        ))) = value(&object, FormatProperties::VideoFormat.as_raw())
-        else {
-            panic!("formats are no choice");
-        };
-        assert_eq!(default.0, PixelFormat::Rgba.spa().as_raw());
-        assert_eq!(alternatives.len(), 2);
-    }
-
-    #[test]
-    fn a_size_that_downstream_fixes_is_the_only_one_offered() {
-        let fixed = |n| Span { min: n, max: n };
-        let offer = Offer(vec![OfferEntry {
-            formats: vec![PixelFormat::Bgrx],
-            width: fixed(640),
-            height: fixed(480),
-        }]);
-        let object = object(&offer.pods()[0]);
-        let Value::Choice(ChoiceValue::Rectangle(Choice(
-            _,
-            ChoiceEnum::Range { default, min, max },
-        ))) = value(&object, FormatProperties::VideoSize.as_raw())
-        else {
-            panic!("sizes are no range");
-        };
-        assert_eq!(
-            [default, min, max].map(|size| (size.width, size.height)),
-            [(640, 480); 3]
-        );
     }
 
     #[test]
     fn a_format_is_answered_with_buffers_and_meta_only() {
-        let ids: Vec<_> = format_answers().iter().map(|pod| object(pod).id).collect();
-        let (buffers, metas) = ids.split_first().unwrap();
-        assert_eq!(*buffers, ParamType::Buffers.as_raw());
-        assert!(metas.iter().all(|id| *id == ParamType::Meta.as_raw()));
+        let plain = [(None, false), (None, true), (Some(LINEAR), false)];
+        for (modifier, timelines) in plain {
+            let answers = format_answers(&format(modifier), timelines);
+            let ids: Vec<_> = answers.iter().map(|pod| object(pod).id).collect();
+            let (buffers, metas) = ids.split_first().unwrap();
+            assert_eq!(*buffers, ParamType::Buffers.as_raw());
+            assert!(metas.iter().all(|id| *id == ParamType::Meta.as_raw()));
+            let sync = |pod: &PodBytes| {
+                let kind = value(&object(pod), spa::SPA_PARAM_META_type).clone();
+                kind == Value::Id(Id(SPA_META_SYNC_TIMELINE))
+            };
+            assert!(!answers[1..].iter().any(sync));
+        }
+    }
+
+    #[test]
+    fn timelines_are_preferred_and_nothing_depends_on_them() {
+        let answers = format_answers(&format(Some(LINEAR)), true);
+        let first = object(&answers[0]);
+        let required = first.properties.iter();
+        let required: Vec<_> = required
+            .filter(|p| p.flags == PropertyFlags::MANDATORY)
+            .collect();
+        assert_eq!(required.len(), 1);
+        assert_eq!(required[0].key, SPA_PARAM_BUFFERS_META_TYPE);
+        assert_eq!(required[0].value, Value::Int(1 << 9));
+        let Value::Choice(ChoiceValue::Int(Choice(_, ChoiceEnum::Range { min, max, .. }))) =
+            *value(&first, spa::SPA_PARAM_BUFFERS_blocks)
+        else {
+            panic!("blocks are no range");
+        };
+        assert_eq!((min, max), (3, 6));
+        let second = object(&answers[1]);
+        assert_eq!(second.id, ParamType::Buffers.as_raw());
+        let flags = |p: &Property| p.flags == PropertyFlags::empty();
+        assert!(second.properties.iter().all(flags));
+        let meta = object(&answers[2]);
+        let size = value(&meta, spa::SPA_PARAM_META_size);
+        assert_eq!(*size, Value::Int(24));
+    }
+
+    /// A `Format` as PipeWire sends it.
+    fn fixed(format: u32, subtype: MediaSubtype, modifier: Option<Value>) -> PodBytes {
+        let fraction = |num, denom| Value::Fraction(Fraction { num, denom });
+        let size = Value::Rectangle(Rectangle {
+            width: 1280,
+            height: 720,
+        });
+        let values = [
+            (
+                FormatProperties::MediaType,
+                Value::Id(Id(MediaType::Video.as_raw())),
+            ),
+            (
+                FormatProperties::MediaSubtype,
+                Value::Id(Id(subtype.as_raw())),
+            ),
+            (FormatProperties::VideoFormat, Value::Id(Id(format))),
+            (FormatProperties::VideoSize, size),
+            (FormatProperties::VideoFramerate, fraction(0, 1)),
+            (FormatProperties::VideoMaxFramerate, fraction(60, 1)),
+        ];
+        let modifier = modifier.map(|value| (FormatProperties::VideoModifier, value));
+        let property = |(key, value): (FormatProperties, _)| Property::new(key.as_raw(), value);
+        PodBytes::new(Object {
+            type_: SpaTypes::ObjectParamFormat.as_raw(),
+            id: ParamType::Format.as_raw(),
+            properties: values.into_iter().chain(modifier).map(property).collect(),
+        })
+    }
+
+    fn choice(choice: ChoiceEnum<i64>) -> Value {
+        let choice = Choice(ChoiceFlags::empty(), choice);
+        Value::Choice(ChoiceValue::Long(choice))
     }
 
     #[test]
     fn a_fixed_format_is_understood() {
-        let fraction = |num, denom| Value::Fraction(Fraction { num, denom });
-        let fixed = |format, subtype: MediaSubtype| {
-            let property = |key: FormatProperties, value| Property::new(key.as_raw(), value);
-            PodBytes::new(Object {
-                type_: SpaTypes::ObjectParamFormat.as_raw(),
-                id: ParamType::Format.as_raw(),
-                properties: vec![
-                    property(
-                        FormatProperties::MediaType,
-                        Value::Id(Id(MediaType::Video.as_raw())),
-                    ),
-                    property(
-                        FormatProperties::MediaSubtype,
-                        Value::Id(Id(subtype.as_raw())),
-                    ),
-                    property(FormatProperties::VideoFormat, Value::Id(Id(format))),
-                    property(
-                        FormatProperties::VideoSize,
-                        Value::Rectangle(Rectangle {
-                            width: 1280,
-                            height: 720,
-                        }),
-                    ),
-                    property(FormatProperties::VideoFramerate, fraction(0, 1)),
-                    property(FormatProperties::VideoMaxFramerate, fraction(60, 1)),
-                ],
-            })
-        };
+        let parse = |format, subtype| StreamFormat::parse(fixed(format, subtype, None).pod());
         let bgrx = PixelFormat::Bgrx.spa().as_raw();
-        let parsed = StreamFormat::parse(fixed(bgrx, MediaSubtype::Raw).pod()).unwrap();
         assert_eq!(
-            parsed,
-            StreamFormat {
-                format: PixelFormat::Bgrx,
-                width: 1280,
-                height: 720,
-                framerate: (0, 1),
-                max_framerate: Some((60, 1)),
-                color: Color::default(),
-            }
+            parse(bgrx, MediaSubtype::Raw),
+            Ok(Fixed::Format(format(None)))
         );
         let yuy2 = libspa::param::video::VideoFormat::YUY2.as_raw();
-        assert!(StreamFormat::parse(fixed(yuy2, MediaSubtype::Raw).pod()).is_err());
-        assert!(StreamFormat::parse(fixed(bgrx, MediaSubtype::H264).pod()).is_err());
+        assert!(parse(yuy2, MediaSubtype::Raw).is_err());
+        assert!(parse(bgrx, MediaSubtype::H264).is_err());
+    }
+
+    fn parse(modifier: Value) -> Result<Fixed, String> {
+        let bgrx = PixelFormat::Bgrx.spa().as_raw();
+        StreamFormat::parse(fixed(bgrx, MediaSubtype::Raw, Some(modifier)).pod())
+    }
+
+    #[test]
+    fn a_modifier_is_fixed_however_it_is_written() {
+        let alone = |one: i64| ChoiceEnum::Enum {
+            default: one,
+            alternatives: vec![one],
+        };
+        for modifier in [LINEAR, IMPLICIT, 0x0300_0000_0060_6014] {
+            let one = modifier.cast_signed();
+            for value in [
+                Value::Long(one),
+                choice(ChoiceEnum::None(one)),
+                choice(alone(one)),
+            ] {
+                let expected = Fixed::Format(format(Some(modifier)));
+                assert_eq!(parse(value), Ok(expected));
+            }
+        }
+        assert!(parse(Value::Int(0)).is_err());
+    }
+
+    #[test]
+    fn a_modifier_that_is_left_open_is_the_producers_to_choose() {
+        let open = choice(ChoiceEnum::Enum {
+            default: 7,
+            alternatives: vec![7, 0, 5, 0],
+        });
+        let expected = Fixed::Choice(format(Some(7)), vec![7, 0, 5]);
+        assert_eq!(parse(open), Ok(expected));
     }
 }

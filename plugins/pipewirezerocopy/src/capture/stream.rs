@@ -8,8 +8,7 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
-use std::os::fd::BorrowedFd;
-use std::ptr::NonNull;
+use std::ffi::CStr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -24,13 +23,14 @@ use pipewire::properties::properties;
 use pipewire::stream::{Stream, StreamFlags, StreamListener, StreamRc, StreamState};
 use pipewire::sys::pw_buffer;
 
+use super::buffers::{Buffer, Chunks, datas, metas};
 use super::damage::Damage;
 use super::frame::{Frame, Lease, Pool};
-use super::geometry::{Chunk, FrameLayout, MAX_PLANES};
-use super::memory::{Mapping, Memory};
 use super::meta::{Cursor, Metas};
-use super::negotiate::{self, Offer, StreamFormat};
+use super::negotiate::{self, Fixed, PodBytes, StreamFormat};
+use super::offer::Offer;
 use super::registry::Node;
+use super::timeline;
 use super::worker::Link;
 use super::{Level, Monotonic, Stage};
 
@@ -43,14 +43,9 @@ const GONE_AFTER: Duration = Duration::from_secs(1);
 const FRAME_AFTER: Duration = Duration::from_millis(500);
 const MOST_REQUESTS: u32 = 4;
 
-/// A buffer of the stream.
-struct Buffer {
-    /// Our number for it, never used twice, also not by the next stream.
-    id: u64,
-    memory: [Option<Arc<Memory>>; MAX_PLANES],
-    /// A lease of it exists.
-    out: bool,
-}
+/// How long a producer may take to choose among modifiers before we do: it has to try allocating
+/// with them.
+const CHOOSE_AFTER: Duration = Duration::from_millis(500);
 
 /// Why a buffer holds no frame.
 enum Skip {
@@ -63,7 +58,13 @@ enum Skip {
 /// What the callbacks know.
 struct State {
     link: Rc<Link>,
+    /// All here know explicit synchronization; the producer may.
+    timelines: bool,
     format: Cell<Option<StreamFormat>>,
+    /// A format whose modifier the producer is to choose, and how long it may take.
+    open: Cell<Option<(StreamFormat, Instant)>>,
+    /// What the producer was last told that we take.
+    offer: RefCell<Offer>,
     /// By the address that PipeWire knows them by.
     buffers: RefCell<HashMap<*mut pw_buffer, Buffer>>,
     /// Counts the buffers of this generation.
@@ -100,6 +101,7 @@ impl CaptureStream {
         name: &str,
         (id, node): (u32, &Node),
         offer: &Offer,
+        timelines: bool,
     ) -> Result<Self, pipewire::Error> {
         // Without the first three, WirePlumber does not link the stream (L3). A stream whose
         // node is gone must not be linked to whatever other source of video there is.
@@ -115,9 +117,13 @@ impl CaptureStream {
             properties.insert("target.object", serial.as_str());
         }
         let stream = StreamRc::new(core, name, properties)?;
+        let library = pipewire_version();
         let state = Rc::new(State {
+            timelines: timelines && link.sync.is_some() && timeline::is_known_to(&library),
             link,
             format: Cell::default(),
+            open: Cell::default(),
+            offer: RefCell::new(offer.clone()),
             buffers: RefCell::default(),
             pool: RefCell::default(),
             missed: Cell::new(true),
@@ -131,7 +137,7 @@ impl CaptureStream {
         });
         let listener = listen(&stream, &state)?;
         let pods = offer.pods();
-        let mut params: Vec<&Pod> = pods.iter().map(negotiate::PodBytes::pod).collect();
+        let mut params: Vec<&Pod> = pods.iter().map(PodBytes::pod).collect();
         state.link.counters.set_stage(Stage::Linking);
         stream.connect(
             Direction::Input,
@@ -148,8 +154,29 @@ impl CaptureStream {
 
     /// Replaces what is offered to the producer.
     pub fn renegotiate(&self, offer: &Offer) -> Result<(), pipewire::Error> {
-        let pods = offer.pods();
-        let mut params: Vec<&Pod> = pods.iter().map(negotiate::PodBytes::pod).collect();
+        self.state.offer.replace(offer.clone());
+        self.state.open.set(None);
+        self.offer_pods(&offer.pods())
+    }
+
+    /// When to choose a modifier that the producer has left open.
+    pub fn choice_due(&self) -> Option<Instant> {
+        self.state.open.get().map(|(_, at)| at)
+    }
+
+    /// Chooses the modifier that the producer has left open, as the producer should have done: by
+    /// offering that one before the rest.
+    pub fn choose_modifier(&self) -> Result<(), pipewire::Error> {
+        let Some((format, _)) = self.state.open.take() else {
+            return Ok(());
+        };
+        let mut pods = vec![format.pod()];
+        pods.extend(self.state.offer.borrow().pods());
+        self.offer_pods(&pods)
+    }
+
+    fn offer_pods(&self, pods: &[PodBytes]) -> Result<(), pipewire::Error> {
+        let mut params: Vec<&Pod> = pods.iter().map(PodBytes::pod).collect();
         self.stream.update_params(&mut params)
     }
 
@@ -160,10 +187,9 @@ impl CaptureStream {
             .iter_mut()
             .find(|(_, buffer)| buffer.id == id && buffer.out);
         if let Some((raw, buffer)) = found {
-            buffer.out = false;
             // SAFETY: The buffer was dequeued from this stream, whose list of buffers still has
             // it, and it is given back only once: `out` says.
-            unsafe { self.stream.queue_raw_buffer(*raw) };
+            unsafe { self.state.give_back(&self.stream, *raw, buffer) };
         }
     }
 
@@ -175,17 +201,15 @@ impl CaptureStream {
     pub fn reclaim(&self) {
         let mut buffers = self.state.buffers.borrow_mut();
         for (raw, buffer) in buffers.iter_mut().filter(|(_, buffer)| buffer.out) {
-            let detached = buffer.memory.iter().flatten().try_for_each(|m| m.detach());
-            if let Err(error) = detached {
+            if let Err(error) = buffer.detach() {
                 self.state.log(
                     Level::Warning,
                     format_args!("a buffer stays with its reader, for want of memory: {error}"),
                 );
                 continue;
             }
-            buffer.out = false;
             // SAFETY: As in `requeue`.
-            unsafe { self.stream.queue_raw_buffer(*raw) };
+            unsafe { self.state.give_back(&self.stream, *raw, buffer) };
         }
     }
 
@@ -224,6 +248,13 @@ impl CaptureStream {
     pub fn gone_at(&self) -> Option<Instant> {
         self.state.gone_since.get().map(|since| since + GONE_AFTER)
     }
+}
+
+/// The version of the library that this process has, whichever it was built with.
+fn pipewire_version() -> String {
+    // SAFETY: It returns a string that is never freed.
+    let version = unsafe { CStr::from_ptr(pipewire::sys::pw_get_library_version()) };
+    version.to_string_lossy().into_owned()
 }
 
 fn listen(stream: &StreamRc, state: &Rc<State>) -> Result<StreamListener<()>, pipewire::Error> {
@@ -288,18 +319,19 @@ impl State {
         let Some(pod) = pod else {
             self.log(Level::Debug, format_args!("format cleared"));
             self.format.set(None);
+            self.open.set(None);
             return;
         };
-        match StreamFormat::parse(pod) {
-            Ok(format) => {
-                self.log(Level::Info, format_args!("producer fixed {format:?}"));
-                self.format.set(Some(format));
-                self.missed.set(true);
-                self.had_format.set(true);
-                self.requests.set(0);
-                self.frame_due.set(Some(Instant::now() + FRAME_AFTER));
-                self.gone_since.set(None);
-                self.link.counters.set_stage(Stage::Paused);
+        let format = match StreamFormat::parse(pod) {
+            Ok(Fixed::Format(format)) => format,
+            Ok(Fixed::Choice(format, modifiers)) => {
+                self.log(
+                    Level::Debug,
+                    format_args!("the producer is to choose a modifier of {modifiers:x?}"),
+                );
+                self.format.set(None);
+                self.open.set(Some((format, Instant::now() + CHOOSE_AFTER)));
+                return;
             }
             Err(what) => {
                 self.format.set(None);
@@ -308,10 +340,19 @@ impl State {
                     .get_or_insert(format!("the producer fixed {what}"));
                 return;
             }
-        }
+        };
+        self.log(Level::Info, format_args!("producer fixed {format:?}"));
+        self.format.set(Some(format));
+        self.open.set(None);
+        self.missed.set(true);
+        self.had_format.set(true);
+        self.requests.set(0);
+        self.frame_due.set(Some(Instant::now() + FRAME_AFTER));
+        self.gone_since.set(None);
+        self.link.counters.set_stage(Stage::Paused);
         // Each Format needs its own answers, also when it is the same as before (L5).
-        let answers = negotiate::format_answers();
-        let mut params: Vec<&Pod> = answers.iter().map(negotiate::PodBytes::pod).collect();
+        let answers = negotiate::format_answers(&format, self.timelines);
+        let mut params: Vec<&Pod> = answers.iter().map(PodBytes::pod).collect();
         if let Err(error) = stream.update_params(&mut params) {
             self.error
                 .borrow_mut()
@@ -321,53 +362,39 @@ impl State {
 
     fn add_buffer(&self, raw: *mut pw_buffer) {
         self.gone_since.set(None);
-        let mut memory = [None, None];
-        // SAFETY: PipeWire passes a buffer that is valid until remove_buffer, with `n_datas`
-        // entries in `datas`; both structures lie in this process.
-        let datas = unsafe { datas(raw) };
-        for (slot, data) in memory.iter_mut().zip(datas) {
-            match open(data) {
-                Ok(memory) => {
-                    self.log(
-                        Level::Debug,
-                        format_args!(
-                            "buffer of {} bytes added, {}",
-                            memory.len(),
-                            match memory {
-                                Memory::Mapped(_) => "mapped",
-                                Memory::File(_) =>
-                                    "not sealed against shrinking: its frames are copied",
-                            }
-                        ),
-                    );
-                    *slot = Some(Arc::new(memory));
-                }
-                Err(error) => self.log(
-                    Level::Warning,
-                    format_args!("a buffer cannot be read, its frames are skipped: {error}"),
-                ),
-            }
-        }
         let id = self.link.next_buffer.get();
         self.link.next_buffer.set(id + 1);
+        // SAFETY: PipeWire passes a buffer that is valid until remove_buffer; what it has lies in
+        // this process.
+        let buffer = unsafe {
+            Buffer::open(id, datas(raw), self.link.sync.as_ref(), |error| {
+                self.log(
+                    Level::Warning,
+                    format_args!("a buffer cannot be read, its frames are skipped: {error}"),
+                );
+            })
+        };
+        self.log(
+            Level::Debug,
+            format_args!("buffer added: {}", buffer.describe()),
+        );
         let mut buffers = self.buffers.borrow_mut();
         if buffers.is_empty() {
             // A new generation: what is still out of the last one does not count for it.
             self.pool.replace(Arc::default());
         }
         self.pool.borrow().add();
-        let buffer = Buffer {
-            id,
-            memory,
-            out: false,
-        };
         buffers.insert(raw, buffer);
     }
 
     fn remove_buffer(&self, raw: *mut pw_buffer) {
         let mut buffers = self.buffers.borrow_mut();
-        if buffers.remove(&raw).is_some() {
-            self.pool.borrow().remove();
+        if let Some(buffer) = buffers.remove(&raw) {
+            let pool = self.pool.borrow();
+            pool.remove();
+            if buffer.out {
+                pool.end_loan();
+            }
         }
         if buffers.is_empty() {
             self.log(
@@ -409,8 +436,31 @@ impl State {
                 }
             }
             // SAFETY: It was dequeued above, and no frame was made of it.
-            unsafe { stream.queue_raw_buffer(raw) };
+            unsafe {
+                match self.buffers.borrow_mut().get_mut(&raw) {
+                    Some(buffer) => self.give_back(stream, raw, buffer),
+                    None => stream.queue_raw_buffer(raw),
+                }
+            }
         }
+    }
+
+    /// Gives a buffer back to the producer.
+    ///
+    /// # Safety
+    /// `raw` must be dequeued from this stream, and `buffer` what is known of it.
+    unsafe fn give_back(&self, stream: &Stream, raw: *mut pw_buffer, buffer: &mut Buffer) {
+        if buffer.out {
+            self.pool.borrow().end_loan();
+        }
+        if let Err(error) = buffer.goes() {
+            self.log(
+                Level::Warning,
+                format_args!("the producer is not told that it may draw: {error}"),
+            );
+        }
+        // SAFETY: By the contract above.
+        unsafe { stream.queue_raw_buffer(raw) };
     }
 
     /// The frame in a buffer that has just been dequeued.
@@ -423,25 +473,10 @@ impl State {
         // SAFETY: The buffer is in our list, so PipeWire has added and not yet removed it.
         let (datas, metas) = unsafe { (datas(raw), Metas::new(metas(raw))) };
 
-        let mut chunks = [Chunk::default(); MAX_PLANES];
-        let mut flags = 0;
-        let count = datas.len().min(MAX_PLANES);
-        for (index, data) in datas.iter().take(count).enumerate() {
-            if data.chunk.is_null() {
-                return Err(Skip::Corrupted(Some("a block has no chunk".into())));
-            }
-            // SAFETY: The pointer is valid for as long as the buffer. The producer can write
-            // there at any time, so it is read once, and only the copy is checked and used.
-            let chunk = unsafe { data.chunk.read_volatile() };
-            flags |= chunk.flags;
-            chunks[index] = Chunk {
-                mapped: buffer.memory[index].as_ref().map_or(0, |m| m.len()),
-                offset: chunk.offset,
-                size: chunk.size,
-                stride: chunk.stride,
-            };
-        }
-        let empty = chunks[0].size == 0;
+        let acquire = buffer.comes(metas.sync_timeline());
+        // SAFETY: As above.
+        let chunks = unsafe { Chunks::read(datas) }.map_err(|what| Skip::Corrupted(Some(what)))?;
+        let empty = chunks.are_empty(&format);
         let cursor = metas.cursor(&self.cursor.borrow());
         if let Some(cursor) = cursor {
             self.log(
@@ -459,20 +494,18 @@ impl State {
             self.cursor.replace(cursor.clone());
             self.link.inbox.put_cursor(cursor, !empty);
         }
-        // Compositors send buffers without pixels when only the cursor moved (L8), and mutter
-        // marks those as corrupted as well.
         if empty {
             return Err(Skip::Empty);
         }
         let header = metas.header();
-        let marked = flags & spa_sys::SPA_CHUNK_FLAG_CORRUPTED as i32 != 0
+        let marked = chunks.are_corrupted()
             || header.is_some_and(|h| h.flags & spa_sys::SPA_META_HEADER_FLAG_CORRUPTED != 0);
         if marked {
             return Err(Skip::Corrupted(None));
         }
-        let mut layout =
-            FrameLayout::new(format.format, format.width, format.height, &chunks[..count])
-                .map_err(|error| Skip::Corrupted(Some(error.to_string())))?;
+        let (mut layout, pixels) = buffer
+            .frame(&format, &chunks)
+            .map_err(|what| Skip::Corrupted(Some(what)))?;
         if let Some(region) = metas.crop() {
             layout = layout.crop(region);
         }
@@ -492,68 +525,14 @@ impl State {
             captured: Monotonic::of_capture(header.map(|header| header.pts), received),
             damage,
             transform: metas.transform(),
-            memory: buffer.memory.clone(),
+            pixels,
+            acquire,
             lease: Lease::new(
                 buffer.id,
                 self.pool.borrow().clone(),
-                self.link.commands.clone(),
+                self.link.returns.clone(),
                 self.link.counters.clone(),
             ),
         })
-    }
-}
-
-/// The memory blocks of a buffer.
-///
-/// # Safety
-/// `raw` must be a buffer that PipeWire has added and not yet removed, for as long as the result
-/// is used.
-unsafe fn datas<'a>(raw: *mut pw_buffer) -> &'a [spa_sys::spa_data] {
-    // SAFETY: By the contract above both structures are there, and `datas` has `n_datas` entries.
-    unsafe {
-        let buffer = &*(*raw).buffer;
-        if buffer.datas.is_null() {
-            return &[];
-        }
-        std::slice::from_raw_parts(buffer.datas, buffer.n_datas as usize)
-    }
-}
-
-/// The metadata of a buffer.
-///
-/// # Safety
-/// As for [`datas`].
-unsafe fn metas<'a>(raw: *mut pw_buffer) -> &'a [spa_sys::spa_meta] {
-    // SAFETY: By the contract above both structures are there, and `metas` has `n_metas` entries.
-    unsafe {
-        let buffer = &*(*raw).buffer;
-        if buffer.metas.is_null() {
-            return &[];
-        }
-        std::slice::from_raw_parts(buffer.metas, buffer.n_metas as usize)
-    }
-}
-
-/// Opens a block for reading.
-fn open(data: &spa_sys::spa_data) -> Result<Memory, String> {
-    let text = |error: std::io::Error| error.to_string();
-    match data.type_ {
-        spa_sys::SPA_DATA_MemFd => {
-            let fd = i32::try_from(data.fd)
-                .ok()
-                .filter(|fd| *fd >= 0)
-                .ok_or("it has no file descriptor")?;
-            // SAFETY: PipeWire keeps the descriptor open until remove_buffer, longer than this.
-            let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-            Memory::new(fd, data.mapoffset, data.maxsize).map_err(text)
-        }
-        // Memory that the daemon has allocated for both sides, and sealed; PipeWire has mapped it.
-        spa_sys::SPA_DATA_MemPtr => {
-            let address = NonNull::new(data.data).ok_or("it has no address")?;
-            // SAFETY: PipeWire keeps `maxsize` bytes mapped there until remove_buffer.
-            let mapping = unsafe { Mapping::again(address, data.maxsize) }.map_err(text)?;
-            Ok(Memory::Mapped(mapping))
-        }
-        other => Err(format!("memory of type {other} was not asked for")),
     }
 }

@@ -15,13 +15,15 @@ use khronos_egl as egl;
 
 use super::image::Image;
 use super::library::{self, Egl, Gbm};
-use super::{DmaBuf, Error, MAX_PLANES, fourcc_name};
+use super::{DmaBuf, Error, MAX_PLANES, describe};
 
 // From eglext.h.
 const PLATFORM_DEVICE_EXT: egl::Enum = 0x313F;
 const PLATFORM_GBM_KHR: egl::Enum = 0x31D7;
 const DRM_DEVICE_FILE_EXT: egl::Int = 0x3233;
 const DRM_RENDER_NODE_FILE_EXT: egl::Int = 0x3377;
+const DEVICE_EXT: egl::Int = 0x322C;
+const CUDA_DEVICE_NV: egl::Int = 0x323A;
 const LINUX_DMA_BUF_EXT: egl::Enum = 0x3270;
 const LINUX_DRM_FOURCC_EXT: egl::Attrib = 0x3271;
 /// For each plane: descriptor, offset, pitch, low and high half of the modifier.
@@ -36,6 +38,10 @@ type DeviceExt = *mut c_void;
 type QueryDevices =
     unsafe extern "system" fn(egl::Int, *mut DeviceExt, *mut egl::Int) -> egl::Boolean;
 type QueryDeviceString = unsafe extern "system" fn(DeviceExt, egl::Int) -> *const c_char;
+type QueryDisplayAttrib =
+    unsafe extern "system" fn(egl::EGLDisplay, egl::Int, *mut egl::Attrib) -> egl::Boolean;
+type QueryDeviceAttrib =
+    unsafe extern "system" fn(DeviceExt, egl::Int, *mut egl::Attrib) -> egl::Boolean;
 type QueryFormats = unsafe extern "system" fn(
     egl::EGLDisplay,
     egl::Int,
@@ -56,14 +62,16 @@ const DRM_MAJOR: libc::c_uint = 226;
 /// More than any driver says; one that says more is not believed.
 const MOST: usize = 4096;
 
-/// A format that can be imported and sampled as an ordinary texture.
+/// A format that can be imported.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Format {
     /// DRM fourcc.
     pub fourcc: u32,
-    /// DRM format modifiers, in the driver's order. Those that only an external texture can be
-    /// made of are left out: neither CUDA nor a plain shader reads them.
+    /// DRM format modifiers of what can be sampled as an ordinary texture, in the driver's order.
     pub modifiers: Vec<u64>,
+    /// Those that only an external texture can be made of: neither CUDA nor a plain shader reads
+    /// them, but they can be shown and handed on.
+    pub external: Vec<u64>,
 }
 
 /// The EGL display of a DRM node. Cheap to clone; all clones are the same display.
@@ -89,9 +97,18 @@ unsafe impl Send for Inner {}
 // SAFETY: see above; nothing in it changes after it was made.
 unsafe impl Sync for Inner {}
 
-/// All displays of this process, by the number of their device. A display is never closed:
+/// What a display was opened for.
+#[derive(PartialEq, Eq, Hash)]
+enum Key {
+    /// The number of a node's device.
+    Node(u64),
+    /// The number of a CUDA device.
+    Cuda(u32),
+}
+
+/// All displays of this process. A display is never closed:
 /// `eglTerminate` would end it for whoever else in this process has the same one.
-static DISPLAYS: LazyLock<Mutex<HashMap<u64, Display>>> = LazyLock::new(Mutex::default);
+static DISPLAYS: LazyLock<Mutex<HashMap<Key, Display>>> = LazyLock::new(Mutex::default);
 
 impl Display {
     /// Opens the display of a DRM node, for example `/dev/dri/renderD128`. The driver's own EGL
@@ -108,11 +125,14 @@ impl Display {
             return Err(unavailable("is no DRM node".into()));
         }
         let mut displays = DISPLAYS.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(display) = displays.get(&device) {
+        if let Some(display) = displays.get(&Key::Node(device)) {
             return Ok(display.clone());
         }
         let egl = library::egl()?;
-        let opened = match Self::of_device(egl, node, device) {
+        let of_device = Self::of_device(egl, node, |_, extensions, string| {
+            Self::has_node(device, extensions, string)
+        });
+        let opened = match of_device {
             Ok(display) => Ok(display),
             Err(of_device) => Self::of_gbm(egl, node).map_err(|of_gbm| {
                 unavailable(format!(
@@ -120,12 +140,61 @@ impl Display {
                 ))
             }),
         }?;
-        displays.insert(device, opened.clone());
+        displays.insert(Key::Node(device), opened.clone());
         Ok(opened)
     }
 
-    /// The display of the EGL device that says this node is its own.
-    fn of_device(egl: &'static Egl, node: &Path, wanted: u64) -> Result<Self, Error> {
+    /// Opens the display of the GPU that is a CUDA device of this number, also where it has no DRM
+    /// node, as in a container that was given no more than CUDA.
+    pub fn of_cuda_device(number: u32) -> Result<Self, Error> {
+        let mut displays = DISPLAYS.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(display) = displays.get(&Key::Cuda(number)) {
+            return Ok(display.clone());
+        }
+        let name = PathBuf::from(format!("cuda:{number}"));
+        let egl = library::egl()?;
+        // SAFETY: the type is that of EGL_EXT_device_query.
+        let attribute: QueryDeviceAttrib =
+            unsafe { library::extension(egl, "eglQueryDeviceAttribEXT") }?;
+        let opened = Self::of_device(egl, &name, |device, extensions, _| {
+            let mut found = 0;
+            // SAFETY: the device was enumerated just now, and the number that is written is ours.
+            has(extensions, "EGL_NV_device_cuda")
+                && unsafe { attribute(device, CUDA_DEVICE_NV, &raw mut found) } == egl::TRUE
+                && u32::try_from(found) == Ok(number)
+        })
+        .map_err(|error| Error::Unavailable(format!("{}: {error}", name.display())))?;
+        displays.insert(Key::Cuda(number), opened.clone());
+        Ok(opened)
+    }
+
+    /// Whether an EGL device says that this node is its own.
+    fn has_node(
+        wanted: u64,
+        extensions: &str,
+        string: impl Fn(egl::Int) -> Option<&'static str>,
+    ) -> bool {
+        let files = [
+            ("EGL_EXT_device_drm_render_node", DRM_RENDER_NODE_FILE_EXT),
+            ("EGL_EXT_device_drm", DRM_DEVICE_FILE_EXT),
+        ];
+        files
+            .into_iter()
+            .filter(|(extension, _)| has(extensions, extension))
+            .filter_map(|(_, name)| string(name))
+            .any(|path| {
+                Path::new(path)
+                    .metadata()
+                    .is_ok_and(|data| data.rdev() == wanted)
+            })
+    }
+
+    /// The display of the first EGL device that is the right one, by its extensions and strings.
+    fn of_device(
+        egl: &'static Egl,
+        name: &Path,
+        is_it: impl Fn(DeviceExt, &str, &dyn Fn(egl::Int) -> Option<&'static str>) -> bool,
+    ) -> Result<Self, Error> {
         // SAFETY: the types are those of EGL_EXT_device_enumeration and EGL_EXT_device_query.
         let (query_devices, query_string): (QueryDevices, QueryDeviceString) = unsafe {
             (
@@ -146,36 +215,23 @@ impl Display {
         if known != egl::TRUE {
             return Err(failed(egl, "eglQueryDevicesEXT"));
         }
-        let string = |device, name| {
-            // SAFETY: the device was enumerated just now, and its strings are static.
-            unsafe { library::text(query_string(device, name)) }.and_then(|text| text.to_str().ok())
-        };
         let count = usize::try_from(count).unwrap_or(0).min(devices.len());
         let device = devices[..count].iter().copied().find(|&device| {
+            let string = |name| {
+                // SAFETY: the device was enumerated just now, and its strings are static.
+                unsafe { library::text(query_string(device, name)) }
+                    .and_then(|text| text.to_str().ok())
+            };
             // A string that the device does not have is an error to ask for.
-            let extensions = string(device, egl::EXTENSIONS).unwrap_or_default();
-            let files = [
-                ("EGL_EXT_device_drm_render_node", DRM_RENDER_NODE_FILE_EXT),
-                ("EGL_EXT_device_drm", DRM_DEVICE_FILE_EXT),
-            ];
-            files
-                .into_iter()
-                .filter(|(extension, _)| has(extensions, extension))
-                .filter_map(|(_, name)| string(device, name))
-                .any(|path| {
-                    Path::new(path)
-                        .metadata()
-                        .is_ok_and(|data| data.rdev() == wanted)
-                })
+            is_it(device, string(egl::EXTENSIONS).unwrap_or_default(), &string)
         });
-        let device = device.ok_or_else(|| {
-            Error::Unavailable(format!("none of {count} EGL devices belongs to it"))
-        })?;
+        let device = device
+            .ok_or_else(|| Error::Unavailable(format!("none of {count} EGL devices is its own")))?;
         // SAFETY: the device was enumerated just now, and lives as long as the library.
         let raw =
             unsafe { egl.get_platform_display(PLATFORM_DEVICE_EXT, device, &[egl::ATTRIB_NONE]) }
                 .map_err(|error| Error::Unavailable(format!("eglGetPlatformDisplay: {error}")))?;
-        Self::new(egl, raw, node, None)
+        Self::new(egl, raw, name, None)
     }
 
     fn of_gbm(egl: &'static Egl, node: &Path) -> Result<Self, Error> {
@@ -223,7 +279,7 @@ impl Display {
         })
     }
 
-    /// The node it was opened for.
+    /// The node it was opened for; `cuda:N` for the display of a CUDA device.
     pub fn node(&self) -> &Path {
         &self.inner.node
     }
@@ -231,6 +287,37 @@ impl Display {
     /// Whether the display has an EGL extension.
     pub fn has_extension(&self, name: &str) -> bool {
         has(&self.inner.extensions, name)
+    }
+
+    /// The number of the CUDA device that the display draws with (EGL_NV_device_cuda), where its
+    /// driver is NVIDIA's.
+    pub fn cuda_device(&self) -> Option<u32> {
+        let Inner { egl, raw, .. } = *self.inner;
+        // SAFETY: the types are those of EGL_EXT_device_query.
+        let (of_display, of_device, string): (
+            QueryDisplayAttrib,
+            QueryDeviceAttrib,
+            QueryDeviceString,
+        ) = unsafe {
+            (
+                library::extension(egl, "eglQueryDisplayAttribEXT").ok()?,
+                library::extension(egl, "eglQueryDeviceAttribEXT").ok()?,
+                library::extension(egl, "eglQueryDeviceStringEXT").ok()?,
+            )
+        };
+        let mut device = 0;
+        // SAFETY: the display is initialised, and the number that is written is ours.
+        let known = unsafe { of_display(raw.as_ptr(), DEVICE_EXT, &raw mut device) };
+        let device = (known == egl::TRUE && device != 0).then_some(device as DeviceExt)?;
+        // SAFETY: the device is the display's own, and its strings are static.
+        let extensions = unsafe { library::text(string(device, egl::EXTENSIONS)) }?;
+        if !has(extensions.to_str().ok()?, "EGL_NV_device_cuda") {
+            return None;
+        }
+        let mut number = 0;
+        // SAFETY: the device is the display's own, and the number that is written is ours.
+        let known = unsafe { of_device(device, CUDA_DEVICE_NV, &raw mut number) };
+        (known == egl::TRUE).then(|| u32::try_from(number).ok())?
     }
 
     /// What can be imported. A format without modifiers is left out; a driver that knows no
@@ -272,17 +359,18 @@ impl Display {
                 known == egl::TRUE
             })
             .ok_or_else(|| failed(egl, "eglQueryDmaBufModifiersEXT"))?;
-            let modifiers: Vec<u64> = modifiers
-                .into_iter()
-                .zip(external)
-                .filter(|&(_, external)| external == egl::FALSE)
-                .map(|(modifier, _)| modifier)
-                .collect();
+            let of_kind = |wanted: bool| {
+                let all = modifiers.iter().zip(&external);
+                let known = all.filter(|(_, external)| (**external == egl::TRUE) == wanted);
+                known.map(|(modifier, _)| *modifier).collect::<Vec<_>>()
+            };
+            let format = Format {
+                fourcc: fourcc.cast_unsigned(),
+                modifiers: of_kind(false),
+                external: of_kind(true),
+            };
             if !modifiers.is_empty() {
-                formats.push(Format {
-                    fourcc: fourcc.cast_unsigned(),
-                    modifiers,
-                });
+                formats.push(format);
             }
         }
         Ok(formats)
@@ -328,18 +416,7 @@ impl Display {
 impl Inner {
     /// Says what was tried with which buffer.
     pub fn about(&self, buffer: &DmaBuf, reason: &str) -> String {
-        let modifier = buffer
-            .modifier
-            .map_or("no modifier".to_owned(), |modifier| {
-                format!("modifier {modifier:#x}")
-            });
-        format!(
-            "a {}x{} {} DMA-BUF with {modifier} on {}: {reason}",
-            buffer.width,
-            buffer.height,
-            fourcc_name(buffer.fourcc),
-            self.node.display()
-        )
+        format!("{} on {}: {reason}", describe(buffer), self.node.display())
     }
 }
 

@@ -17,11 +17,13 @@ use std::fmt;
 use std::os::fd::BorrowedFd;
 
 mod display;
+mod gl;
 mod image;
 mod library;
 mod reader;
 
 pub use display::{Display, Format};
+pub use gl::{Current, Gl};
 pub use image::Image;
 pub use reader::Reader;
 
@@ -71,6 +73,20 @@ pub struct Plane<'a> {
     pub offset: u32,
     /// Bytes from one row to the next.
     pub stride: u32,
+}
+
+/// Says which picture is meant.
+pub(crate) fn describe(buffer: &DmaBuf<'_>) -> String {
+    let modifier = buffer
+        .modifier
+        .map_or("no modifier".to_owned(), |modifier| {
+            format!("modifier {modifier:#x}")
+        });
+    let name = fourcc_name(buffer.fourcc);
+    format!(
+        "a {}x{} {name} DMA-BUF with {modifier}",
+        buffer.width, buffer.height
+    )
 }
 
 /// A fourcc as people read it, for example `XR24`.

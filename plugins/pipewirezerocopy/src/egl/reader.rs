@@ -3,26 +3,49 @@
 //! Reads images back through OpenGL ES: slowly, and to be believed.
 
 use std::ffi::c_void;
-use std::marker::PhantomData;
 
 use glow::HasContext;
 use khronos_egl as egl;
 
-use super::display::Display;
+use super::display::{Display, Inner};
 use super::image::Image;
 use super::{Error, library};
 
 /// GL_OES_EGL_image. `GLeglImageOES` is a `void *`.
 type ImageTargetTexture = unsafe extern "system" fn(u32, *mut c_void);
 
-/// An OpenGL ES context of a display, bound to the thread that made it.
+/// An OpenGL ES context of a display. It is current, on whatever thread, only while it works.
 pub struct Reader {
     display: Display,
     context: egl::Context,
     gl: glow::Context,
     image_target_texture: ImageTargetTexture,
-    /// The context is current on one thread and is used there.
-    _one_thread: PhantomData<*const ()>,
+}
+
+// SAFETY: a context that is current nowhere may become so on any thread, and the functions of OpenGL
+// are the same for all threads.
+unsafe impl Send for Reader {}
+
+/// A context is current on this thread, until this is dropped.
+struct Current<'a>(&'a Inner);
+
+impl<'a> Current<'a> {
+    fn new(inner: &'a Inner, context: egl::Context) -> Result<Self, String> {
+        let failed = |call: &str, error: egl::Error| format!("{call}: {error}");
+        // Each thread has a setting of its own, which says below which kind of context goes.
+        let bound = inner.egl.bind_api(egl::OPENGL_ES_API);
+        bound.map_err(|error| failed("eglBindAPI", error))?;
+        let current = inner.egl.make_current(inner.raw, None, None, Some(context));
+        current.map_err(|error| failed("eglMakeCurrent", error))?;
+        Ok(Self(inner))
+    }
+}
+
+impl Drop for Current<'_> {
+    fn drop(&mut self) {
+        // Cannot fail for a context that is current.
+        let _ = self.0.egl.make_current(self.0.raw, None, None, None);
+    }
 }
 
 impl Reader {
@@ -37,32 +60,26 @@ impl Reader {
                 return Err(unavailable(format!("its driver has no {extension}")));
             }
         }
-        let made = |call: &str| {
-            let call = call.to_owned();
-            move |error: egl::Error| unavailable(format!("{call}: {error}"))
-        };
-        egl.bind_api(egl::OPENGL_ES_API)
-            .map_err(made("eglBindAPI"))?;
         // SAFETY: EGL_NO_CONFIG_KHR is null, and the display takes it.
         let no_config = unsafe { egl::Config::from_ptr(std::ptr::null_mut()) };
         let attributes = [egl::CONTEXT_CLIENT_VERSION, 2, egl::NONE];
         let context = egl
-            .create_context(raw, no_config, None, &attributes)
-            .map_err(made("eglCreateContext"))?;
-        if let Err(error) = egl.make_current(raw, None, None, Some(context)) {
+            .bind_api(egl::OPENGL_ES_API)
+            .and_then(|()| egl.create_context(raw, no_config, None, &attributes))
+            .map_err(|error| unavailable(format!("eglCreateContext: {error}")))?;
+        Self::with_context(display, context).inspect_err(|_| {
             let _ = egl.destroy_context(raw, context);
-            return Err(made("eglMakeCurrent")(error));
-        }
+        })
+    }
+
+    fn with_context(display: &Display, context: egl::Context) -> Result<Self, Error> {
+        let inner = display.inner();
+        let _current = Current::new(inner, context)
+            .map_err(|text| Error::Unavailable(format!("{}: {text}", display.node().display())))?;
+        let egl = inner.egl;
         // SAFETY: the type is that of GL_OES_EGL_image.
-        let target = unsafe { library::extension(egl, "glEGLImageTargetTexture2DOES") };
-        let image_target_texture = match target {
-            Ok(function) => function,
-            Err(error) => {
-                let _ = egl.make_current(raw, None, None, None);
-                let _ = egl.destroy_context(raw, context);
-                return Err(error);
-            }
-        };
+        let image_target_texture =
+            unsafe { library::extension(egl, "glEGLImageTargetTexture2DOES") }?;
         // SAFETY: the context is current, and the functions are the driver's own.
         let gl = unsafe {
             glow::Context::from_loader_function(|name| {
@@ -75,12 +92,14 @@ impl Reader {
             context,
             gl,
             image_target_texture,
-            _one_thread: PhantomData,
         })
     }
 
     /// What draws, in its own words; for logs.
-    pub fn renderer(&self) -> String {
+    pub fn renderer(&mut self) -> String {
+        let Ok(_current) = Current::new(self.display.inner(), self.context) else {
+            return "unknown".to_owned();
+        };
         // SAFETY: the context is current on this thread.
         unsafe { self.gl.get_parameter_string(glow::RENDERER) }
     }
@@ -88,7 +107,7 @@ impl Reader {
     /// The pixels of a part of the image as R, G, B, A bytes, rows from top to bottom. An error
     /// says that what was imported cannot be read.
     pub fn read(
-        &self,
+        &mut self,
         image: &Image,
         x: u32,
         y: u32,
@@ -109,9 +128,9 @@ impl Reader {
             )));
         }
         let mut bytes = vec![0; width as usize * height as usize * 4];
+        let _current = Current::new(inner, self.context).map_err(|text| refused(&text))?;
         let gl = &self.gl;
-        // SAFETY: the context is current on this thread, since a reader stays where it was made.
-        // What is made here is deleted here, the image outlives the texture, and there is room
+        // SAFETY: the context is current on this thread. What is made here is deleted here, the image outlives the texture, and there is room
         // for all bytes that are read.
         let result = unsafe {
             while gl.get_error() != glow::NO_ERROR {}
@@ -163,7 +182,7 @@ impl Reader {
     }
 
     /// Whether the image can be read at all: one pixel of each corner.
-    pub fn check(&self, image: &Image) -> Result<(), Error> {
+    pub fn check(&mut self, image: &Image) -> Result<(), Error> {
         for (x, y) in [(0, 0), (image.width() - 1, image.height() - 1)] {
             self.read(image, x, y, 1, 1)?;
         }
@@ -174,8 +193,7 @@ impl Reader {
 impl Drop for Reader {
     fn drop(&mut self) {
         let inner = self.display.inner();
-        // Neither can fail for a context of ours on its own thread.
-        let _ = inner.egl.make_current(inner.raw, None, None, None);
+        // Cannot fail for a context of ours that is current nowhere.
         let _ = inner.egl.destroy_context(inner.raw, self.context);
     }
 }

@@ -1,190 +1,218 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! From downstream's caps to what is offered to PipeWire, and from what the producer fixed to caps.
+//! Caps: what can leave at all, and what a format that the producer has fixed leaves as.
 
 use gst::glib::translate::FromGlib;
 use gst::prelude::*;
+use gst_allocators::CAPS_FEATURE_MEMORY_DMABUF;
 use gst_video::{
     VideoCapsBuilder, VideoColorMatrix, VideoColorPrimaries, VideoColorRange, VideoColorimetry,
     VideoFormat, VideoInfo, VideoTransferFunction,
 };
 
+use super::abilities::Abilities;
+use super::gpu::{drm_format, from_drm_format};
+use crate::capture::dmabuf::{IMPLICIT, LINEAR};
 use crate::capture::negotiate::Color;
-use crate::capture::{Offer, OfferEntry, PixelFormat, Span, StreamFormat};
+use crate::capture::{PixelFormat, StreamFormat};
 
-/// The most alternatives of downstream's caps that are offered, each as its own object. What is
-/// behind them is there for completeness and never chosen.
-const MAX_ENTRIES: usize = 16;
+/// The format of caps that say a DRM format and a modifier, known from GStreamer 1.24 on.
+pub(super) const DMA_DRM: &str = "DMA_DRM";
+pub(super) const SAYS_MODIFIERS: bool = cfg!(feature = "v1_24");
+
+/// In which memory buffers leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum OutputMemory {
+    System,
+    DmaBuf,
+}
+
+impl OutputMemory {
+    /// Its name in statistics and messages.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::System => "system",
+            Self::DmaBuf => "dmabuf",
+        }
+    }
+}
 
 /// The same format in GStreamer, which names it alike.
 pub(super) fn video_format(format: PixelFormat) -> VideoFormat {
     VideoFormat::from_string(format.name())
 }
 
-/// Everything that the element can put out.
+/// Everything that the element can put out somewhere.
 pub(super) fn template() -> gst::Caps {
+    let mut caps = gst::Caps::new_empty();
+    let writable = caps.make_mut();
+    if SAYS_MODIFIERS {
+        writable.append(dma_drm(None));
+    }
+    writable.append(plain_dmabuf(&PixelFormat::ALL.map(video_format)));
+    writable.append(system());
+    caps
+}
+
+pub(super) fn system() -> gst::Caps {
     VideoCapsBuilder::new()
         .format_list(PixelFormat::ALL.map(video_format))
         .build()
 }
 
-/// What to offer to PipeWire, so that what it fixes suits downstream's `allowed` caps.
-///
-/// Alternatives keep downstream's order. A format brings its sibling along, which differs in
-/// alpha only and can go out under the asked-for name, but comes after what was asked for.
-pub(super) fn offer(allowed: &gst::CapsRef) -> Offer {
-    let mut entries: Vec<OfferEntry> = Vec::new();
-    for structure in allowed.iter() {
-        let asked: Vec<_> = formats(structure).collect();
-        let mut formats = asked.clone();
-        for sibling in asked.iter().filter_map(|format| format.sibling()) {
-            if !formats.contains(&sibling) {
-                formats.push(sibling);
-            }
-        }
-        let entry = OfferEntry {
-            formats,
-            width: span(structure, "width"),
-            height: span(structure, "height"),
-        };
-        let sized = entry.width.min <= entry.width.max && entry.height.min <= entry.height.max;
-        if !entry.formats.is_empty() && sized && !entries.contains(&entry) {
-            entries.push(entry);
-        }
-    }
-    let mut entries = without_mere_preferences(&entries);
-    entries.truncate(MAX_ENTRIES);
-    Offer(entries)
+pub(super) fn plain_dmabuf(formats: &[VideoFormat]) -> gst::Caps {
+    VideoCapsBuilder::new()
+        .features([CAPS_FEATURE_MEMORY_DMABUF])
+        .format_list(formats.iter().copied())
+        .build()
 }
 
-/// The entries, each with the sizes of another one that takes its formats at those sizes and more.
-///
-/// A scaler says first what it need not scale, then that any size will do. The picture has the size
-/// of the screen, so the first would be a wish without use; worse, mutter 48 grants it for a monitor
-/// too and then crashes, because it writes the monitor's own size into the smaller buffers.
-fn without_mere_preferences(entries: &[OfferEntry]) -> Vec<OfferEntry> {
-    let holds = |outer: Span, inner: Span| outer.contains(inner.min) && outer.contains(inner.max);
-    let mut kept: Vec<OfferEntry> = Vec::new();
-    for entry in entries {
-        let wider = entries.iter().find(|other| {
-            (other.width, other.height) != (entry.width, entry.height)
-                && holds(other.width, entry.width)
-                && holds(other.height, entry.height)
-                && entry
-                    .formats
-                    .iter()
-                    .all(|format| other.formats.contains(format))
-        });
-        let sized = wider.unwrap_or(entry);
-        let entry = OfferEntry {
-            formats: entry.formats.clone(),
-            width: sized.width,
-            height: sized.height,
-        };
-        if !kept.contains(&entry) {
-            kept.push(entry);
+/// Caps with these DRM formats, or with any.
+pub(super) fn dma_drm(formats: Option<Vec<String>>) -> gst::Caps {
+    let mut caps = plain_dmabuf(&[VideoFormat::Bgrx]);
+    if let Some(structure) = caps.make_mut().structure_mut(0) {
+        structure.set("format", DMA_DRM);
+        if let Some(formats) = formats {
+            structure.set("drm-format", gst::List::new(formats));
         }
     }
-    kept
+    caps
 }
 
-fn formats(structure: &gst::StructureRef) -> impl Iterator<Item = PixelFormat> {
-    let one = structure.get::<&str>("format").ok();
-    let list = structure.get::<gst::List>("format").ok();
-    let listed: Vec<_> = list
-        .iter()
-        .flat_map(|list| list.iter())
-        .filter_map(|name| name.get::<&str>().ok().and_then(PixelFormat::from_name))
-        .collect();
-    one.and_then(PixelFormat::from_name)
-        .into_iter()
-        .chain(listed)
+/// Whether caps with these features are for DMA-BUFs.
+pub(super) fn is_dmabuf(features: &gst::CapsFeaturesRef) -> bool {
+    features.contains(CAPS_FEATURE_MEMORY_DMABUF)
 }
 
-/// The sizes that a caps field allows, as one range around them.
-fn span(structure: &gst::StructureRef, field: &str) -> Span {
-    let Ok(value) = structure.value(field) else {
-        return Span::ANY;
-    };
-    let mut span: Option<Span> = None;
-    let mut include = |min: i32, max: i32| {
-        let clamp = |n: i32| n.clamp(1, Span::ANY.max as i32) as u32;
-        let (min, max) = (clamp(min), clamp(max));
-        span = Some(span.map_or(Span { min, max }, |span| Span {
-            min: span.min.min(min),
-            max: span.max.max(max),
-        }));
-    };
-    let mut add = |value: &gst::glib::Value| {
-        if let Ok(n) = value.get::<i32>() {
-            include(n, n);
-        } else if let Ok(range) = value.get::<gst::IntRange<i32>>() {
-            include(range.min(), range.max());
-        }
-    };
-    add(value);
-    if let Ok(list) = value.get::<gst::ListRef>() {
-        list.iter().for_each(|value| add(value));
+/// The memory that fixed caps say, and size, colours and layout of pictures in it. For DMA-BUFs the
+/// layout is a guess, which the buffers' GstVideoMeta puts right.
+pub(super) fn video_info(caps: &gst::CapsRef) -> Option<(OutputMemory, VideoInfo)> {
+    if !caps.features(0).is_some_and(is_dmabuf) {
+        return Some((OutputMemory::System, VideoInfo::from_caps(caps).ok()?));
     }
-    span.unwrap_or(Span::ANY)
+    let mut plain = caps.structure(0)?.to_owned();
+    // Without 1.24, gst_video_info_from_caps() does not know the format.
+    if let Ok(name) = plain.get::<String>("drm-format") {
+        plain.set("format", from_drm_format(&name)?.0.name());
+        plain.remove_field("drm-format");
+    }
+    let plain: gst::Caps = [plain].into_iter().collect();
+    Some((OutputMemory::DmaBuf, VideoInfo::from_caps(&plain).ok()?))
 }
 
 /// Caps for frames of `format` as far as `allowed` lets them be, or none.
 ///
-/// Any framerate that downstream fixes is taken: capture follows the screen's changes whatever
-/// the caps say. Where downstream leaves it open, it is the producer's.
-pub(super) fn caps_for(format: &StreamFormat, allowed: &gst::Caps) -> Option<gst::Caps> {
+/// DMA-BUFs leave as they are where they can, else as copies in system memory. Any framerate that
+/// downstream fixes is taken: capture follows the screen's changes whatever the caps say. Where
+/// downstream leaves it open, it is the producer's.
+pub(super) fn caps_for(
+    format: &StreamFormat,
+    allowed: &gst::Caps,
+    can: &Abilities,
+) -> Option<gst::Caps> {
     let names = [Some(format.format), format.format.sibling()];
+    let names = names.into_iter().flatten();
+    let Some(modifier) = format.modifier else {
+        return names
+            .filter(|_| can.system)
+            .find_map(|name| fitting(format, name, plain_fields(name), allowed));
+    };
+    let dmabuf = || {
+        // Padding cannot leave as alpha without a copy.
+        let names = names
+            .clone()
+            .filter(|name| *name == format.format || name.alpha_byte().is_none());
+        let feature = || gst::CapsFeatures::new([CAPS_FEATURE_MEMORY_DMABUF]);
+        names.flat_map(move |name| {
+            let drm = drm_format(name, modifier).filter(|_| SAYS_MODIFIERS);
+            let drm = drm.map(|drm| {
+                gst::Structure::builder("video/x-raw")
+                    .field("format", DMA_DRM)
+                    .field("drm-format", drm)
+                    .build()
+            });
+            let plain = [LINEAR, IMPLICIT].contains(&modifier);
+            let plain = plain.then(|| plain_fields(name).0);
+            let both = drm.into_iter().chain(plain);
+            both.map(move |fields| (name, (fields, feature())))
+        })
+    };
+    let passed = can.passable(format.format).contains(&modifier);
+    let passed = passed
+        .then(dmabuf)
+        .into_iter()
+        .flatten()
+        .find_map(|(name, fields)| fitting(format, name, fields, allowed));
+    passed.or_else(|| {
+        let read = can.readable(format.format).contains(&modifier);
+        names
+            .filter(|_| read)
+            .find_map(|name| fitting(format, name, plain_fields(name), allowed))
+    })
+}
+
+/// What caps say of format and memory.
+type Fields = (gst::Structure, gst::CapsFeatures);
+
+fn plain_fields(name: PixelFormat) -> Fields {
+    let fields = gst::Structure::builder("video/x-raw").field("format", name.name());
+    let memory = gst::CapsFeatures::new([gst::CAPS_FEATURE_MEMORY_SYSTEM_MEMORY]);
+    (fields.build(), memory)
+}
+
+/// Caps for frames of `format` that leave under the name `name`, if `allowed` lets them.
+fn fitting(
+    format: &StreamFormat,
+    name: PixelFormat,
+    (mut fields, features): Fields,
+    allowed: &gst::Caps,
+) -> Option<gst::Caps> {
     let rate = fraction(format.framerate);
-    for name in names.into_iter().flatten() {
-        let mut wanted = gst::Caps::builder("video/x-raw")
-            .field("format", name.name())
-            .field("width", format.width as i32)
-            .field("height", format.height as i32)
-            .field("pixel-aspect-ratio", gst::Fraction::new(1, 1))
-            .field("interlace-mode", "progressive")
-            .field(
-                "framerate",
-                gst::FractionRange::new(gst::Fraction::new(0, 1), gst::Fraction::new(i32::MAX, 1)),
-            );
-        if let Some(max) = format.max_framerate.filter(|_| rate.numer() == 0) {
-            wanted = wanted.field("max-framerate", fraction(max));
-        }
-        if let Some(colorimetry) = colorimetry(format, name) {
-            wanted = wanted.field("colorimetry", colorimetry.to_string());
-        }
-        let mut wanted = wanted.build();
-        let mut caps = wanted.intersect_with_mode(allowed, gst::CapsIntersectMode::First);
-        // What is information, or a guess, downstream need not agree with.
-        let guessed = format.color == Color::default();
-        for field in ["max-framerate", "colorimetry"] {
-            if caps.is_empty() && (guessed || field != "colorimetry") {
-                wanted.get_mut()?.structure_mut(0)?.remove_field(field);
-                caps = wanted.intersect_with_mode(allowed, gst::CapsIntersectMode::First);
-            }
-        }
-        if caps.is_empty() {
-            continue;
-        }
-        caps.truncate();
-        let structure = caps.get_mut()?.structure_mut(0)?;
-        // Where 0/1 is not among what downstream takes: the nearest to what can come.
-        let nearest = if rate.numer() == 0 && !allows_variable(structure) {
-            format.max_framerate.map_or(rate, fraction)
-        } else {
-            rate
-        };
-        structure.fixate_field_nearest_fraction("framerate", nearest);
-        if structure
-            .get::<gst::Fraction>("framerate")
-            .is_ok_and(|rate| rate.numer() > 0)
-        {
-            structure.remove_field("max-framerate");
-        }
-        caps.fixate();
-        return Some(caps);
+    fields.set("width", format.width as i32);
+    fields.set("height", format.height as i32);
+    fields.set("pixel-aspect-ratio", gst::Fraction::new(1, 1));
+    fields.set("interlace-mode", "progressive");
+    let rates = gst::FractionRange::new(gst::Fraction::new(0, 1), gst::Fraction::new(i32::MAX, 1));
+    fields.set("framerate", rates);
+    if let Some(max) = format.max_framerate.filter(|_| rate.numer() == 0) {
+        fields.set("max-framerate", fraction(max));
     }
-    None
+    if let Some(colorimetry) = colorimetry(format, name) {
+        fields.set("colorimetry", colorimetry.to_string());
+    }
+    let mut wanted = gst::Caps::new_empty();
+    wanted
+        .get_mut()?
+        .append_structure_full(fields, Some(features));
+    let mut caps = wanted.intersect_with_mode(allowed, gst::CapsIntersectMode::First);
+    // What is information, or a guess, downstream need not agree with.
+    let guessed = format.color == Color::default();
+    for field in ["max-framerate", "colorimetry"] {
+        if caps.is_empty() && (guessed || field != "colorimetry") {
+            wanted.get_mut()?.structure_mut(0)?.remove_field(field);
+            caps = wanted.intersect_with_mode(allowed, gst::CapsIntersectMode::First);
+        }
+    }
+    if caps.is_empty() {
+        return None;
+    }
+    caps.truncate();
+    let structure = caps.get_mut()?.structure_mut(0)?;
+    // Where 0/1 is not among what downstream takes: the nearest to what can come.
+    let nearest = if rate.numer() == 0 && !allows_variable(structure) {
+        format.max_framerate.map_or(rate, fraction)
+    } else {
+        rate
+    };
+    structure.fixate_field_nearest_fraction("framerate", nearest);
+    if structure
+        .get::<gst::Fraction>("framerate")
+        .is_ok_and(|rate| rate.numer() > 0)
+    {
+        structure.remove_field("max-framerate");
+    }
+    caps.fixate();
+    Some(caps)
 }
 
 /// What the producer says of its colours, and GStreamer's own guess where it says nothing.
@@ -264,8 +292,11 @@ fn fraction((num, den): (u32, u32)) -> gst::Fraction {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
+    use super::super::abilities::{Refusal, Use};
+    use super::super::gpu::Importable;
     use super::*;
+    use crate::egl::Format;
     use std::str::FromStr;
 
     fn caps(text: &str) -> gst::Caps {
@@ -273,9 +304,37 @@ mod tests {
         gst::Caps::from_str(text).unwrap()
     }
 
-    /// `text` as far as the element's template goes, as a peer query gives it.
-    fn allowed(text: &str) -> gst::Caps {
-        caps(text).intersect_with_mode(&template(), gst::CapsIntersectMode::First)
+    /// No GPU, and no wish to leave anything out.
+    pub fn able() -> Abilities {
+        Abilities {
+            system: true,
+            dmabuf: true,
+            gpu: None,
+            refused: Vec::new(),
+        }
+    }
+
+    /// The same with a GPU that imports BGRx and BGRA, in a tiling of its own or linear.
+    pub fn with_gpu() -> Abilities {
+        let format = |format: PixelFormat| Format {
+            fourcc: format.fourcc(),
+            modifiers: vec![7, LINEAR],
+            external: Vec::new(),
+        };
+        let formats = [PixelFormat::Bgrx, PixelFormat::Bgra].map(format);
+        Abilities {
+            gpu: Some(Importable(formats.to_vec())),
+            ..able()
+        }
+    }
+
+    /// `text` as far as the element can do that.
+    pub fn allowed(text: &str, can: &Abilities) -> gst::Caps {
+        caps(text).intersect_with_mode(&can.caps(), gst::CapsIntersectMode::First)
+    }
+
+    fn caps_to(format: &StreamFormat, text: &str) -> Option<gst::Caps> {
+        caps_for(format, &allowed(text, &able()), &able())
     }
 
     fn mutter() -> StreamFormat {
@@ -286,6 +345,7 @@ mod tests {
             framerate: (0, 1),
             max_framerate: Some((60, 1)),
             color: Color::default(),
+            modifier: None,
         }
     }
 
@@ -305,93 +365,48 @@ mod tests {
     }
 
     #[test]
-    fn formats_are_offered_in_downstreams_order_with_their_siblings_behind() {
-        let offer = offer(&allowed("video/x-raw,format={RGBA,NV12}"));
-        assert_eq!(
-            offer.0[0].formats,
-            [PixelFormat::Rgba, PixelFormat::Nv12, PixelFormat::Rgbx]
-        );
-    }
-
-    #[test]
-    fn sizes_that_downstream_asks_for_are_the_only_ones_offered() {
-        let offer = offer(&allowed(
-            "video/x-raw,format=BGRx,width=640,height=[2,480]; video/x-raw,format=RGB",
-        ));
-        let span = |min, max| Span { min, max };
-        assert_eq!(offer.0[0].width, span(640, 640));
-        assert_eq!(offer.0[0].height, span(2, 480));
-        assert_eq!(
-            (offer.0[1].width, offer.0[1].height),
-            (Span::ANY, Span::ANY)
-        );
-    }
-
-    #[test]
-    fn a_size_that_downstream_only_prefers_is_not_asked_for() {
-        let offer = offer(&allowed(
-            "video/x-raw,format={RGBA,BGRx},width=320,height=240;
-             video/x-raw,format={BGRx,RGBA},width=[1,32767],height=[1,32767]",
-        ));
-        assert_eq!(offer.0[0].formats[0], PixelFormat::Rgba, "its formats are");
-        assert!(
-            offer
-                .0
-                .iter()
-                .all(|entry| entry.width != Span { min: 320, max: 320 })
-        );
-    }
-
-    #[test]
-    fn nothing_is_offered_to_who_takes_nothing_of_it() {
-        assert!(offer(&allowed("video/x-raw,format=I420")).0.is_empty());
-        assert!(offer(&gst::Caps::new_empty()).0.is_empty());
-    }
-
-    #[test]
     fn any_framerate_that_downstream_fixes_is_put_on_the_caps() {
-        let got = caps_for(&mutter(), &allowed("video/x-raw,framerate=25/1")).unwrap();
+        let got = caps_to(&mutter(), "video/x-raw,framerate=25/1").unwrap();
         assert_eq!(framerate(&got), gst::Fraction::new(25, 1));
         assert!(!got.structure(0).unwrap().has_field("max-framerate"));
     }
 
     #[test]
     fn an_open_framerate_stays_the_producers() {
-        let got = caps_for(&mutter(), &allowed("video/x-raw")).unwrap();
+        let got = caps_to(&mutter(), "video/x-raw").unwrap();
         assert_eq!(framerate(&got), gst::Fraction::new(0, 1));
         let max: gst::Fraction = got.structure(0).unwrap().get("max-framerate").unwrap();
         assert_eq!(max, gst::Fraction::new(60, 1));
-        let got = caps_for(&mutter(), &allowed("video/x-raw,framerate=[1/1,30/1]")).unwrap();
+        let got = caps_to(&mutter(), "video/x-raw,framerate=[1/1,30/1]").unwrap();
         assert_eq!(framerate(&got), gst::Fraction::new(30, 1));
     }
 
     #[test]
     fn a_maximum_that_downstream_does_not_share_is_left_out() {
-        let got = caps_for(&mutter(), &allowed("video/x-raw,max-framerate=30/1")).unwrap();
+        let got = caps_to(&mutter(), "video/x-raw,max-framerate=30/1").unwrap();
         assert_eq!(framerate(&got), gst::Fraction::new(0, 1));
     }
 
     #[test]
     fn siblings_stand_for_each_other_but_other_formats_do_not() {
-        let got = caps_for(&mutter(), &allowed("video/x-raw,format=BGRA")).unwrap();
+        let got = caps_to(&mutter(), "video/x-raw,format=BGRA").unwrap();
         assert_eq!(got.structure(0).unwrap().get::<&str>("format"), Ok("BGRA"));
-        let both = allowed("video/x-raw,format={BGRA,BGRx}");
-        let got = caps_for(&mutter(), &both).unwrap();
+        let got = caps_to(&mutter(), "video/x-raw,format={BGRA,BGRx}").unwrap();
         assert_eq!(got.structure(0).unwrap().get::<&str>("format"), Ok("BGRx"));
-        assert!(caps_for(&mutter(), &allowed("video/x-raw,format=RGBA")).is_none());
-        assert!(caps_for(&mutter(), &allowed("video/x-raw,width=640")).is_none());
+        assert!(caps_to(&mutter(), "video/x-raw,format=RGBA").is_none());
+        assert!(caps_to(&mutter(), "video/x-raw,width=640").is_none());
     }
 
     #[test]
     fn colours_are_said_as_the_producer_says_them_or_guessed() {
-        let any = allowed("video/x-raw");
-        let got = caps_for(&mutter(), &any).unwrap();
+        let caps_to_any = |format: &StreamFormat| caps_to(format, "video/x-raw");
+        let got = caps_to_any(&mutter()).unwrap();
         assert_eq!(colorimetry_of(&got), "sRGB");
         let nv12 = StreamFormat {
             format: PixelFormat::Nv12,
             ..mutter()
         };
-        assert_eq!(colorimetry_of(&caps_for(&nv12, &any).unwrap()), "bt709");
+        assert_eq!(colorimetry_of(&caps_to_any(&nv12).unwrap()), "bt709");
         let full = StreamFormat {
             // SPA_VIDEO_COLOR_RANGE_0_255, _MATRIX_BT601, SPA_VIDEO_TRANSFER_BT709, an unknown one
             color: Color {
@@ -402,21 +417,18 @@ mod tests {
             },
             ..nv12
         };
-        assert_eq!(colorimetry_of(&caps_for(&full, &any).unwrap()), "1:4:5:1");
+        assert_eq!(colorimetry_of(&caps_to_any(&full).unwrap()), "1:4:5:1");
         let odd = StreamFormat {
             color: full.color,
             ..mutter()
         };
-        assert_eq!(colorimetry_of(&caps_for(&odd, &any).unwrap()), "1:1:5:1");
+        assert_eq!(colorimetry_of(&caps_to_any(&odd).unwrap()), "1:1:5:1");
     }
 
     #[test]
     fn a_guess_of_colours_gives_way_and_what_the_producer_says_does_not() {
-        let other = allowed("video/x-raw,colorimetry=bt601");
-        assert_eq!(
-            colorimetry_of(&caps_for(&mutter(), &other).unwrap()),
-            "bt601"
-        );
+        let other = "video/x-raw,colorimetry=bt601";
+        assert_eq!(colorimetry_of(&caps_to(&mutter(), other).unwrap()), "bt601");
         let sure = StreamFormat {
             color: Color {
                 transfer: 7,
@@ -424,6 +436,97 @@ mod tests {
             },
             ..mutter()
         };
-        assert!(caps_for(&sure, &other).is_none());
+        assert!(caps_to(&sure, other).is_none());
+    }
+
+    fn in_dmabufs(modifier: u64) -> StreamFormat {
+        StreamFormat {
+            modifier: Some(modifier),
+            ..mutter()
+        }
+    }
+
+    fn memory(caps: &gst::Caps) -> OutputMemory {
+        video_info(caps).unwrap().0
+    }
+
+    #[test]
+    fn only_what_can_leave_is_in_caps() {
+        gst::init().unwrap();
+        let is_dmabuf = |caps: &gst::Caps| caps.iter_with_features().any(|(_, f)| is_dmabuf(f));
+        assert!(!is_dmabuf(&able().caps()), "there is no GPU");
+        let can = with_gpu();
+        assert!(is_dmabuf(&can.caps()));
+        assert!(can.caps().is_subset(&template()));
+        let strict = Abilities {
+            system: false,
+            ..can
+        };
+        assert!(
+            strict
+                .caps()
+                .iter_with_features()
+                .all(|(_, f)| super::is_dmabuf(f))
+        );
+        let rgba = caps("video/x-raw(memory:DMABuf),format=RGBA");
+        assert!(
+            !rgba.can_intersect(&strict.caps()),
+            "this GPU does not import it"
+        );
+    }
+
+    #[test]
+    fn dmabufs_are_passed_on_where_caps_can_say_what_they_are() {
+        let can = with_gpu();
+        let plain = allowed("video/x-raw(memory:DMABuf),format=BGRx; video/x-raw", &can);
+        for modifier in [LINEAR, IMPLICIT] {
+            let got = caps_for(&in_dmabufs(modifier), &plain, &can).unwrap();
+            assert_eq!(memory(&got), OutputMemory::DmaBuf);
+            assert_eq!(got.structure(0).unwrap().get::<&str>("format"), Ok("BGRx"));
+        }
+        let got = caps_for(&in_dmabufs(7), &plain, &can).unwrap();
+        assert_eq!(memory(&got), OutputMemory::System, "it is read");
+        assert!(caps_for(&in_dmabufs(9), &plain, &can).is_none());
+        let alpha = allowed("video/x-raw(memory:DMABuf),format=BGRA", &can);
+        assert!(caps_for(&in_dmabufs(LINEAR), &alpha, &can).is_none());
+    }
+
+    #[test]
+    fn modifiers_have_names_from_gstreamer_1_24_on() {
+        let can = with_gpu();
+        let all = can.caps();
+        let got = caps_for(&in_dmabufs(7), &all, &can).unwrap();
+        if !SAYS_MODIFIERS {
+            assert_eq!(memory(&got), OutputMemory::System);
+            return;
+        }
+        let structure = got.structure(0).unwrap();
+        assert_eq!(structure.get::<&str>("format"), Ok(DMA_DRM));
+        assert_eq!(
+            structure.get::<&str>("drm-format"),
+            Ok("XR24:0x0000000000000007")
+        );
+        let (memory, info) = video_info(&got).unwrap();
+        assert_eq!(memory, OutputMemory::DmaBuf);
+        assert_eq!(info.format(), VideoFormat::Bgrx);
+        assert_eq!((info.width(), info.height()), (1280, 720));
+    }
+
+    #[test]
+    fn a_refused_modifier_is_read_instead() {
+        let mut can = with_gpu();
+        can.refused.push(Refusal {
+            format: PixelFormat::Bgrx,
+            modifier: LINEAR,
+            what: Use::PassOn,
+        });
+        let both = allowed("video/x-raw(memory:DMABuf),format=BGRx; video/x-raw", &can);
+        let got = caps_for(&in_dmabufs(LINEAR), &both, &can).unwrap();
+        assert_eq!(memory(&got), OutputMemory::System);
+        can.refused.push(Refusal {
+            what: Use::Read,
+            ..can.refused[0]
+        });
+        assert!(caps_for(&in_dmabufs(LINEAR), &both, &can).is_none());
     }
 }

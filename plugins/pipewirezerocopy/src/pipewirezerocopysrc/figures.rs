@@ -8,7 +8,9 @@ use std::time::Duration;
 
 use zerocopy_plugin_common::Quantiles;
 
+use super::caps::OutputMemory;
 use crate::capture::Counters;
+use crate::capture::frame::Sync;
 
 /// What is counted beside the capture's own [`Counters`].
 #[derive(Default)]
@@ -24,6 +26,10 @@ pub(super) struct Figures {
     copies: u64,
     /// The last frame was copied.
     copying: bool,
+    /// Memory in which the last frame left.
+    pub memory: Option<OutputMemory>,
+    /// How the last frame was kept from being read too early.
+    pub sync: Sync,
     bytes_received: u64,
     bytes_sent: u64,
     latency: Quantiles,
@@ -69,6 +75,12 @@ impl Figures {
         let counters = &self.counters;
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let (p50, p99) = self.latency.p50_p99_us();
+        let memory = self.memory.unwrap_or(OutputMemory::System);
+        let sync = match self.sync {
+            Sync::None => "none",
+            Sync::Implicit => "implicit",
+            Sync::Explicit => "explicit",
+        };
         gst::Structure::builder("pipewirezerocopysrc-stats")
             .field("frames", self.frames)
             .field("bytes-sent", self.bytes_sent)
@@ -82,8 +94,8 @@ impl Figures {
             .field("corrupted", load(&counters.corrupted))
             .field("empty", load(&counters.empty))
             .field("held-buffers", load(&counters.held))
-            .field("memory", "system")
-            .field("sync", "none")
+            .field("memory", memory.name())
+            .field("sync", sync)
             .field("latency-p50-us", p50)
             .field("latency-p99-us", p99)
             .build()

@@ -21,8 +21,9 @@
 //!
 //! Two streams on one node disturb each other: use one source and a tee.
 //!
-//! This version puts out system memory: the producer's own, without a copy, where that is sealed
-//! against shrinking and the producer can spare it.
+//! Frames leave in the producer's own memory: as DMA-BUFs where downstream takes those and there is a
+//! GPU, else as system memory, without a copy where that is sealed against shrinking and the producer
+//! can spare it. `output-mode` narrows that down.
 //!
 //! ## Examples
 //!
@@ -54,10 +55,9 @@ use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake, Waker};
 
 use super::caps;
 use super::figures::Figures;
-use super::output::Takes;
 use super::settings::Settings;
-use super::streaming::{Ending, Negotiated, Streaming};
-use crate::capture::{Capture, Config, Counters, Failure, Level, Log, StreamFormat};
+use super::streaming::{Ending, Streaming};
+use crate::capture::{Capture, Config, Counters, Failure, Level, Log};
 
 pub(super) static CAT: LazyLock<gst::DebugCategory> = LazyLock::new(|| {
     gst::DebugCategory::new(
@@ -182,6 +182,7 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
         settings.check().map_err(unusable)?;
         let target = settings.target().map_err(unusable)?;
         let remote = settings.remote().map_err(unusable)?;
+        let (can, display) = self.look_for_gpu(&settings)?;
         let failed = |error: std::io::Error| {
             gst::error_msg!(
                 gst::ResourceError::Failed,
@@ -196,13 +197,14 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
             remote,
             target,
             name: self.obj().name().replace('\0', ""),
+            sync: display.as_ref().and_then(|display| self.timelines(display)),
             log: self.log(),
         };
         let capture = Capture::start(config, waiter.waker(), counters.clone()).map_err(failed)?;
         wait_for_connection(&capture, &mut waiter)?;
         *lock(&self.figures) = Figures::new(counters);
         *lock(&self.waker) = Some(waiter.waker());
-        *lock(&self.streaming) = Some(Streaming::new(capture, waiter, described));
+        *lock(&self.streaming) = Some(Streaming::new(capture, waiter, described, can, display));
         Ok(())
     }
 
@@ -253,137 +255,23 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
         self.parent_event(event)
     }
 
-    /// Tells PipeWire what downstream takes and, once the producer has fixed a format, sets caps.
-    fn negotiate(&self) -> Result<(), gst::LoggableError> {
-        let pad = self.obj().src_pad().clone();
-        let allowed = pad.peer_query_caps(Some(&caps::template()));
-        let offer = caps::offer(&allowed);
-        if offer.0.is_empty() {
-            return Err(gst::loggable_error!(
-                CAT,
-                "downstream takes no video in system memory that this element has"
-            ));
-        }
-        let takes = |format: &StreamFormat| caps::caps_for(format, &allowed).is_some();
-        let (wanted, offered_anew) = {
-            let mut streaming = lock(&self.streaming);
-            let Some(streaming) = &mut *streaming else {
-                return Err(gst::loggable_error!(CAT, "not started"));
-            };
-            let anew = streaming.offer != offer;
-            if anew {
-                streaming.capture.offer(offer.clone());
-                streaming.offer = offer;
-            }
-            if streaming.stale.as_ref().is_some_and(takes) {
-                // Downstream has changed its mind back.
-                streaming.stale = None;
-            }
-            (streaming.wanted, anew)
-        };
-        let Some(wanted) = wanted else {
-            // Caps come with the first frame.
-            return Ok(());
-        };
-        let Some(caps) = caps::caps_for(&wanted, &allowed) else {
-            if offered_anew {
-                gst::debug!(CAT, imp = self, "waiting for the producer to change format");
-                self.forget_format();
-                return Ok(());
-            }
-            return Err(gst::loggable_error!(
-                CAT,
-                "the producer gives {wanted:?}, which downstream does not take"
-            ));
-        };
-        gst::info!(CAT, imp = self, "caps {caps}");
-        let info = gst_video::VideoInfo::from_caps(&caps)
-            .map_err(|_| gst::loggable_error!(CAT, "{caps} are no video"))?;
-        // Downstream is called: no lock is held.
-        self.obj()
-            .set_caps(&caps)
-            .map_err(|_| gst::loggable_error!(CAT, "downstream refused {caps}"))?;
-        let mut changed = false;
-        if let Some(streaming) = &mut *lock(&self.streaming) {
-            let before = streaming.negotiated.replace(Negotiated {
-                source: wanted,
-                info: info.clone(),
-            });
-            streaming.stale = None;
-            changed = before.is_none_or(|before| {
-                before.source != wanted || before.info.format() != info.format()
-            });
-            if changed {
-                // It has the old format.
-                streaming.last = None;
-            }
-        }
-        if changed {
-            let message = gst::message::Latency::builder().src(&*self.obj()).build();
-            // Fails only while the element is being disposed of.
-            let _ = self.obj().post_message(message);
-        }
-        Ok(())
+    fn caps(&self, filter: Option<&gst::Caps>) -> Option<gst::Caps> {
+        let caps = self.possible_caps();
+        Some(match filter {
+            Some(filter) => filter.intersect_with_mode(&caps, gst::CapsIntersectMode::First),
+            None => caps,
+        })
     }
 
-    /// Takes downstream's pool if it will do, else one of our own, both with as much freedom of
-    /// layout as downstream allows.
+    fn negotiate(&self) -> Result<(), gst::LoggableError> {
+        self.agree()
+    }
+
     fn decide_allocation(
         &self,
         query: &mut gst::query::Allocation,
     ) -> Result<(), gst::LoggableError> {
-        let Some(caps) = query.get_owned().0 else {
-            // Nothing is negotiated before the first frame, and nothing allocated.
-            return Ok(());
-        };
-        let info = gst_video::VideoInfo::from_caps(&caps)
-            .map_err(|_| gst::loggable_error!(CAT, "{caps} are no video"))?;
-        let size = u32::try_from(info.size())
-            .map_err(|_| gst::loggable_error!(CAT, "frames over 4 GiB"))?;
-        let with_meta = query
-            .find_allocation_meta::<gst_video::VideoMeta>()
-            .is_some();
-        let overlays = query
-            .find_allocation_meta::<gst_video::VideoOverlayCompositionMeta>()
-            .is_some();
-        if let Some(streaming) = &mut *lock(&self.streaming) {
-            streaming.takes = Takes {
-                video_meta: with_meta,
-                overlays,
-            };
-        }
-        let configure = |pool: &gst::BufferPool, size: u32, min: u32, max: u32| {
-            let mut config = pool.config();
-            config.set_params(Some(&caps), size, min, max);
-            if with_meta {
-                config.add_option(gst_video::BUFFER_POOL_OPTION_VIDEO_META);
-            }
-            pool.set_config(config).is_ok()
-        };
-        let proposed = query.allocation_pools().next();
-        let chosen = proposed.and_then(|(pool, proposed_size, min, max)| {
-            let size = size.max(proposed_size);
-            // One is kept for keepalives, one is being filled, one is downstream.
-            let enough = max == 0 || max >= min + 2;
-            let pool = pool.filter(|pool| enough && configure(pool, size, min, max))?;
-            Some((pool, size, min, max))
-        });
-        let (pool, size, min, max) = if let Some(chosen) = chosen {
-            chosen
-        } else {
-            let pool = gst_video::VideoBufferPool::new().upcast();
-            // None before one is needed: most frames leave in the producer's memory.
-            if !configure(&pool, size, 0, 0) {
-                return Err(gst::loggable_error!(CAT, "no buffer pool for {caps}"));
-            }
-            (pool, size, 0, 0)
-        };
-        if query.allocation_pools().next().is_some() {
-            query.set_nth_allocation_pool(0, Some(&pool), size, min, max);
-        } else {
-            query.add_allocation_pool(Some(&pool), size, min, max);
-        }
-        Ok(())
+        self.decide(query)
     }
 }
 

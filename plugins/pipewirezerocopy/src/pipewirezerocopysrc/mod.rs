@@ -3,9 +3,15 @@
 use gst::glib;
 use gst::prelude::*;
 
+mod abilities;
 mod caps;
+mod dmabuf;
 mod figures;
+mod frames;
+mod gpu;
 mod imp;
+mod negotiation;
+mod offers;
 mod output;
 mod pointer;
 mod schedule;
@@ -34,10 +40,7 @@ pub enum OutputMode {
     #[enum_value(name = "CUDA memory (not in this version)", nick = "cuda")]
     Cuda,
     /// The producer's DMA-BUFs.
-    #[enum_value(
-        name = "The producer's DMA-BUFs, passed on (not in this version)",
-        nick = "dmabuf"
-    )]
+    #[enum_value(name = "The producer's DMA-BUFs, passed on", nick = "dmabuf")]
     DmaBuf,
     /// System memory.
     #[enum_value(name = "System memory", nick = "system")]

@@ -15,6 +15,8 @@ pub(super) struct Takes {
     pub video_meta: bool,
     /// Overlays, which it draws itself.
     pub overlays: bool,
+    /// A part of what is in memory: it reads the GstVideoCropMeta.
+    pub crop: bool,
 }
 
 /// Whether a frame can leave as it lies: in memory that stays, as far as downstream understands the
@@ -69,24 +71,60 @@ pub(super) fn in_place(frame: Frame, info: &gst_video::VideoInfo) -> Option<gst:
 }
 
 /// Copies a frame's rows, each once, into a buffer of `info`'s format. Padding becomes opaque
-/// alpha where the output has alpha and the frame has not. None where the frame's memory is no
-/// longer what it was.
+/// alpha where the output has alpha and the frame has not. False where the CPU cannot read the
+/// frame, or its memory is no longer what it was.
 pub(super) fn copy_frame(
     frame: &Frame,
-    mut buffer: gst::Buffer,
+    buffer: &mut gst::Buffer,
     info: &gst_video::VideoInfo,
-) -> Result<Option<gst::Buffer>, gst::glib::BoolError> {
-    let mut out = writable(&mut buffer, info)?;
+) -> Result<bool, gst::glib::BoolError> {
+    if frame.layout.planes().is_empty() {
+        return Ok(false);
+    }
+    let mut out = writable(buffer, info)?;
     let opaque_at = opaque_at(frame.layout.format, info);
+    let _access = frame.begin_cpu_access();
     for plane in 0..frame.layout.planes().len() {
         let stride = usize::try_from(out.plane_stride()[plane]).unwrap_or(0);
         let data = out.plane_data_mut(plane as u32)?;
         if !frame.copy_plane(plane, data, stride, opaque_at) {
-            return Ok(None);
+            return Ok(false);
         }
     }
-    drop(out);
-    Ok(Some(buffer))
+    Ok(true)
+}
+
+/// Fills a buffer of a packed format with pixels that come as R, G, B, A bytes, in rows without
+/// padding.
+pub(super) fn write_rgba(
+    rgba: &[u8],
+    buffer: &mut gst::Buffer,
+    info: &gst_video::VideoInfo,
+) -> Result<(), gst::glib::BoolError> {
+    let order: Vec<usize> = info
+        .format()
+        .to_str()
+        .bytes()
+        .map(|letter| match letter {
+            b'R' => 0,
+            b'G' => 1,
+            b'B' => 2,
+            _ => 3,
+        })
+        .collect();
+    let width = info.width() as usize;
+    let mut out = writable(buffer, info)?;
+    let stride = usize::try_from(out.plane_stride()[0]).unwrap_or(0);
+    let rows = out.plane_data_mut(0)?.chunks_mut(stride.max(1));
+    for (row, from) in rows.zip(rgba.chunks_exact(width * 4)) {
+        let pixels = row.chunks_exact_mut(order.len());
+        for (to, from) in pixels.zip(from.as_chunks::<4>().0) {
+            for (byte, index) in to.iter_mut().zip(&order) {
+                *byte = from[*index];
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Copies a picture into `buffer` and draws `overlay` on it.

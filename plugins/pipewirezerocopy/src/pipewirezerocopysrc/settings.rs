@@ -28,6 +28,13 @@ pub(super) struct Settings {
     pub live: LiveSettings,
 }
 
+/// The kinds of memory in which buffers may leave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Wanted {
+    pub system: bool,
+    pub dmabuf: bool,
+}
+
 /// What may change while playing: looked at for each buffer.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct LiveSettings {
@@ -104,7 +111,10 @@ impl Settings {
                 .build(),
             glib::ParamSpecString::builder("render-node")
                 .nick("Render node")
-                .blurb("DRM render node for importing DMA-BUFs (no effect in this version)")
+                .blurb(
+                    "DRM render node by whose abilities DMA-BUFs are negotiated, and which reads them \
+                     (null = the first)",
+                )
                 .default_value(default.render_node.as_deref())
                 .mutable_ready()
                 .build(),
@@ -233,15 +243,28 @@ impl Settings {
                 ));
             }
         }
-        let asked = match self.buffer_type.as_deref() {
+        self.wanted().map(|_| ())
+    }
+
+    /// The memory in which buffers may leave. The error says which property asks for what cannot be
+    /// done by this version.
+    pub fn wanted(&self) -> Result<Wanted, String> {
+        let only = |system, dmabuf| Ok(Wanted { system, dmabuf });
+        let cuda = |name: &str| {
+            Err(format!(
+                "{name} asks for CUDA memory, which is not in this version: use output-mode=auto, \
+                 dmabuf or system"
+            ))
+        };
+        let by_type = match self.buffer_type.as_deref() {
             None => None,
-            Some("shm") => Some(Ok(())),
-            Some("dmabuf" | "dma-buf" | "gpu" | "cuda") => {
-                Some(Err("frames without system memory (DMA-BUF, CUDA)"))
-            }
-            Some("dmabuf-passthrough" | "passthrough" | "virtgpu") => {
-                Some(Err("passing DMA-BUFs on"))
-            }
+            Some("shm") => Some(only(true, false)),
+            // The first group means auto without system memory, so CUDA memory as well in a version
+            // that has it.
+            Some(
+                "dmabuf" | "dma-buf" | "gpu" | "cuda" | "dmabuf-passthrough" | "passthrough"
+                | "virtgpu",
+            ) => Some(only(false, true)),
             Some(other) => {
                 return Err(format!(
                     "buffer-type={other} means nothing: it is shm, dmabuf or dmabuf-passthrough \
@@ -249,22 +272,14 @@ impl Settings {
                 ));
             }
         };
-        let missing = |what, name: &str| {
-            Err(format!(
-                "{name} asks for {what}, which is not in this version: use output-mode=system or \
-                 output-mode=auto"
-            ))
-        };
-        if !self.output_mode_was_set
-            && let Some(Err(what)) = asked
-        {
-            let text = self.buffer_type.as_deref().unwrap_or_default();
-            return missing(what, &format!("buffer-type={text}"));
+        if let Some(wanted) = by_type.filter(|_| !self.output_mode_was_set) {
+            return wanted;
         }
         match self.output_mode {
-            OutputMode::Auto | OutputMode::System => Ok(()),
-            OutputMode::Cuda => missing("CUDA memory", "output-mode=cuda"),
-            OutputMode::DmaBuf => missing("passing DMA-BUFs on", "output-mode=dmabuf"),
+            OutputMode::Auto => only(true, true),
+            OutputMode::System => only(true, false),
+            OutputMode::DmaBuf => only(false, true),
+            OutputMode::Cuda => cuda("output-mode=cuda"),
         }
     }
 
@@ -328,9 +343,18 @@ mod tests {
         with(|s| s.buffer_type = Some(text.into()))
     }
 
+    const SYSTEM: Wanted = Wanted {
+        system: true,
+        dmabuf: false,
+    };
+    const DMABUF: Wanted = Wanted {
+        system: false,
+        dmabuf: true,
+    };
+
     #[test]
     fn the_deprecated_buffer_types_keep_their_meaning() {
-        assert!(buffer_type("shm").check().is_ok());
+        assert_eq!(buffer_type("shm").wanted(), Ok(SYSTEM));
         for strict in [
             "dmabuf",
             "dma-buf",
@@ -340,9 +364,7 @@ mod tests {
             "passthrough",
             "virtgpu",
         ] {
-            let error = buffer_type(strict).check().unwrap_err();
-            assert!(error.contains(strict), "{error}");
-            assert!(error.contains("not in this version"), "{error}");
+            assert_eq!(buffer_type(strict).wanted(), Ok(DMABUF), "{strict}");
         }
         let error = buffer_type("shmm").check().unwrap_err();
         assert!(error.contains("shmm means nothing"), "{error}");
@@ -352,19 +374,22 @@ mod tests {
     fn an_output_mode_that_was_set_goes_before_the_buffer_type() {
         let mut settings = buffer_type("dmabuf");
         settings.output_mode_was_set = true;
-        assert!(settings.check().is_ok());
+        let all = Wanted {
+            system: true,
+            dmabuf: true,
+        };
+        assert_eq!(settings.wanted(), Ok(all));
         settings.buffer_type = Some("nonsense".into());
         assert!(settings.check().is_err(), "nonsense stays nonsense");
     }
 
     #[test]
-    fn strict_modes_that_are_not_built_are_refused() {
-        for mode in [OutputMode::Cuda, OutputMode::DmaBuf] {
-            assert!(with(|s| s.output_mode = mode).check().is_err());
-        }
-        for mode in [OutputMode::Auto, OutputMode::System] {
-            assert!(with(|s| s.output_mode = mode).check().is_ok());
-        }
+    fn a_named_mode_is_strict_and_one_that_is_not_built_is_refused() {
+        let wanted = |mode| with(|s| s.output_mode = mode).wanted();
+        assert_eq!(wanted(OutputMode::System), Ok(SYSTEM));
+        assert_eq!(wanted(OutputMode::DmaBuf), Ok(DMABUF));
+        assert!(wanted(OutputMode::Cuda).is_err());
+        assert!(with(|s| s.output_mode = OutputMode::Cuda).check().is_err());
     }
 
     #[test]

@@ -1,32 +1,35 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What the streaming thread does from one buffer to the next: wait, copy a frame, resend the
-//! last one, tell the application what has happened to the producer.
+//! What the streaming thread does from one buffer to the next: wait, decide what is to leave, tell
+//! the application what has happened to the producer.
 
-use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
 use gst::subclass::prelude::*;
 use gst_base::prelude::*;
-use zerocopy_plugin_common::mark_damage;
 use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake};
 
 use super::OnDisconnect;
+use super::abilities::Abilities;
+use super::caps::OutputMemory;
+use super::dmabuf::describe;
 use super::imp::{CAT, PipeWireZeroCopySrc, failure_message, lock};
-use super::output::{Takes, can_leave_in_place, copy_frame, draw, in_place, orientation};
+use super::output::Takes;
 use super::pointer::Pointer;
 use super::schedule::Schedule;
 use super::settings::LiveSettings;
-use crate::capture::damage::Damage;
 use crate::capture::meta::{Cursor, Transform};
-use crate::capture::{Capture, Counters, Interest, Look, Monotonic, Offer, StreamFormat};
+use crate::capture::{Capture, Counters, Interest, Look, Offer, StreamFormat};
+use crate::egl::{Display, Reader};
 
 /// What downstream and the producer have agreed on.
 #[derive(Clone, Debug)]
 pub(super) struct Negotiated {
     pub source: StreamFormat,
+    /// Size, format and colours of what leaves; of system memory also the layout.
     pub info: gst_video::VideoInfo,
+    pub memory: OutputMemory,
 }
 
 /// The end of the stream, as the application asked for it.
@@ -46,6 +49,13 @@ pub(super) struct Streaming {
     pub waiter: Option<Waiter>,
     /// For messages.
     pub target: String,
+    pub can: Abilities,
+    /// The GPU's, where there is one.
+    pub display: Option<Display>,
+    /// Reads what only the GPU can; made when first needed.
+    pub reader: Option<Reader>,
+    /// Why a kind of DMA-BUFs is not used any more.
+    pub fallback: Option<String>,
     pub offer: Offer,
     /// What the frame that is there needs.
     pub wanted: Option<StreamFormat>,
@@ -59,14 +69,16 @@ pub(super) struct Streaming {
     pub takes: Takes,
     pub pointer: Pointer,
     /// What downstream knows of it.
-    transform: Transform,
+    pub transform: Transform,
     pub last_pts: Option<gst::ClockTime>,
     pub schedule: Schedule,
     /// Since when the first frame, or the first of a new format, is waited for.
     pub waiting_since: Option<Instant>,
     pub frame_seen: bool,
-    /// The application knows that the producer is there.
-    pub announced: bool,
+    /// The application knows that the producer is there, and in which memory frames leave.
+    pub announced: Option<OutputMemory>,
+    /// Downstream has as many of the producer's buffers as can be spared, and takes nothing else.
+    pub waits_for_buffer: bool,
     /// The producer is gone; there is nothing to keep alive.
     pub vanished: bool,
     pub ending: Ending,
@@ -86,11 +98,21 @@ enum Step {
 
 impl Streaming {
     /// Nothing has come yet of `target`.
-    pub fn new(capture: Capture, waiter: Waiter, target: String) -> Self {
+    pub fn new(
+        capture: Capture,
+        waiter: Waiter,
+        target: String,
+        can: Abilities,
+        display: Option<Display>,
+    ) -> Self {
         Self {
             capture,
             waiter: Some(waiter),
             target,
+            can,
+            display,
+            reader: None,
+            fallback: None,
             offer: Offer::default(),
             wanted: None,
             negotiated: None,
@@ -103,7 +125,8 @@ impl Streaming {
             schedule: Schedule::default(),
             waiting_since: None,
             frame_seen: false,
-            announced: false,
+            announced: None,
+            waits_for_buffer: false,
             vanished: false,
             ending: Ending::No,
         }
@@ -123,7 +146,12 @@ impl Streaming {
             .min_interval()
             .and_then(|interval| self.schedule.frame_at(interval))
             .filter(|due| *due > now);
-        let interest = early.map_or(Interest::All, |_| Interest::News);
+        let interest = match early {
+            Some(_) => Interest::News,
+            None if self.waits_for_buffer => Interest::Buffer,
+            None => Interest::All,
+        };
+        self.waits_for_buffer = false;
         match (self.capture.inbox().look(interest), early) {
             // A frame is held back, or `look` was asked to be silent about one: until then, a
             // newer one may take its place.
@@ -205,7 +233,7 @@ impl PipeWireZeroCopySrc {
             };
             match step {
                 Step::Push(format) => {
-                    if let Some(buffer) = self.take_frame(&format, &settings)? {
+                    if let Some(buffer) = self.take_frame(&format, &settings, waiter)? {
                         return Ok(buffer);
                     }
                 }
@@ -247,11 +275,16 @@ impl PipeWireZeroCopySrc {
                 self,
                 gst::CoreError::Negotiation,
                 [
-                    "downstream does not take what the producer gives: {} of {}x{} pixels in \
-                     system memory (videoconvert or videoscale help)",
+                    "downstream does not take what the producer gives: {} of {}x{} pixels{}{} \
+                     (videoconvert or videoscale help)",
                     format.format.name(),
                     format.width,
-                    format.height
+                    format.height,
+                    match format.modifier {
+                        Some(modifier) => format!(", {}", describe(format.format, modifier)),
+                        None => " in system memory".into(),
+                    },
+                    self.fallback()
                 ]
             );
             return Err(gst::FlowError::NotNegotiated);
@@ -270,252 +303,6 @@ impl PipeWireZeroCopySrc {
         }
     }
 
-    fn discard_stale(&self) {
-        let frame = lock(&self.streaming)
-            .as_ref()
-            .and_then(|streaming| streaming.capture.inbox().take(&streaming.stale?, |_| true));
-        if frame.is_some() {
-            let figures = lock(&self.figures);
-            figures.counters.dropped.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    /// The frame that is there as a buffer: in place where that can be, else copied, and PipeWire's
-    /// buffer given back. None if a frame of another format has taken its place.
-    fn take_frame(
-        &self,
-        format: &StreamFormat,
-        settings: &LiveSettings,
-    ) -> Result<Option<gst::Buffer>, gst::FlowError> {
-        let (inbox, last, info, takes) = {
-            let mut streaming = lock(&self.streaming);
-            let Some(streaming) = &mut *streaming else {
-                return Err(gst::FlowError::Flushing);
-            };
-            let Some(negotiated) = &streaming.negotiated else {
-                return Ok(None);
-            };
-            (
-                streaming.capture.inbox().clone(),
-                streaming.last.take(),
-                negotiated.info.clone(),
-                streaming.takes,
-            )
-        };
-        // A new frame replaces it, and may leave in place only because its buffer is back.
-        drop(last);
-        let spared = inbox.take(format, |frame| {
-            can_leave_in_place(frame, &info, takes) && frame.reserve()
-        });
-        let (mut frame, pooled) = if let Some(frame) = spared {
-            (frame, None)
-        } else {
-            // The pool may make us wait: no frame is held meanwhile (L4).
-            let buffer = self.pooled_buffer()?;
-            match inbox.take(format, |_| true) {
-                Some(frame) => (frame, Some(buffer)),
-                None => return Ok(None),
-            }
-        };
-        let (captured, transform) = (frame.captured, frame.transform);
-        let damage = std::mem::replace(&mut frame.damage, Damage::Everything);
-        let copied = pooled.is_some();
-        let picture = match pooled {
-            None => in_place(frame, &info),
-            Some(buffer) => {
-                let copy = copy_frame(&frame, buffer, &info);
-                drop(frame);
-                if matches!(copy, Ok(None)) {
-                    gst::debug!(CAT, imp = self, "the producer has shrunk a frame's memory");
-                    let figures = lock(&self.figures);
-                    figures.counters.corrupted.fetch_add(1, Ordering::Relaxed);
-                    inbox.miss();
-                    return Ok(None);
-                }
-                copy.ok().flatten()
-            }
-        };
-        let Some(picture) = picture else {
-            return self.fail(gst::error_msg!(
-                gst::StreamError::Failed,
-                [
-                    "a frame of {}x{} does not fit a buffer",
-                    info.width(),
-                    info.height()
-                ]
-            ));
-        };
-        self.turn(transform);
-        lock(&self.figures).add_transfer(copied);
-        let buffer = self.leave(&picture, damage, captured)?;
-        let now = Instant::now();
-        lock(&self.figures).add_frame(info.size(), Monotonic::now().since(captured));
-        let mut announce = None;
-        if let Some(streaming) = &mut *lock(&self.streaming) {
-            streaming.frame_seen = true;
-            streaming.waiting_since = None;
-            streaming.schedule.frame_left(now, settings.min_interval());
-            let keep = settings.keepalive_time > 0
-                || settings.resend_last
-                || streaming.pointer.overlay().is_some();
-            streaming.last = keep.then_some(picture);
-            if !streaming.announced {
-                announce = Some("streaming");
-            } else if streaming.vanished {
-                announce = Some("returned");
-            }
-            streaming.announced = true;
-            streaming.vanished = false;
-        }
-        if let Some(state) = announce {
-            if state == "returned" {
-                lock(&self.figures).reconnects += 1;
-            }
-            self.announce(state, None);
-        }
-        gst::trace!(CAT, imp = self, "frame {:?}", buffer.pts());
-        Ok(Some(buffer))
-    }
-
-    /// The last frame once more, with the pointer where it is now: the same memory, a new timestamp.
-    fn resend(&self, settings: &LiveSettings) -> Result<Option<gst::Buffer>, gst::FlowError> {
-        let (last, moved) = {
-            let mut streaming = lock(&self.streaming);
-            let Some(streaming) = streaming.as_mut() else {
-                return Err(gst::FlowError::Flushing);
-            };
-            let Some(last) = streaming.last.clone() else {
-                return Ok(None);
-            };
-            let moved = streaming.capture.inbox().has_cursor();
-            let (now, interval) = (Instant::now(), settings.min_interval());
-            if moved {
-                streaming.schedule.frame_left(now, interval);
-            } else {
-                let period = settings.keepalive().unwrap_or_default();
-                streaming.schedule.keepalive_left(now, period, interval);
-            }
-            (last, moved)
-        };
-        let buffer = self.leave(&last, Damage::Rects(Vec::new()), Monotonic::now())?;
-        let mut figures = lock(&self.figures);
-        if moved {
-            figures.add_pointer(buffer.size());
-        } else {
-            figures.add_keepalive(buffer.size());
-        }
-        drop(figures);
-        gst::trace!(CAT, imp = self, "resent {:?}", buffer.pts());
-        Ok(Some(buffer))
-    }
-
-    /// A picture as it leaves: with the pointer, a timestamp, and what has changed.
-    fn leave(
-        &self,
-        picture: &gst::Buffer,
-        mut damage: Damage,
-        captured: Monotonic,
-    ) -> Result<gst::Buffer, gst::FlowError> {
-        let (overlay, info, takes) = {
-            let mut streaming = lock(&self.streaming);
-            let Some(Streaming {
-                capture,
-                pointer,
-                negotiated: Some(negotiated),
-                takes,
-                ..
-            }) = streaming.as_mut()
-            else {
-                return Err(gst::FlowError::Flushing);
-            };
-            if let Some(cursor) = capture.inbox().take_cursor() {
-                pointer.update(cursor);
-            }
-            let info = negotiated.info.clone();
-            damage.add(Damage::Rects(pointer.leaves(info.width(), info.height())));
-            (pointer.overlay().cloned(), info, *takes)
-        };
-        let mut buffer;
-        if let Some(overlay) = overlay.as_ref().filter(|_| !takes.overlays) {
-            buffer = self.pooled_buffer()?;
-            if let Err(error) = draw(picture, overlay, &mut buffer, &info) {
-                return self.fail(gst::error_msg!(
-                    gst::StreamError::Failed,
-                    ["drawing the pointer into the picture failed: {error}"]
-                ));
-            }
-            lock(&self.figures).add_transfer(true);
-        } else {
-            buffer = picture.copy();
-            if let Some(buffer) = buffer.get_mut() {
-                // So that a pool does not reuse the memory while downstream has this buffer.
-                gst::ParentBufferMeta::add(buffer, picture);
-                if let Some(overlay) = &overlay {
-                    gst_video::VideoOverlayCompositionMeta::add(buffer, overlay);
-                }
-            }
-        }
-        // A frame that may have changed everywhere says nothing.
-        if let (Damage::Rects(rects), Some(buffer)) = (&damage, buffer.get_mut()) {
-            let rects = rects.iter().map(|rect| {
-                let start = [rect.x, rect.y].map(|n| n.max(0).unsigned_abs());
-                [start[0], start[1], rect.width, rect.height]
-            });
-            mark_damage(buffer, rects);
-        }
-        self.stamp(&mut buffer, captured);
-        Ok(buffer)
-    }
-
-    /// A buffer of the pool that was negotiated with downstream; waits for one.
-    fn pooled_buffer(&self) -> Result<gst::Buffer, gst::FlowError> {
-        let pool = self.obj().buffer_pool();
-        pool.ok_or(gst::FlowError::NotNegotiated)?
-            .acquire_buffer(None)
-    }
-
-    /// Says downstream how the frames from now on are turned.
-    fn turn(&self, transform: Transform) {
-        if let Some(streaming) = &mut *lock(&self.streaming) {
-            if streaming.transform == transform {
-                return;
-            }
-            streaming.transform = transform;
-        }
-        let mut tags = gst::TagList::new();
-        if let Some(tags) = tags.get_mut() {
-            let orientation = orientation(transform);
-            tags.set_scope(gst::TagScope::Stream);
-            tags.add::<gst::tags::ImageOrientation>(&orientation, gst::TagMergeMode::Replace);
-        }
-        gst::info!(CAT, imp = self, "tags {tags}");
-        // The base class sends it before the next buffer, and after the segment.
-        self.parent_send_event(gst::event::Tag::new(tags));
-    }
-
-    /// Sets the running time at which the buffer was captured, later than that of the one before.
-    fn stamp(&self, buffer: &mut gst::Buffer, captured: Monotonic) {
-        let obj = self.obj();
-        let now = obj
-            .clock()
-            .zip(obj.base_time())
-            .map(|(clock, base)| clock.time().saturating_sub(base));
-        let age = gst::ClockTime::try_from(Monotonic::now().since(captured));
-        let mut pts = now.map(|now| now.saturating_sub(age.unwrap_or_default()));
-        if let Some(streaming) = &mut *lock(&self.streaming) {
-            // A capture time before a keepalive's is moved behind it.
-            let least = streaming
-                .last_pts
-                .map(|last| last + gst::ClockTime::from_nseconds(1));
-            pts = pts.max(least);
-            streaming.last_pts = pts;
-        }
-        if let Some(buffer) = buffer.get_mut() {
-            buffer.set_pts(pts);
-            buffer.set_dts(gst::ClockTime::NONE);
-        }
-    }
-
     fn see_vanished(&self, reason: &str, meaning: OnDisconnect) -> Result<(), gst::FlowError> {
         self.announce("vanished", Some(reason));
         if let Some(streaming) = &mut *lock(&self.streaming) {
@@ -525,7 +312,7 @@ impl PipeWireZeroCopySrc {
         match meaning {
             OnDisconnect::Error => self.fail(gst::error_msg!(
                 gst::ResourceError::NotFound,
-                ["the producer has vanished: {reason}"]
+                ["the producer has vanished: {reason}{}", self.fallback()]
             )),
             OnDisconnect::Eos => {
                 gst::info!(CAT, imp = self, "EOS: {reason}");
@@ -551,17 +338,31 @@ impl PipeWireZeroCopySrc {
         }
     }
 
+    /// What was given up before, for messages about what that may have led to.
+    fn fallback(&self) -> String {
+        let streaming = lock(&self.streaming);
+        let fallback = streaming.as_ref().and_then(|s| s.fallback.as_deref());
+        fallback.map_or_else(String::new, |text| format!("; before that: {text}"))
+    }
+
     /// Posts an error and ends the stream.
-    fn fail<T>(&self, message: gst::ErrorMessage) -> Result<T, gst::FlowError> {
+    pub(super) fn fail<T>(&self, message: gst::ErrorMessage) -> Result<T, gst::FlowError> {
         lock(&self.figures).errors += 1;
         self.post_error_message(message);
         Err(gst::FlowError::Error)
     }
 
-    fn announce(&self, state: &str, reason: Option<&str>) {
+    pub(super) fn announce(&self, state: &str, reason: Option<&str>) {
+        let memory = match &*lock(&self.streaming) {
+            Some(Streaming {
+                negotiated: Some(negotiated),
+                ..
+            }) => negotiated.memory,
+            _ => OutputMemory::System,
+        };
         let structure = gst::Structure::builder("pipewire-capture")
             .field("state", state)
-            .field("memory", "system")
+            .field("memory", memory.name())
             .field("reason", reason.unwrap_or_default())
             .build();
         let message = gst::message::Element::builder(structure)

@@ -45,7 +45,9 @@ impl Run {
             .property_from_str("caps", caps)
             .build()
             .unwrap();
+        // A keepalive that nobody has pulled does not hold EOS back.
         let sink = gst_app::AppSink::builder().sync(false).build();
+        sink.set_property("wait-on-eos", false);
         let pipeline = gst::Pipeline::new();
         let elements = [&src, &filter, sink.upcast_ref()];
         pipeline.add_many(elements).unwrap();

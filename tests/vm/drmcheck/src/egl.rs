@@ -24,7 +24,7 @@ const SIZE: (u32, u32) = (256, 64);
 pub fn show() -> Outcome<()> {
     let node = Node::open(VIRTIO_GPU, Kind::Primary)?;
     let display = Display::open(node.path())?;
-    let reader = Reader::new(&display)?;
+    let mut reader = Reader::new(&display)?;
     let formats = display.formats()?;
     println!(
         "egl display {}: {}",
@@ -47,7 +47,7 @@ pub fn show() -> Outcome<()> {
         ("heap", foreign::make(Foreign::Heap, SIZE.0, SIZE.1)),
     ] {
         match memory {
-            Ok(memory) => look(&display, &reader, name, &memory)?,
+            Ok(memory) => look(&display, &mut reader, name, &memory)?,
             Err(error) => println!("absent {name}: {error}"),
         }
     }
@@ -55,7 +55,12 @@ pub fn show() -> Outcome<()> {
 }
 
 /// Imports the memory in several ways.
-fn look(display: &Display, reader: &Reader, name: &str, memory: &(OwnedFd, u32)) -> Outcome<()> {
+fn look(
+    display: &Display,
+    reader: &mut Reader,
+    name: &str,
+    memory: &(OwnedFd, u32),
+) -> Outcome<()> {
     let (fd, stride) = memory;
     let stride = *stride;
     paint(fd, stride, 0)?;
@@ -119,7 +124,7 @@ fn paint(fd: &OwnedFd, stride: u32, blue: u8) -> Outcome<()> {
 }
 
 /// Compares every pixel with what was painted there, the image's corner being at `at`.
-fn compare(reader: &Reader, image: &Image, at: (u32, u32), blue: u8) -> Result<String, Error> {
+fn compare(reader: &mut Reader, image: &Image, at: (u32, u32), blue: u8) -> Result<String, Error> {
     reader.check(image)?;
     let (width, height) = (image.width(), image.height());
     let bytes = reader.read(image, 0, 0, width, height)?;

@@ -12,6 +12,7 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 
 mod buffers;
+mod cuda;
 mod dmabuf;
 mod draw;
 mod egl;
@@ -42,6 +43,9 @@ enum Command {
     /// Imports memory of each kind with EGL, reads it back and says what was found: "egl KIND HOW: right",
     /// "egl KIND HOW: refused: REASON", or that it was wrong.
     Egl,
+    /// Copies DMA-BUFs into CUDA memory by drawing them, with a libcuda that only looks like one, and
+    /// compares what is there: "cuda WHAT: right", or what else it is.
+    Cuda,
     /// Draws pictures into DMA-BUFs of one kind, sends them through vsockenc and records what comes back.
     Send(send::Options),
     /// Has qemudisplaysrc show DMA-BUFs of each kind and compares: "screen KIND HOW: right", or what is
@@ -74,6 +78,7 @@ fn main() -> ExitCode {
         Command::Buffers => buffers::show(),
         Command::Refusals => foreign::show(),
         Command::Egl => egl::show(),
+        Command::Cuda => cuda::show(),
         Command::Send(options) => send::show(&options),
         Command::Output {
             name,

@@ -1,0 +1,176 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! OpenGL ES on a display, current only while it is used.
+
+use std::ffi::c_void;
+use std::marker::PhantomData;
+use std::ops::Deref;
+
+use khronos_egl as egl;
+
+use super::display::Display;
+use super::{Error, library};
+
+/// GL_OES_EGL_image. `GLeglImageOES` is a `void *`.
+type ImageTargetTexture = unsafe extern "system" fn(u32, *mut c_void);
+
+/// An OpenGL ES 3 context with no surface. It may be used on any thread, on one at a time.
+pub struct Gl {
+    display: Display,
+    context: egl::Context,
+    functions: glow::Context,
+    image_target_texture: ImageTargetTexture,
+}
+
+// SAFETY: a GL context may go from thread to thread as long as it is current on one at most; it is
+// current only within `Current`, which borrows this and stays on its thread.
+unsafe impl Send for Gl {}
+
+impl Gl {
+    /// Makes a context.
+    pub fn new(display: &Display) -> Result<Self, Error> {
+        let inner = display.inner();
+        let (egl, raw) = (inner.egl, inner.raw);
+        let unavailable =
+            |text: String| Error::Unavailable(format!("{}: {text}", display.node().display()));
+        for extension in ["EGL_KHR_surfaceless_context", "EGL_KHR_no_config_context"] {
+            if !display.has_extension(extension) {
+                return Err(unavailable(format!("its driver has no {extension}")));
+            }
+        }
+        // SAFETY: the type is that of GL_OES_EGL_image.
+        let image_target_texture =
+            unsafe { library::extension(egl, "glEGLImageTargetTexture2DOES") }?;
+        let failed = |call: &str, error: egl::Error| unavailable(format!("{call}: {error}"));
+        egl.bind_api(egl::OPENGL_ES_API)
+            .map_err(|error| failed("eglBindAPI", error))?;
+        // SAFETY: EGL_NO_CONFIG_KHR is null, and the display takes it.
+        let no_config = unsafe { egl::Config::from_ptr(std::ptr::null_mut()) };
+        let attributes = [egl::CONTEXT_CLIENT_VERSION, 3, egl::NONE];
+        let context = egl
+            .create_context(raw, no_config, None, &attributes)
+            .map_err(|error| failed("eglCreateContext", error))?;
+        let before = match Before::replace(display, context) {
+            Ok(before) => before,
+            Err(error) => {
+                let _ = egl.destroy_context(raw, context);
+                return Err(error);
+            }
+        };
+        // SAFETY: the context is current, and the functions are the driver's own.
+        let functions = unsafe {
+            glow::Context::from_loader_function(|name| {
+                egl.get_proc_address(name)
+                    .map_or(std::ptr::null(), |function| function as *const c_void)
+            })
+        };
+        drop(before);
+        Ok(Self {
+            display: display.clone(),
+            context,
+            functions,
+            image_target_texture,
+        })
+    }
+
+    /// Makes it current on this thread, until what is returned is dropped; then the thread has what
+    /// it had before.
+    pub fn enter(&self) -> Result<Current<'_>, Error> {
+        Ok(Current {
+            gl: self,
+            _before: Before::replace(&self.display, self.context)?,
+        })
+    }
+}
+
+impl Drop for Gl {
+    fn drop(&mut self) {
+        let inner = self.display.inner();
+        // Fails only for what is no context of this display.
+        let _ = inner.egl.destroy_context(inner.raw, self.context);
+    }
+}
+
+/// A context that is current; the functions of OpenGL ES.
+pub struct Current<'a> {
+    gl: &'a Gl,
+    _before: Before,
+}
+
+impl Deref for Current<'_> {
+    type Target = glow::Context;
+
+    fn deref(&self) -> &glow::Context {
+        &self.gl.functions
+    }
+}
+
+impl Current<'_> {
+    /// Lets the texture that is bound to `GL_TEXTURE_2D` show an EGLImage.
+    ///
+    /// # Safety
+    ///
+    /// `image` must be an EGLImage of this display, and live as long as the texture shows it.
+    pub unsafe fn show_image(&self, image: *mut c_void) {
+        // SAFETY: the context is current; the caller vouches for the image.
+        unsafe { (self.gl.image_target_texture)(glow::TEXTURE_2D, image) }
+    }
+}
+
+/// What was current on this thread, and will be again: the thread may be the application's.
+struct Before {
+    display: Display,
+    others: Option<Others>,
+    /// What is current is so on a thread.
+    _one_thread: PhantomData<*const ()>,
+}
+
+struct Others {
+    display: egl::Display,
+    draw: Option<egl::Surface>,
+    read: Option<egl::Surface>,
+    context: egl::Context,
+}
+
+impl Before {
+    fn replace(display: &Display, context: egl::Context) -> Result<Self, Error> {
+        let inner = display.inner();
+        let egl = inner.egl;
+        let others = egl.get_current_context().zip(egl.get_current_display());
+        let others = others.map(|(context, display)| Others {
+            display,
+            draw: egl.get_current_surface(egl::DRAW),
+            read: egl.get_current_surface(egl::READ),
+            context,
+        });
+        egl.make_current(inner.raw, None, None, Some(context))
+            .map_err(|error| {
+                let node = display.node().display();
+                Error::Unavailable(format!("{node}: eglMakeCurrent: {error}"))
+            })?;
+        Ok(Self {
+            display: display.clone(),
+            others,
+            _one_thread: PhantomData,
+        })
+    }
+}
+
+impl Drop for Before {
+    fn drop(&mut self) {
+        let inner = self.display.inner();
+        // It was possible before; where it no longer is, nothing can be done about it.
+        let _ = match &self.others {
+            None => inner.egl.make_current(inner.raw, None, None, None),
+            Some(others) => {
+                let Others {
+                    display,
+                    draw,
+                    read,
+                    context,
+                } = *others;
+                inner.egl.make_current(display, draw, read, Some(context))
+            }
+        };
+    }
+}

@@ -1,0 +1,341 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! From the frame that is there to the buffer that leaves, and the same once more.
+
+use std::sync::atomic::Ordering;
+use std::time::Instant;
+
+use gst::prelude::*;
+use gst::subclass::prelude::*;
+use gst_base::prelude::*;
+use zerocopy_plugin_common::mark_damage;
+use zerocopy_plugin_common::wait::Waiter;
+
+use super::abilities::Use;
+use super::caps::OutputMemory;
+use super::dmabuf::pass_on;
+use super::imp::{CAT, PipeWireZeroCopySrc, lock};
+use super::output::{can_leave_in_place, copy_frame, draw, in_place, orientation};
+use super::settings::LiveSettings;
+use super::streaming::{Negotiated, Streaming};
+use crate::capture::damage::Damage;
+use crate::capture::frame::{Frame, Sync};
+use crate::capture::meta::Transform;
+use crate::capture::{Monotonic, StreamFormat};
+
+impl PipeWireZeroCopySrc {
+    pub(super) fn discard_stale(&self) {
+        let frame = lock(&self.streaming)
+            .as_ref()
+            .and_then(|streaming| streaming.capture.inbox().take(&streaming.stale?, |_| true));
+        if frame.is_some() {
+            let figures = lock(&self.figures);
+            figures.counters.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// The frame that is there as a buffer: in place where that can be, else copied, and PipeWire's
+    /// buffer given back. None if a frame of another format has taken its place, or cannot leave.
+    pub(super) fn take_frame(
+        &self,
+        format: &StreamFormat,
+        settings: &LiveSettings,
+        waiter: &mut Waiter,
+    ) -> Result<Option<gst::Buffer>, gst::FlowError> {
+        let (inbox, last, negotiated, takes) = {
+            let mut streaming = lock(&self.streaming);
+            let Some(streaming) = &mut *streaming else {
+                return Err(gst::FlowError::Flushing);
+            };
+            let Some(negotiated) = streaming.negotiated.clone() else {
+                return Ok(None);
+            };
+            (
+                streaming.capture.inbox().clone(),
+                streaming.last.take(),
+                negotiated,
+                streaming.takes,
+            )
+        };
+        let Negotiated { info, memory, .. } = negotiated;
+        // A new frame replaces it, and may leave in place only because its buffer is back.
+        drop(last);
+        let spared = inbox.take(format, |frame| {
+            let in_place =
+                memory == OutputMemory::DmaBuf || can_leave_in_place(frame, &info, takes);
+            in_place && frame.reserve()
+        });
+        let (mut frame, pooled) = match (spared, memory) {
+            (Some(frame), _) => (frame, None),
+            (None, OutputMemory::DmaBuf) => {
+                // Nothing else would do for downstream. The newest frame stays in the inbox.
+                if let Some(streaming) = &mut *lock(&self.streaming) {
+                    streaming.waits_for_buffer = true;
+                }
+                return Ok(None);
+            }
+            (None, OutputMemory::System) => {
+                // The pool may make us wait: no frame is held meanwhile (L4).
+                let buffer = self.pooled_buffer()?;
+                match inbox.take(format, |_| true) {
+                    Some(frame) => (frame, Some(buffer)),
+                    None => return Ok(None),
+                }
+            }
+        };
+        let sync = match frame.fence() {
+            Ok((sync, fence)) => {
+                self.wait_for(&fence, waiter)
+                    .inspect_err(|_| inbox.miss())?;
+                sync
+            }
+            Err(error) => {
+                gst::warning!(CAT, imp = self, "a frame is taken as it is: {error}");
+                Sync::None
+            }
+        };
+        let (captured, transform) = (frame.captured, frame.transform);
+        let damage = std::mem::replace(&mut frame.damage, Damage::Everything);
+        let copied = pooled.is_some();
+        let picture = match (pooled, memory) {
+            (None, OutputMemory::DmaBuf) => match pass_on(frame, &info, takes) {
+                Ok(picture) => Some(picture),
+                Err(reason) => {
+                    self.refuse(format, Use::PassOn, &reason);
+                    inbox.miss();
+                    return Ok(None);
+                }
+            },
+            (None, OutputMemory::System) => in_place(frame, &info),
+            (Some(mut buffer), _) => {
+                if !self.copy(&frame, &mut buffer, &info, format)? {
+                    inbox.miss();
+                    return Ok(None);
+                }
+                Some(buffer)
+            }
+        };
+        let Some(picture) = picture else {
+            return self.does_not_fit(&info);
+        };
+        self.turn(transform);
+        {
+            let mut figures = lock(&self.figures);
+            figures.add_transfer(copied);
+            figures.memory = Some(memory);
+            figures.sync = sync;
+        }
+        let buffer = self.leave(&picture, damage, captured)?;
+        let now = Instant::now();
+        lock(&self.figures).add_frame(info.size(), Monotonic::now().since(captured));
+        let mut announce = None;
+        if let Some(streaming) = &mut *lock(&self.streaming) {
+            streaming.frame_seen = true;
+            streaming.waiting_since = None;
+            streaming.schedule.frame_left(now, settings.min_interval());
+            let keep = settings.keepalive_time > 0
+                || settings.resend_last
+                || streaming.pointer.overlay().is_some();
+            streaming.last = keep.then_some(picture);
+            if streaming.announced.is_some() && streaming.vanished {
+                announce = Some(("returned", None));
+            } else if streaming.announced != Some(memory) {
+                announce = Some(("streaming", streaming.fallback.clone()));
+            }
+            streaming.announced = Some(memory);
+            streaming.vanished = false;
+        }
+        if let Some((state, reason)) = announce {
+            if state == "returned" {
+                lock(&self.figures).reconnects += 1;
+            }
+            self.announce(state, reason.as_deref());
+        }
+        gst::trace!(CAT, imp = self, "frame {:?}", buffer.pts());
+        Ok(Some(buffer))
+    }
+
+    /// Copies a frame into a buffer. False where that cannot be done with this frame.
+    fn copy(
+        &self,
+        frame: &Frame,
+        buffer: &mut gst::Buffer,
+        info: &gst_video::VideoInfo,
+        format: &StreamFormat,
+    ) -> Result<bool, gst::FlowError> {
+        match copy_frame(frame, buffer, info) {
+            Ok(true) => return Ok(true),
+            Ok(false) => {}
+            Err(_) => return self.does_not_fit(info),
+        }
+        if frame.dmabuf().is_none() {
+            gst::debug!(CAT, imp = self, "the producer has shrunk a frame's memory");
+            let figures = lock(&self.figures);
+            figures.counters.corrupted.fetch_add(1, Ordering::Relaxed);
+            return Ok(false);
+        }
+        match self.read_by_gpu(frame, buffer, info) {
+            Ok(()) => Ok(true),
+            Err(reason) => {
+                self.refuse(format, Use::Read, &reason);
+                Ok(false)
+            }
+        }
+    }
+
+    fn does_not_fit<T>(&self, info: &gst_video::VideoInfo) -> Result<T, gst::FlowError> {
+        self.fail(gst::error_msg!(
+            gst::StreamError::Failed,
+            [
+                "a frame of {}x{} does not fit a buffer",
+                info.width(),
+                info.height()
+            ]
+        ))
+    }
+
+    /// The last frame once more, with the pointer where it is now: the same memory, a new timestamp.
+    pub(super) fn resend(
+        &self,
+        settings: &LiveSettings,
+    ) -> Result<Option<gst::Buffer>, gst::FlowError> {
+        let (last, moved) = {
+            let mut streaming = lock(&self.streaming);
+            let Some(streaming) = streaming.as_mut() else {
+                return Err(gst::FlowError::Flushing);
+            };
+            let Some(last) = streaming.last.clone() else {
+                return Ok(None);
+            };
+            let moved = streaming.capture.inbox().has_cursor();
+            let (now, interval) = (Instant::now(), settings.min_interval());
+            if moved {
+                streaming.schedule.frame_left(now, interval);
+            } else {
+                let period = settings.keepalive().unwrap_or_default();
+                streaming.schedule.keepalive_left(now, period, interval);
+            }
+            (last, moved)
+        };
+        let buffer = self.leave(&last, Damage::Rects(Vec::new()), Monotonic::now())?;
+        let mut figures = lock(&self.figures);
+        if moved {
+            figures.add_pointer(buffer.size());
+        } else {
+            figures.add_keepalive(buffer.size());
+        }
+        drop(figures);
+        gst::trace!(CAT, imp = self, "resent {:?}", buffer.pts());
+        Ok(Some(buffer))
+    }
+
+    /// A picture as it leaves: with the pointer, a timestamp, and what has changed.
+    fn leave(
+        &self,
+        picture: &gst::Buffer,
+        mut damage: Damage,
+        captured: Monotonic,
+    ) -> Result<gst::Buffer, gst::FlowError> {
+        let (overlay, info, memory, takes) = {
+            let mut streaming = lock(&self.streaming);
+            let Some(Streaming {
+                capture,
+                pointer,
+                negotiated: Some(negotiated),
+                takes,
+                ..
+            }) = streaming.as_mut()
+            else {
+                return Err(gst::FlowError::Flushing);
+            };
+            if let Some(cursor) = capture.inbox().take_cursor() {
+                pointer.update(cursor);
+            }
+            let info = negotiated.info.clone();
+            damage.add(Damage::Rects(pointer.leaves(info.width(), info.height())));
+            let memory = negotiated.memory;
+            (pointer.overlay().cloned(), info, memory, *takes)
+        };
+        // Nobody draws into a producer's DMA-BUFs.
+        let drawn = !takes.overlays && memory == OutputMemory::System;
+        let mut buffer;
+        if let Some(overlay) = overlay.as_ref().filter(|_| drawn) {
+            buffer = self.pooled_buffer()?;
+            if let Err(error) = draw(picture, overlay, &mut buffer, &info) {
+                return self.fail(gst::error_msg!(
+                    gst::StreamError::Failed,
+                    ["drawing the pointer into the picture failed: {error}"]
+                ));
+            }
+            lock(&self.figures).add_transfer(true);
+        } else {
+            buffer = picture.copy();
+            if let Some(buffer) = buffer.get_mut() {
+                // So that a pool does not reuse the memory while downstream has this buffer.
+                gst::ParentBufferMeta::add(buffer, picture);
+                if let Some(overlay) = overlay.as_ref().filter(|_| takes.overlays) {
+                    gst_video::VideoOverlayCompositionMeta::add(buffer, overlay);
+                }
+            }
+        }
+        // A frame that may have changed everywhere says nothing.
+        if let (Damage::Rects(rects), Some(buffer)) = (&damage, buffer.get_mut()) {
+            let rects = rects.iter().map(|rect| {
+                let start = [rect.x, rect.y].map(|n| n.max(0).unsigned_abs());
+                [start[0], start[1], rect.width, rect.height]
+            });
+            mark_damage(buffer, rects);
+        }
+        self.stamp(&mut buffer, captured);
+        Ok(buffer)
+    }
+
+    /// A buffer of the pool that was negotiated with downstream; waits for one.
+    fn pooled_buffer(&self) -> Result<gst::Buffer, gst::FlowError> {
+        let pool = self.obj().buffer_pool();
+        pool.ok_or(gst::FlowError::NotNegotiated)?
+            .acquire_buffer(None)
+    }
+
+    /// Says downstream how the frames from now on are turned.
+    fn turn(&self, transform: Transform) {
+        if let Some(streaming) = &mut *lock(&self.streaming) {
+            if streaming.transform == transform {
+                return;
+            }
+            streaming.transform = transform;
+        }
+        let mut tags = gst::TagList::new();
+        if let Some(tags) = tags.get_mut() {
+            let orientation = orientation(transform);
+            tags.set_scope(gst::TagScope::Stream);
+            tags.add::<gst::tags::ImageOrientation>(&orientation, gst::TagMergeMode::Replace);
+        }
+        gst::info!(CAT, imp = self, "tags {tags}");
+        // The base class sends it before the next buffer, and after the segment.
+        self.parent_send_event(gst::event::Tag::new(tags));
+    }
+
+    /// Sets the running time at which the buffer was captured, later than that of the one before.
+    fn stamp(&self, buffer: &mut gst::Buffer, captured: Monotonic) {
+        let obj = self.obj();
+        let now = obj
+            .clock()
+            .zip(obj.base_time())
+            .map(|(clock, base)| clock.time().saturating_sub(base));
+        let age = gst::ClockTime::try_from(Monotonic::now().since(captured));
+        let mut pts = now.map(|now| now.saturating_sub(age.unwrap_or_default()));
+        if let Some(streaming) = &mut *lock(&self.streaming) {
+            // A capture time before a keepalive's is moved behind it.
+            let least = streaming
+                .last_pts
+                .map(|last| last + gst::ClockTime::from_nseconds(1));
+            pts = pts.max(least);
+            streaming.last_pts = pts;
+        }
+        if let Some(buffer) = buffer.get_mut() {
+            buffer.set_pts(pts);
+            buffer.set_dts(gst::ClockTime::NONE);
+        }
+    }
+}

@@ -1,0 +1,196 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! The GPU by whose abilities DMA-BUFs are offered, and DRM's names for what they hold.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::capture::PixelFormat;
+use crate::capture::dmabuf::{IMPLICIT, LINEAR};
+use crate::egl::{Display, Format};
+
+/// Where the kernel's DRM nodes are.
+const NODES: &str = "/dev/dri";
+
+/// A GPU, or what stands in for one, that imports DMA-BUFs.
+pub(super) struct Gpu {
+    /// Its EGL display.
+    pub display: Display,
+    /// What it imports.
+    pub importable: Importable,
+}
+
+impl Gpu {
+    /// The GPU of the node that was asked for, else of the first node that has one. The error says
+    /// what is missing.
+    pub fn find(node: Option<&str>) -> Result<Self, String> {
+        if let Some(node) = node {
+            return Self::open(Path::new(node)).map_err(|error| format!("render-node={error}"));
+        }
+        let mut seen = Vec::new();
+        for node in nodes(Path::new(NODES)) {
+            match Self::open(&node) {
+                Ok(gpu) => return Ok(gpu),
+                Err(error) => seen.push(error),
+            }
+        }
+        if seen.is_empty() {
+            return Err(format!("there are no DRM nodes in {NODES}"));
+        }
+        Err(seen.join("; "))
+    }
+
+    fn open(node: &Path) -> Result<Self, String> {
+        let display = Display::open(node).map_err(|error| error.to_string())?;
+        let formats = display.formats().map_err(|error| error.to_string())?;
+        Ok(Self {
+            display,
+            importable: Importable(formats),
+        })
+    }
+}
+
+/// Whether there is a node at all: much cheaper than [`Gpu::find`].
+pub(super) fn has_node(node: Option<&str>) -> bool {
+    match node {
+        Some(node) => Path::new(node).exists(),
+        None => !nodes(Path::new(NODES)).is_empty(),
+    }
+}
+
+/// Render nodes before primary ones, which not everybody may open, each in their order.
+fn nodes(folder: &Path) -> Vec<PathBuf> {
+    let mut nodes: Vec<_> = fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .filter_map(|entry| {
+            let path = entry.ok()?.path();
+            let name = path.file_name()?.to_str()?;
+            let number = |prefix| name.strip_prefix(prefix)?.parse::<u32>().ok();
+            let render = number("renderD").map(|number| (0, number));
+            let place = render.or_else(|| number("card").map(|number| (1, number)))?;
+            Some((place, path))
+        })
+        .collect();
+    nodes.sort();
+    nodes.into_iter().map(|(_, path)| path).collect()
+}
+
+/// The formats and modifiers that a GPU imports.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Importable(pub Vec<Format>);
+
+impl Importable {
+    /// The modifiers with which DMA-BUFs of a format are understood by some part of the GPU, the
+    /// driver's preferred one first. [`IMPLICIT`] is the last: what a producer and a consumer on
+    /// one driver need not say.
+    pub fn known(&self, format: PixelFormat) -> Vec<u64> {
+        self.listed(format, |known| {
+            [&known.modifiers[..], &known.external].concat()
+        })
+    }
+
+    /// The same for those that a shader can read.
+    pub fn readable(&self, format: PixelFormat) -> Vec<u64> {
+        self.listed(format, |known| known.modifiers.clone())
+    }
+
+    fn listed(&self, format: PixelFormat, of: impl Fn(&Format) -> Vec<u64>) -> Vec<u64> {
+        if self.0.is_empty() {
+            // A driver from before modifiers.
+            return vec![LINEAR, IMPLICIT];
+        }
+        let known = self.0.iter().find(|known| known.fourcc == format.fourcc());
+        let mut listed = known.map(of).unwrap_or_default();
+        listed.retain(|modifier| *modifier != IMPLICIT);
+        if !listed.is_empty() {
+            listed.push(IMPLICIT);
+        }
+        listed
+    }
+}
+
+/// A format with its modifier in caps: `XR24:0x0100000000000002`, without the number where rows lie
+/// one after another (gst_video_dma_drm_fourcc_to_string). There is no name for [`IMPLICIT`].
+pub(super) fn drm_format(format: PixelFormat, modifier: u64) -> Option<String> {
+    let name = String::from_utf8(format.fourcc().to_le_bytes().to_vec()).ok()?;
+    match modifier {
+        IMPLICIT => None,
+        LINEAR => Some(name),
+        modifier => Some(format!("{name}:{modifier:#018x}")),
+    }
+}
+
+/// What such a name means; none for formats that are not carried.
+pub(super) fn from_drm_format(name: &str) -> Option<(PixelFormat, u64)> {
+    let (fourcc, modifier) = match name.split_once(':') {
+        Some((fourcc, number)) => {
+            let digits = number.strip_prefix("0x").or(number.strip_prefix("0X"))?;
+            (fourcc, u64::from_str_radix(digits, 16).ok()?)
+        }
+        None => (name, LINEAR),
+    };
+    let fourcc: [u8; 4] = fourcc.as_bytes().try_into().ok()?;
+    let format = PixelFormat::from_fourcc(u32::from_le_bytes(fourcc))?;
+    Some((format, modifier))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn drm_formats_are_written_as_gstreamer_writes_them() {
+        for (format, modifier, name) in [
+            (PixelFormat::Bgrx, LINEAR, "XR24"),
+            (PixelFormat::Nv12, LINEAR, "NV12"),
+            (
+                PixelFormat::Bgra,
+                0x0100_0000_0000_0002,
+                "AR24:0x0100000000000002",
+            ),
+        ] {
+            assert_eq!(drm_format(format, modifier).as_deref(), Some(name));
+            assert_eq!(from_drm_format(name), Some((format, modifier)));
+        }
+        assert_eq!(drm_format(PixelFormat::Bgrx, IMPLICIT), None);
+        for nonsense in ["P010", "XR24:", "XR24:2", "XR24:0xg", "XR2", ""] {
+            assert_eq!(from_drm_format(nonsense), None, "{nonsense}");
+        }
+    }
+
+    #[test]
+    fn a_format_that_the_driver_does_not_import_has_no_modifiers() {
+        let importable = Importable(vec![Format {
+            fourcc: PixelFormat::Bgrx.fourcc(),
+            modifiers: vec![7, LINEAR],
+            external: vec![8],
+        }]);
+        let bgrx = PixelFormat::Bgrx;
+        assert_eq!(importable.known(bgrx), [7, LINEAR, 8, IMPLICIT]);
+        assert_eq!(importable.readable(bgrx), [7, LINEAR, IMPLICIT]);
+        assert!(importable.known(PixelFormat::Rgba).is_empty());
+        let old = Importable::default().known(PixelFormat::Rgba);
+        assert_eq!(old, [LINEAR, IMPLICIT]);
+    }
+
+    #[test]
+    fn render_nodes_go_before_primary_ones() {
+        let folder = tempfile::tempdir().unwrap();
+        for name in ["card1", "renderD129", "card0", "by-path", "renderD128"] {
+            fs::write(folder.path().join(name), "").unwrap();
+        }
+        let found = nodes(folder.path());
+        let names: Vec<_> = found.iter().map(|path| path.file_name().unwrap()).collect();
+        assert_eq!(names, ["renderD128", "renderD129", "card0", "card1"]);
+        assert!(nodes(Path::new("/nonexistent")).is_empty());
+    }
+
+    #[test]
+    fn a_node_that_is_not_there_is_named() {
+        let Err(error) = Gpu::find(Some("/dev/dri/renderD4711")) else {
+            panic!("there is none");
+        };
+        assert!(error.starts_with("render-node=/dev/dri/renderD4711: "));
+    }
+}

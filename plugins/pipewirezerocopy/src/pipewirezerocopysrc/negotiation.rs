@@ -1,0 +1,254 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! Agreeing with downstream and with the producer on what leaves, and in which memory.
+
+use std::sync::Arc;
+
+use gst::prelude::*;
+use gst::subclass::prelude::*;
+use gst_base::prelude::*;
+
+use super::abilities::{Abilities, Use};
+use super::caps::{self, OutputMemory};
+use super::gpu::{Gpu, has_node};
+use super::imp::{CAT, PipeWireZeroCopySrc, lock};
+use super::offers;
+use super::output::Takes;
+use super::settings::Settings;
+use super::streaming::Negotiated;
+use crate::capture::timeline::SyncNode;
+use crate::egl::Display;
+
+impl PipeWireZeroCopySrc {
+    /// What can leave on this machine, and the GPU that has to do with it. An error where nothing
+    /// of what is wanted can.
+    pub(super) fn look_for_gpu(
+        &self,
+        settings: &Settings,
+    ) -> Result<(Abilities, Option<Display>), gst::ErrorMessage> {
+        let wanted = settings
+            .wanted()
+            .map_err(|text| gst::error_msg!(gst::ResourceError::Settings, ["{text}"]))?;
+        let mut can = Abilities {
+            system: wanted.system,
+            dmabuf: wanted.dmabuf,
+            ..Abilities::default()
+        };
+        match Gpu::find(settings.render_node.as_deref()) {
+            Ok(gpu) => {
+                let node = gpu.display.node().display();
+                gst::info!(CAT, imp = self, "DMA-BUFs as {node} imports them");
+                can.gpu = Some(gpu.importable);
+                Ok((can, Some(gpu.display)))
+            }
+            Err(reason) if !wanted.system => Err(gst::error_msg!(
+                gst::ResourceError::NotFound,
+                [
+                    "DMA-BUFs need a GPU to say what can be imported, and there is none: {reason} \
+                  (output-mode=system does without)"
+                ]
+            )),
+            Err(reason) => {
+                gst::info!(CAT, imp = self, "no DMA-BUFs leave here: {reason}");
+                Ok((can, None))
+            }
+        }
+    }
+
+    /// Where timelines are waited for: on the GPU's own node.
+    pub(super) fn timelines(&self, display: &Display) -> Option<Arc<SyncNode>> {
+        SyncNode::open(display.node())
+            .inspect_err(|reason| gst::info!(CAT, imp = self, "no explicit sync: {reason}"))
+            .ok()
+    }
+
+    /// The caps of what can leave. Before the start only as far as that is seen without asking the
+    /// GPU's driver.
+    pub(super) fn possible_caps(&self) -> gst::Caps {
+        if let Some(streaming) = &*lock(&self.streaming) {
+            return streaming.can.caps();
+        }
+        let settings = lock(&self.settings).clone();
+        // What is wrong with the settings is an error at the start.
+        let Ok(wanted) = settings.wanted() else {
+            return caps::template();
+        };
+        let gpu = has_node(settings.render_node.as_deref());
+        let mut caps = caps::template();
+        if let Some(caps) = caps.get_mut() {
+            caps.filter_map_in_place(|features, _| {
+                let kept = if caps::is_dmabuf(features) {
+                    wanted.dmabuf && gpu
+                } else {
+                    wanted.system
+                };
+                if kept {
+                    gst::CapsFilterMapAction::Keep
+                } else {
+                    gst::CapsFilterMapAction::Remove
+                }
+            });
+        }
+        caps
+    }
+
+    /// Tells PipeWire what downstream takes and, once the producer has fixed a format, sets caps.
+    pub(super) fn agree(&self) -> Result<(), gst::LoggableError> {
+        // Each round but the last does without one more kind of DMA-BUFs.
+        loop {
+            let pad = self.obj().src_pad().clone();
+            // Not with a filter: elements answer in the filter's order, not in that of their own
+            // preference.
+            let taken = pad.peer_query_caps(None);
+            let (can, wanted, allowed, offered_anew) = {
+                let mut streaming = lock(&self.streaming);
+                let Some(streaming) = &mut *streaming else {
+                    return Err(gst::loggable_error!(CAT, "not started"));
+                };
+                let can = streaming.can.clone();
+                let allowed = taken.intersect_with_mode(&can.caps(), gst::CapsIntersectMode::First);
+                let offer = offers::offer(&allowed, &can);
+                if offer.0.is_empty() {
+                    return Err(gst::loggable_error!(
+                        CAT,
+                        "downstream takes {taken}, and what can leave here is {}",
+                        can.caps()
+                    ));
+                }
+                let anew = streaming.offer != offer;
+                if anew {
+                    streaming.capture.offer(offer.clone());
+                    streaming.offer = offer;
+                }
+                let stale = streaming.stale.as_ref();
+                if stale.is_some_and(|stale| caps::caps_for(stale, &allowed, &can).is_some()) {
+                    // Downstream has changed its mind back.
+                    streaming.stale = None;
+                }
+                (can, streaming.wanted, allowed, anew)
+            };
+            let Some(wanted) = wanted else {
+                // Caps come with the first frame.
+                return Ok(());
+            };
+            let Some(caps) = caps::caps_for(&wanted, &allowed, &can) else {
+                if offered_anew {
+                    gst::debug!(CAT, imp = self, "waiting for the producer to change format");
+                    self.forget_format();
+                    return Ok(());
+                }
+                return Err(gst::loggable_error!(
+                    CAT,
+                    "the producer gives {wanted:?}, which downstream does not take"
+                ));
+            };
+            gst::info!(CAT, imp = self, "caps {caps}");
+            let (memory, info) = caps::video_info(&caps)
+                .ok_or_else(|| gst::loggable_error!(CAT, "{caps} are no video"))?;
+            // Downstream is called: no lock is held.
+            if self.obj().set_caps(&caps).is_err() {
+                if memory == OutputMemory::DmaBuf && !self.is_flushing() {
+                    self.refuse(&wanted, Use::PassOn, &format!("downstream refused {caps}"));
+                    continue;
+                }
+                return Err(gst::loggable_error!(CAT, "downstream refused {caps}"));
+            }
+            self.agreed(&Negotiated {
+                source: wanted,
+                info,
+                memory,
+            });
+            return Ok(());
+        }
+    }
+
+    fn agreed(&self, negotiated: &Negotiated) {
+        let mut changed = false;
+        if let Some(streaming) = &mut *lock(&self.streaming) {
+            let before = streaming.negotiated.replace(negotiated.clone());
+            streaming.stale = None;
+            changed = before.is_none_or(|before| {
+                before.source != negotiated.source
+                    || before.info.format() != negotiated.info.format()
+                    || before.memory != negotiated.memory
+            });
+            if changed {
+                // It has the old format.
+                streaming.last = None;
+            }
+        }
+        if changed {
+            let message = gst::message::Latency::builder().src(&*self.obj()).build();
+            // Fails only while the element is being disposed of.
+            let _ = self.obj().post_message(message);
+        }
+    }
+
+    /// Takes downstream's pool if it will do, else one of our own, both with as much freedom of
+    /// layout as downstream allows. DMA-BUFs are the producer's.
+    pub(super) fn decide(
+        &self,
+        query: &mut gst::query::Allocation,
+    ) -> Result<(), gst::LoggableError> {
+        let Some(caps) = query.get_owned().0 else {
+            // Nothing is negotiated before the first frame, and nothing allocated.
+            return Ok(());
+        };
+        let (memory, info) = caps::video_info(&caps)
+            .ok_or_else(|| gst::loggable_error!(CAT, "{caps} are no video"))?;
+        let takes = Takes {
+            video_meta: query
+                .find_allocation_meta::<gst_video::VideoMeta>()
+                .is_some(),
+            overlays: query
+                .find_allocation_meta::<gst_video::VideoOverlayCompositionMeta>()
+                .is_some(),
+            crop: query
+                .find_allocation_meta::<gst_video::VideoCropMeta>()
+                .is_some(),
+        };
+        if let Some(streaming) = &mut *lock(&self.streaming) {
+            streaming.takes = takes;
+        }
+        if memory == OutputMemory::DmaBuf {
+            while query.allocation_pools().next().is_some() {
+                query.remove_nth_allocation_pool(0);
+            }
+            return Ok(());
+        }
+        let size = u32::try_from(info.size())
+            .map_err(|_| gst::loggable_error!(CAT, "frames over 4 GiB"))?;
+        let configure = |pool: &gst::BufferPool, size: u32, min: u32, max: u32| {
+            let mut config = pool.config();
+            config.set_params(Some(&caps), size, min, max);
+            if takes.video_meta {
+                config.add_option(gst_video::BUFFER_POOL_OPTION_VIDEO_META);
+            }
+            pool.set_config(config).is_ok()
+        };
+        let proposed = query.allocation_pools().next();
+        let chosen = proposed.and_then(|(pool, proposed_size, min, max)| {
+            let size = size.max(proposed_size);
+            // One is kept for keepalives, one is being filled, one is downstream.
+            let enough = max == 0 || max >= min + 2;
+            let pool = pool.filter(|pool| enough && configure(pool, size, min, max))?;
+            Some((pool, size, min, max))
+        });
+        let (pool, size, min, max) = if let Some(chosen) = chosen {
+            chosen
+        } else {
+            let pool = gst_video::VideoBufferPool::new().upcast();
+            // None before one is needed: most frames leave in the producer's memory.
+            if !configure(&pool, size, 0, 0) {
+                return Err(gst::loggable_error!(CAT, "no buffer pool for {caps}"));
+            }
+            (pool, size, 0, 0)
+        };
+        if query.allocation_pools().next().is_some() {
+            query.set_nth_allocation_pool(0, Some(&pool), size, min, max);
+        } else {
+            query.add_allocation_pool(Some(&pool), size, min, max);
+        }
+        Ok(())
+    }
+}
