@@ -2,12 +2,15 @@
 # SPDX-License-Identifier: MIT OR Apache-2.0
 """The whole chain for real, recorded, measured and compared with what went in. Run by ci/demo.
 
-Starts a desktop (see desktop.py) and helix-host on a unix socket, on TCP and with a scanout, and
-records each path for ten seconds. Then it decodes the films and fails when anything is short of
-the limits below. Nothing here can hang: every wait has a limit and every part is a process.
+Starts a desktop (see desktop.py) and helix-host on a unix socket, on TCP, with a scanout and with the
+screen of a virtual machine (see screen_vm.py), and records each path for ten seconds. Then it decodes
+the films and fails when anything is short of the limits below. Nothing here can hang: every wait has a
+limit and every part is a process.
 """
 
 import argparse
+import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -16,6 +19,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import gi
@@ -27,6 +31,7 @@ from gi.repository import Gst  # noqa: E402
 import pattern  # noqa: E402
 import verify  # noqa: E402
 from desktop import Desktop, DesktopError  # noqa: E402
+from screen_vm import ScreenVm  # noqa: E402
 
 WIDTH, HEIGHT, FPS = 1280, 720, 30
 # A frame count in ten seconds is a matter of what else the machine does: one more chance, said aloud.
@@ -58,6 +63,8 @@ class Stage:
     title: str
     pipeline: str
     min_frames: int
+    # Gives a context manager: what moves while it is recorded, if that is not there all the time.
+    mover: Callable = contextlib.nullcontext
     moving: bool = True
 
 
@@ -75,15 +82,17 @@ class Row:
 
 
 class Host:
-    """A running helix-host with one scanout that shows the known picture."""
+    """A running helix-host. Scanout 1 shows the known picture, scanout 0 the screen of a virtual machine
+    at the QMP socket `qmp`, while there is one."""
 
     def __init__(self, program, folder, log):
         self.socket = f"{folder}/helix.sock"
+        self.qmp = f"{folder}/qmp"
         self.port = free_port()
         self.log = log
         source = pattern.description(WIDTH, HEIGHT, FPS)
         argv = [program, "--listen", f"unix:{self.socket}", "--listen", f"tcp:127.0.0.1:{self.port}"]
-        argv += ["--encoder", "auto", "--scanout", f"1={source}"]
+        argv += ["--encoder", "auto", "--scanout", f"1={source}", "--qemu", f"qmp:{self.qmp}"]
         with open(log, "wb") as file:
             self.process = subprocess.Popen(argv, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
 
@@ -140,8 +149,21 @@ def free_port():
         return server.getsockname()[1]
 
 
-def stages(node, host):
+@contextlib.contextmanager
+def moving_client(desktop):
+    """A client of the desktop that shows the known picture."""
+    client = desktop.start_client("pattern", FPS)
+    try:
+        yield
+    finally:
+        desktop.stop_client(client)
+
+
+def stages(desktop, host, output):
     """The paths, in the order in which they are recorded."""
+    node = desktop.screencast().node
+    client = functools.partial(moving_client, desktop)
+    machine = functools.partial(ScreenVm, WIDTH, HEIGHT, FPS, host.qmp, output)
     desktop = f"pipewirezerocopysrc pipewire-node-id={node} keepalive-time=100"
     return [
         Stage(
@@ -149,18 +171,27 @@ def stages(node, host):
             "moving desktop over TCP",
             f"{desktop} ! vsockenc name=out tcp-host=127.0.0.1 tcp-port={host.port}",
             200,
+            client,
         ),
         Stage(
             "desktop-unix",
             "moving desktop over a unix socket",
             f"{desktop} ! vsockenc name=out socket-path={host.socket}",
             200,
+            client,
         ),
         Stage(
             "scanout",
             "scanout pushed by the host",
             f"scanoutsrc name=out scanout-id=1 socket-path={host.socket}",
             290,
+        ),
+        Stage(
+            "vm-screen",
+            "screen of a virtual machine",
+            f"scanoutsrc name=out scanout-id=0 socket-path={host.socket}",
+            200,
+            machine,
         ),
         Stage(
             "desktop-still",
@@ -297,15 +328,12 @@ def run(program, output):
             environment = desktop.environment() | {"GST_DEBUG_NO_COLOR": "1"}
             environment.setdefault("GST_DEBUG", "2")
             known = verify.Pattern(WIDTH, HEIGHT)
-            for stage in stages(desktop.screencast().node, host):
+            for stage in stages(desktop, host, output):
                 for attempt in range(1, ATTEMPTS + 1):
                     say(f"recording {SECONDS} s: {stage.title}")
                     say(f"    {stage.pipeline}")
-                    shows_desktop = stage.moving and stage.name != "scanout"
-                    client = desktop.start_client("pattern", FPS) if shows_desktop else None
-                    row = record(stage, host, environment, output)
-                    if client:
-                        desktop.stop_client(client)
+                    with stage.mover():
+                        row = record(stage, host, environment, output)
                     if not row.faults:
                         say("    decoding and comparing")
                         check(row, known, output)

@@ -1,10 +1,11 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""A real desktop without a screen: D-Bus, PipeWire, WirePlumber and mutter, private to one test.
+"""A real desktop without a screen: D-Bus, PipeWire, WirePlumber and a compositor, private to one test.
 
 Everything lives in a runtime folder of its own and listens only on unix sockets in it, so several
 desktops run side by side and none touches the user's session. Nothing is mocked: mutter composes
-with llvmpipe and its ScreenCast API hands out real PipeWire nodes.
+with llvmpipe and its ScreenCast API hands out real PipeWire nodes. weston, from version 13 on, composes
+with pixman and is itself a node, "weston.pipewire", once it is the compositor.
 
 As a module: `with Desktop(1280, 720) as desktop: node = desktop.screencast().node`.
 
@@ -12,9 +13,10 @@ As a program it is driven by JSON lines, which is how the Rust tests use it. The
 prints says that all is up (or why not); then it answers each line it reads with one line:
 
     {"event": "ready", "runtime_dir": "/tmp/...", "env": {...}, "pids": {"pipewire": 1, ...}}
-    {"cmd": "screencast", "mode": "monitor", "cursor-mode": "hidden"}
+    {"cmd": "screencast", "mode": "monitor", "cursor-mode": "hidden", "pointer": false}
         -> {"node": 31, "session": "/org/gnome/Mutter/ScreenCast/Session/u1"}
     {"cmd": "close-session", "session": "..."}            -> {"ok": true}
+    {"cmd": "move-pointer", "session": "...", "x": 1, "y": 2}  -> {"ok": true}, for one with a pointer
     {"cmd": "client", "kind": "pattern", "fps": 30}       -> {"pid": 4711, "kind": "pattern"}
     {"cmd": "client", "kind": "simple-shm"}               -> {"pid": 4712, "kind": "simple-shm"}
     {"cmd": "stop-client", "pid": 4711}                   -> {"ok": true}
@@ -43,8 +45,12 @@ from gi.repository import Gio, GLib
 
 SCREENCAST = "org.gnome.Mutter.ScreenCast"
 SCREENCAST_PATH = "/org/gnome/Mutter/ScreenCast"
+REMOTE_DESKTOP = "org.gnome.Mutter.RemoteDesktop"
+REMOTE_DESKTOP_PATH = "/org/gnome/Mutter/RemoteDesktop"
+COMPOSITORS = ("mutter", "weston")
 # org.gnome.Mutter.ScreenCast.xml, option "cursor-mode" of the Record methods.
 CURSOR_MODES = {"hidden": 0, "embedded": 1, "metadata": 2}
+KILLABLE = ("compositor", "pipewire", "wireplumber")
 WAYLAND_DISPLAY = "wayland-desktop"
 PATTERN_CLIENT = pathlib.Path(__file__).with_name("pattern_client.py")
 
@@ -87,10 +93,15 @@ class DesktopError(Exception):
 
 @dataclass
 class Screencast:
-    """One running ScreenCast session: its D-Bus path and the PipeWire node it feeds."""
+    """One running ScreenCast session: its D-Bus path and the PipeWire node it feeds.
+
+    One with a pointer is part of a session that may also move that: then `remote` is its path.
+    """
 
     session: str
     node: int
+    stream: str
+    remote: str | None = None
 
 
 class Child:
@@ -137,16 +148,18 @@ def _die_with_parent():
 
 
 class Desktop:
-    """D-Bus, PipeWire, WirePlumber and a headless mutter with one monitor of `width` x `height`.
+    """D-Bus, PipeWire, WirePlumber and a compositor with one monitor of `width` x `height`.
 
     Logs go to `log_dir`, or else lie in the runtime folder and vanish with it. Not thread-safe: use
     one from one thread, whose default GLib main context it iterates while it waits.
     """
 
-    def __init__(self, width=1280, height=720, log_dir=None):
+    def __init__(self, width=1280, height=720, log_dir=None, compositor="mutter"):
         self.width = width
         self.height = height
+        self.compositor = compositor
         self.children = []
+        self.casts = {}
         self.clients = {}
         self.bus = None
         self._started = False
@@ -219,6 +232,14 @@ class Desktop:
         self._await_socket("pipewire-0", self._spawn("pipewire", ["pipewire"]))
         self._start_wireplumber()
 
+        if self.compositor == "mutter":
+            self._start_mutter()
+        else:
+            self._start_weston()
+        monitor.cancel()
+        self._started = True
+
+    def _start_mutter(self):
         names = []
         Gio.bus_watch_name_on_connection(
             self.bus, SCREENCAST, 0, lambda *_: names.append(SCREENCAST), None
@@ -231,13 +252,31 @@ class Desktop:
         )
         self._await_socket(WAYLAND_DISPLAY, compositor)
         self._await(f"D-Bus name {SCREENCAST}", lambda: names, START_TIMEOUT, compositor)
-        monitor.cancel()
-        self._started = True
 
-    def screencast(self, mode="monitor", cursor_mode="hidden"):
-        """Start a ScreenCast session of the monitor, or of a virtual one; see CURSOR_MODES."""
+    def _start_weston(self):
+        options = subprocess.run(["weston", "--help"], capture_output=True, text=True, check=False)
+        if "Options for pipewire" not in options.stdout:
+            raise DesktopError("weston has no PipeWire backend here")
+        compositor = self._spawn(
+            "compositor",
+            ["weston", "--backend=pipewire", "--renderer=pixman", "--shell=kiosk", "--no-config"]
+            + [f"--socket={WAYLAND_DISPLAY}", f"--width={self.width}", f"--height={self.height}"],
+        )
+        self._await_socket(WAYLAND_DISPLAY, compositor)
+
+    def screencast(self, mode="monitor", cursor_mode="hidden", pointer=False):
+        """Start a ScreenCast session of the monitor, or of a virtual one; see CURSOR_MODES.
+
+        With `pointer` there is one, which move_pointer() moves.
+        """
         options = {"cursor-mode": GLib.Variant("u", _choice(CURSOR_MODES, "cursor-mode", cursor_mode))}
-        session = self._call(SCREENCAST_PATH, "", "CreateSession", "(a{sv})", {})
+        remote = None
+        session_options = {}
+        if pointer:
+            remote = self._call(REMOTE_DESKTOP_PATH, "", "CreateSession", None, service=REMOTE_DESKTOP)
+            session_id = self._property(remote, f"{REMOTE_DESKTOP}.Session", "SessionId")
+            session_options["remote-desktop-session-id"] = GLib.Variant("s", session_id)
+        session = self._call(SCREENCAST_PATH, "", "CreateSession", "(a{sv})", session_options)
         if mode == "monitor":
             stream = self._call(session, ".Session", "RecordMonitor", "(sa{sv})", "", options)
         elif mode == "virtual":
@@ -254,14 +293,31 @@ class Desktop:
             Gio.DBusSignalFlags.NONE,
             lambda *signal_arguments: nodes.append(signal_arguments[5][0]),
         )
-        self._call(session, ".Session", "Start", None)
+        if remote:
+            self._call(remote, ".Session", "Start", None, service=REMOTE_DESKTOP)
+        else:
+            self._call(session, ".Session", "Start", None)
         self._await("the ScreenCast's PipeWire node", lambda: nodes, START_TIMEOUT, self._compositor())
         self.bus.signal_unsubscribe(subscription)
-        return Screencast(session, nodes[0])
+        self.casts[session] = Screencast(session, nodes[0], stream, remote)
+        return self.casts[session]
 
     def close_session(self, session):
         """Stop one ScreenCast session; its PipeWire node goes away."""
-        self._call(session, ".Session", "Stop", None)
+        cast = self.casts.pop(session, None)
+        if cast and cast.remote:
+            self._call(cast.remote, ".Session", "Stop", None, service=REMOTE_DESKTOP)
+        else:
+            self._call(session, ".Session", "Stop", None)
+
+    def move_pointer(self, session, x, y):
+        """Move the pointer of a session that has one to pixel `x`, `y` of its picture."""
+        cast = self.casts.get(session)
+        if cast is None or cast.remote is None:
+            raise DesktopError(f"move-pointer: {session} is no session with a pointer")
+        arguments = (cast.stream, float(x), float(y))
+        method = "NotifyPointerMotionAbsolute"
+        self._call(cast.remote, ".Session", method, "(sdd)", *arguments, service=REMOTE_DESKTOP)
 
     def start_client(self, kind="pattern", fps=30):
         """Start a client that moves and wait until it is on screen. Returns its process id.
@@ -292,13 +348,13 @@ class Desktop:
         client.stop()
 
     def kill(self, what):
-        """SIGKILL for the compositor or PipeWire; returns the process id when it is gone."""
+        """SIGKILL for one of KILLABLE; returns the process id when it is gone."""
         for child in self.children:
-            if child.name == what and what in ("compositor", "pipewire"):
+            if child.name == what and what in KILLABLE:
                 child.process.kill()
                 child.process.wait()
                 return child.pid
-        raise DesktopError(f'kill "{what}": only compositor and pipewire are known')
+        raise DesktopError(f'kill "{what}": only {", ".join(KILLABLE)} are known')
 
     def restart_pipewire(self):
         """SIGKILL for PipeWire, and WirePlumber with it, which ends then; both come up again."""
@@ -345,13 +401,23 @@ class Desktop:
         finally:
             watcher.stop()
 
-    def _call(self, path, interface, method, signature, *arguments):
+    def _property(self, path, interface, name):
+        parameters = GLib.Variant("(ss)", (interface, name))
+        properties = "org.freedesktop.DBus.Properties"
+        flags = Gio.DBusCallFlags.NO_AUTO_START
+        arguments = (REMOTE_DESKTOP, path, properties, "Get", parameters, None, flags)
+        try:
+            return self.bus.call_sync(*arguments, START_TIMEOUT * 1000, None).unpack()[0]
+        except GLib.Error as error:
+            raise DesktopError(f"{interface}.{name}: {error.message}") from error
+
+    def _call(self, path, interface, method, signature, *arguments, service=SCREENCAST):
         parameters = GLib.Variant(signature, arguments) if signature else None
         try:
             reply = self.bus.call_sync(
-                SCREENCAST,
+                service,
                 path,
-                SCREENCAST + interface,
+                service + interface,
                 method,
                 parameters,
                 None,
@@ -360,7 +426,7 @@ class Desktop:
                 None,
             ).unpack()
         except GLib.Error as error:
-            raise DesktopError(f"{SCREENCAST}{interface}.{method}: {error.message}") from error
+            raise DesktopError(f"{service}{interface}.{method}: {error.message}") from error
         return reply[0] if reply else None
 
     def _await_socket(self, name, child):
@@ -432,11 +498,16 @@ def _command(desktop, request):
     match request.get("cmd"):
         case "screencast":
             cast = desktop.screencast(
-                request.get("mode", "monitor"), request.get("cursor-mode", "hidden")
+                request.get("mode", "monitor"),
+                request.get("cursor-mode", "hidden"),
+                request.get("pointer", False),
             )
             return {"node": cast.node, "session": cast.session}
         case "close-session":
             desktop.close_session(request["session"])
+            return {"ok": True}
+        case "move-pointer":
+            desktop.move_pointer(request["session"], request["x"], request["y"])
             return {"ok": True}
         case "client":
             kind = request.get("kind", "pattern")
@@ -460,13 +531,14 @@ def _say(message):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", default="1280x720", help="of the monitor, in pixels")
+    parser.add_argument("--compositor", choices=COMPOSITORS, default="mutter")
     parser.add_argument("--log-dir", help="where the logs stay; without it they are removed")
     options = parser.parse_args()
     width, height = (int(side) for side in options.size.split("x"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
     try:
-        with Desktop(width, height, options.log_dir) as desktop:
+        with Desktop(width, height, options.log_dir, options.compositor) as desktop:
             _say(
                 {
                     "event": "ready",

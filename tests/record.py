@@ -7,11 +7,13 @@ Reads one JSON object from standard input:
 
     {"pipeline": "... name=out", "seconds": 10, "stem": "target/demo/x", "first_frame_timeout": 20}
 
-`pipeline` gives H.264 from the element named `out`. It lands in STEM.h264 and STEM.mp4. Writes one
-JSON object to standard output:
+`pipeline` gives H.264 from the element named `out`. It lands in STEM.h264 and STEM.mp4. Where there is an
+element named `decoded` too, its pictures are looked at as well. Writes one JSON object to standard output:
 
-    {"frames": [[pts, latency], ...], "cpu_ms": 123.4}        times in ns of running time
+    {"frames": [[pts, latency], ...], "decoded": [[pts, latency], ...], "cpu_ms": 123.4}
     {"error": "what went wrong", ...}
+
+Times are in ns of running time.
 """
 
 import json
@@ -44,11 +46,13 @@ class Recording:
 
     def __init__(self, job):
         self.job = job
-        self.frames = []
+        self.frames, self.decoded = [], []
         self.pipeline = Gst.parse_launch(job["pipeline"] + TAIL.format(stem=job["stem"]))
         self.host_clock = Gst.Caps.from_string(HOST_CLOCK)
-        pad = self.pipeline.get_by_name("out").get_static_pad("src")
-        pad.add_probe(Gst.PadProbeType.BUFFER, self._on_buffer)
+        for name, seen in ("out", self.frames), ("decoded", self.decoded):
+            if element := self.pipeline.get_by_name(name):
+                pad = element.get_static_pad("src")
+                pad.add_probe(Gst.PadProbeType.BUFFER, self._on_buffer, seen)
 
     def run(self):
         """Play for the job's seconds, counted from the first picture. Returns the result."""
@@ -73,9 +77,9 @@ class Recording:
             self._check(ended)
         used = cpu_ms() - cpu_before
         self.pipeline.set_state(Gst.State.NULL)
-        return {"frames": self.frames, "cpu_ms": used}
+        return {"frames": self.frames, "decoded": self.decoded, "cpu_ms": used}
 
-    def _on_buffer(self, pad, info):
+    def _on_buffer(self, pad, info, seen):
         buffer = info.get_buffer()
         meta = buffer.get_reference_timestamp_meta(self.host_clock)
         if meta:
@@ -85,7 +89,7 @@ class Recording:
             captured = segment.to_running_time(Gst.Format.TIME, buffer.pts)
             clock = self.pipeline.get_clock()
             latency = clock.get_time() - self.pipeline.get_base_time() - captured
-        self.frames.append((buffer.pts, latency))
+        seen.append((buffer.pts, latency))
         return Gst.PadProbeReturn.OK
 
     @staticmethod

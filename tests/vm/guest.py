@@ -10,6 +10,7 @@ twenty times slower than its host, and the host may have other things to do.
 """
 
 import contextlib
+import os
 import pathlib
 import re
 import socket
@@ -34,10 +35,22 @@ class System:
     share: pathlib.Path
     sockets: pathlib.Path | None = None  # none for a shell
 
+    def qemu(self, of_room):
+        """QEMU's command line so far, and its environment: this machine's, or with `of_room` Debian 13's."""
+        if not of_room:
+            return [QEMU], None
+        # With the room's own loader, libraries, firmware and modules it runs on this machine as it does there.
+        root = self.room / "root" / "usr"
+        libraries = root / "lib" / "x86_64-linux-gnu"
+        line = [root / "lib64" / "ld-linux-x86-64.so.2", "--library-path", libraries, root / "bin" / QEMU]
+        for data in ("qemu", "seabios"):
+            line += ["-L", root / "share" / data]
+        return line, {**os.environ, "QEMU_MODULE_DIR": str(libraries / "qemu")}
+
     def arguments(self, kernel, command_line):
         """QEMU's, for everything but a stage's own devices and how to talk to the guest."""
         boot = self.room / "kernel" / kernel
-        arguments = [QEMU, "-nodefaults", "-no-reboot", "-vga", "none"]
+        arguments = ["-nodefaults", "-no-reboot", "-vga", "none"]
         # /dev/kvm may be there and hang guests all the same; without it every machine is alike.
         arguments += ["-machine", "pc,memory-backend=memory", "-accel", "tcg,thread=multi"]
         arguments += ["-cpu", "max", "-smp", "2", "-m", MEMORY]
@@ -115,7 +128,7 @@ class Job:
 class Guest:
     """A machine that runs. As a context manager it is switched off at the end."""
 
-    def __init__(self, system, stage, name, kernel, folder, devices=()):
+    def __init__(self, system, stage, name, kernel, folder, devices=(), of_room=False):
         self.name = name
         self.kernel = kernel
         self.jobs = folder / "jobs"
@@ -126,13 +139,15 @@ class Guest:
             # QEMU inherits its end, so there is no name to choose and no moment to wait for.
             self.channel, theirs = socket.socketpair()
             ours.enter_context(theirs)
-            arguments = system.arguments(kernel, f"rig.stage={stage}")
+            line, environment = system.qemu(of_room)
+            arguments = [*line, *system.arguments(kernel, f"rig.stage={stage}")]
             arguments += ["-serial", "stdio", "-chardev", f"socket,id=channel,fd={theirs.fileno()}"]
             arguments += ["-serial", "chardev:channel", *devices]
             if "-display" not in devices:
                 arguments += ["-display", "none"]
+            log = folder / f"{name}.console.log"
             self.qemu = Program(
-                f"QEMU ({name})", arguments, folder / f"{name}.console.log", pass_fds=[theirs.fileno()]
+                f"QEMU ({name})", arguments, log, pass_fds=[theirs.fileno()], env=environment
             )
         self.boot_seconds = None
 

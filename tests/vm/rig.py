@@ -70,9 +70,9 @@ class Stage:
         except Fault as fault:
             self.check(False, f"{what}: {fault}")
 
-    def guest(self, name, kernel, devices=()):
-        """A guest with Linux 6.1 or 6.12, to be used in `with`."""
-        return Guest(self.system, self.name, name, kernel, self.folder, devices)
+    def guest(self, name, kernel, devices=(), of_room=False):
+        """A guest with Linux 6.1 or 6.12, to be used in `with`; with `of_room` in Debian 13's QEMU."""
+        return Guest(self.system, self.name, name, kernel, self.folder, devices, of_room)
 
     def program(self, name, argv, **options):
         """Starts a program on the host. It ends with the stage, or when it is told to."""
@@ -97,7 +97,7 @@ class Stage:
 
 
 def run_stage(name, system, began):
-    """Runs one stage and prints its verdict. Returns whether it passed."""
+    """Runs one stage and prints its verdict. Returns whether it passed, and how long it took (s)."""
     module = importlib.import_module(f"stages.{name}")
     start = time.monotonic()
     stage = Stage(name, system, began)
@@ -121,7 +121,7 @@ def run_stage(name, system, began):
     print(f"\n{name}: {verdict} in {seconds:.0f} s. Logs: {stage.folder.relative_to(SOURCE)}/\n")
     for fault in stage.faults:
         print(f"  - {fault}")
-    return not stage.faults
+    return not stage.faults, seconds
 
 
 def stage_names():
@@ -160,7 +160,7 @@ def sockets_folder(lock):
 def shell(system, kernel):
     """Becomes QEMU, with the guest's shell on this terminal."""
     size = shutil.get_terminal_size()
-    arguments = system.arguments(kernel, f"rig.shell rig.rows={size.lines} rig.columns={size.columns}")
+    arguments = [*system.qemu(False)[0], *system.arguments(kernel, f"rig.shell rig.rows={size.lines} rig.columns={size.columns}")]
     arguments += ["-display", "none", "-serial", "mon:stdio", "-device", "virtio-gpu-pci,max_outputs=4"]
     os.execvp(arguments[0], [str(argument) for argument in arguments])
 
@@ -172,6 +172,7 @@ def main():
     parser.add_argument("--shell", action="store_true", help="a shell in the guest, on this terminal")
     parser.add_argument("--kernel", choices=["6.1", "6.12"], default="6.12", help="for --shell")
     parser.add_argument("--room", type=pathlib.Path, help=argparse.SUPPRESS)
+    parser.add_argument("--prepared", type=float, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
     known = stage_names()
     if options.list:
@@ -193,7 +194,11 @@ def main():
     began = time.monotonic()
     with sockets_folder(share.with_suffix(".lock")) as sockets:
         system = System(options.room, SOURCE, share, sockets)
-        failed = [name for name in names if not run_stage(name, system, began)]
+        results = {name: run_stage(name, system, began) for name in names}
+    spent = {"room and build": options.prepared, **{name: seconds for name, (_, seconds) in results.items()}}
+    print(", ".join(f"{what} {seconds:.0f} s" for what, seconds in spent.items()), end="")
+    print(f"; {sum(spent.values()):.0f} s in all", flush=True)
+    failed = [name for name, (passed, _) in results.items() if not passed]
     if failed:
         sys.exit(f"FAILED: {', '.join(failed)}")
 

@@ -106,34 +106,6 @@ impl Body for AccessUnit {
     }
 }
 
-/// What follows the head of a message to a client.
-#[derive(Debug)]
-pub enum Tail {
-    /// Of FRAME_RESPONSE.
-    Unit(AccessUnit),
-    /// Of HELLO_RESP.
-    Tlvs(Vec<u8>),
-}
-
-impl Body for Tail {
-    fn size(&self) -> usize {
-        match self {
-            Self::Unit(unit) => unit.size(),
-            Self::Tlvs(bytes) => bytes.len(),
-        }
-    }
-
-    fn slices<'a>(&'a self, offset: usize, slices: &mut [IoSlice<'a>]) -> usize {
-        match self {
-            Self::Unit(unit) => unit.slices(offset, slices),
-            Self::Tlvs(bytes) => {
-                slices[0] = IoSlice::new(&bytes[offset..]);
-                1
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;

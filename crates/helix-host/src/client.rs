@@ -15,7 +15,7 @@ use helix_protocol::wait::{Deadline, Waiter, Wake};
 use helix_protocol::{Connection, Limits, Message, Stream};
 
 use crate::access::Token;
-use crate::access_unit::Tail;
+use crate::access_unit::AccessUnit;
 use crate::enabling::Enabling;
 use crate::greeting::{self, OPEN, Refusal, Terms};
 use crate::layout::Layout;
@@ -162,7 +162,7 @@ pub struct Client {
     host: Arc<Host>,
     identity: ClientIdentity,
     waiter: Waiter,
-    connection: Connection<Tail>,
+    connection: Connection<AccessUnit>,
     session: Session,
     subscription: Option<Subscription>,
     enabling: Enabling,
@@ -419,7 +419,7 @@ impl Client {
                 self.terms = terms;
                 self.session.agree(terms);
                 let (head, tlvs) = encode::hello_resp(session_id, &response);
-                self.connection.send_with(head, Tail::Tlvs(tlvs));
+                self.connection.send_bytes(head, tlvs);
             }
             Err((code, text)) => self.refuse_and_close(code, text),
         }
@@ -497,7 +497,7 @@ impl Client {
                         self.refuse_and_close(ErrorCode::INTERNAL, text);
                         return;
                     }
-                    self.connection.send_with(head, Tail::Unit(frame.unit));
+                    self.connection.send_with(head, frame.unit);
                 }
                 Next::Ended(reason) => {
                     self.subscription = None;

@@ -17,7 +17,7 @@ use helix_protocol::message::{
 };
 use helix_protocol::wait::Waker;
 
-use crate::access_unit::{AccessUnit, Tail};
+use crate::access_unit::AccessUnit;
 use crate::encoder::{Encoder, Output};
 use crate::greeting::{Refusal, Terms};
 use crate::layout::Layout;
@@ -228,7 +228,7 @@ impl Session {
     }
 
     /// Takes what the encoder has done and queues the answers whose turn it is.
-    pub fn collect(&mut self, connection: &mut Connection<Tail>) {
+    pub fn collect(&mut self, connection: &mut Connection<AccessUnit>) {
         let outputs = std::mem::take(
             &mut *self
                 .outputs
@@ -287,7 +287,7 @@ impl Session {
                         let code = ErrorCode::ENCODE_FAILED;
                         connection.send(refuse(session_id, request.tag, code, text));
                     } else {
-                        connection.send_with(head, Tail::Unit(unit));
+                        connection.send_with(head, unit);
                     }
                 }
                 Reply::Refused {

@@ -167,10 +167,12 @@ pub fn monotonic_now() -> i64 {
 }
 
 fn capture_time(sample: &gst::Sample, base: Option<ClockTime>) -> Option<ClockTime> {
-    let pts = sample.buffer()?.pts()?;
+    let buffer = sample.buffer()?;
+    // h264parse gives a recording without a container DTS only.
+    let time = buffer.pts().or(buffer.dts())?;
     let running = sample
         .segment()?
         .downcast_ref::<ClockTime>()?
-        .to_running_time(pts)?;
+        .to_running_time(time)?;
     base?.checked_add(running)
 }

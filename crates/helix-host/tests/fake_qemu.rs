@@ -19,13 +19,16 @@ use zerocopy_test_qemu::fake::{FakeQemu, Listener};
 
 const SIZE: u32 = 64;
 
-/// A host that is connected, and the consoles' listeners, in their order.
-fn connected<const N: usize>(qemu: &FakeQemu) -> (Server, [Listener; N]) {
-    let address = QemuAddress(qemu_display::Address::Qmp(qemu.qmp()));
-    let server = host(address);
-    let mut listeners: [Listener; N] = std::array::from_fn(|_| qemu.listener());
-    listeners.sort_by_key(|listener| listener.console);
-    (server, listeners)
+/// A host that is connected.
+fn connected(qemu: &FakeQemu) -> Server {
+    host(QemuAddress(qemu_display::Address::Qmp(qemu.qmp())))
+}
+
+/// A client of console 0, and the listener that the host has for it.
+fn watching(qemu: &FakeQemu, server: &Server) -> (Peer, Listener) {
+    let mut peer = Peer::of(server);
+    peer.subscribe(0);
+    (peer, qemu.listener())
 }
 
 /// A picture of one colour: blue, green, red, nothing.
@@ -48,7 +51,8 @@ const RED: [u8; 3] = [0, 0, 255];
 #[test]
 fn a_still_screen_gives_each_newcomer_its_picture() {
     let qemu = FakeQemu::start(&[0]);
-    let (server, [listener]) = connected(&qemu);
+    let server = connected(&qemu);
+    let (_first, listener) = watching(&qemu, &server);
     draw(&listener, BLUE);
     for _ in 0..3 {
         let mut peer = Peer::of(&server);
@@ -60,13 +64,38 @@ fn a_still_screen_gives_each_newcomer_its_picture() {
 }
 
 #[test]
+fn qemu_says_what_it_shows_only_while_somebody_watches() {
+    let qemu = FakeQemu::start(&[0, 1]);
+    let server = connected(&qemu);
+    let mut peer = Peer::of(&server);
+    // An answer of QEMU's on the connection on which it would be asked for listeners.
+    assert!(enable(&mut peer, 0, (SIZE, SIZE)).success);
+    assert_eq!(qemu.registered(), 0);
+    for (times, colour) in [(1, BLUE), (2, RED)] {
+        let (mut peer, listener) = watching(&qemu, &server);
+        draw(&listener, colour);
+        assert!(shows(&peer.next_frame().bytes, colour));
+        drop(peer);
+        listener.wait_for_close();
+        assert_eq!(qemu.registered(), times);
+    }
+    // QEMU goes and comes while nobody watches: that is noticed all the same.
+    let _before = (qemu.size(), qemu.forget_clients());
+    assert_eq!(qemu.size(), (0, SIZE, SIZE));
+    let (mut peer, listener) = watching(&qemu, &server);
+    draw(&listener, BLUE);
+    assert!(shows(&peer.next_frame().bytes, BLUE));
+}
+
+#[test]
 fn one_encode_serves_all_who_watch() {
     let qemu = FakeQemu::start(&[0]);
-    let (server, [listener]) = connected(&qemu);
+    let server = connected(&qemu);
+    let (first, listener) = watching(&qemu, &server);
     draw(&listener, BLUE);
-    let mut peers = [Peer::of(&server), Peer::of(&server)];
+    let mut peers = [first, Peer::of(&server)];
+    peers[1].subscribe(0);
     for peer in &mut peers {
-        peer.subscribe(0);
         peer.next_frame();
     }
     draw(&listener, RED);
@@ -87,7 +116,7 @@ fn one_encode_serves_all_who_watch() {
 #[test]
 fn sizes_reach_qemu_and_disabling_takes_the_screen_away() {
     let qemu = FakeQemu::start(&[0, 1]);
-    let (server, [_first, second]) = connected(&qemu);
+    let server = connected(&qemu);
     let mut peer = Peer::of(&server);
     let answer = enable(&mut peer, 1, (1280, 800));
     assert!(answer.success);
@@ -97,11 +126,10 @@ fn sizes_reach_qemu_and_disabling_takes_the_screen_away() {
         assert!(!enable(&mut peer, 1, size).success);
     }
     // A QEMU that comes back is told again.
-    second.close();
     qemu.forget_clients();
-    peer.subscribe(1);
-    let (_first, _second) = (qemu.listener(), qemu.listener());
     assert_eq!(qemu.size(), (1, 1280, 800));
+    peer.subscribe(1);
+    assert_eq!(qemu.listener().console, 1);
     peer.send(encode::disable_scanout(1, 1));
     peer.flush();
     assert_eq!(qemu.size(), (1, 0, 0));
@@ -110,15 +138,14 @@ fn sizes_reach_qemu_and_disabling_takes_the_screen_away() {
 #[test]
 fn a_cursor_that_qemu_sends_apart_is_in_the_picture() {
     let qemu = FakeQemu::start(&[0]);
-    let (server, [listener]) = connected(&qemu);
-    draw(&listener, BLUE);
+    let server = connected(&qemu);
+    let (mut peer, listener) = watching(&qemu, &server);
     let half = SIZE / 2;
     let cursor = [RED[0], RED[1], RED[2], 255].repeat((half * half) as usize);
     let side = half as i32;
     listener.cursor_define(side, side, &cursor).unwrap();
     listener.mouse_set(0, side, true).unwrap();
-    let mut peer = Peer::of(&server);
-    peer.subscribe(0);
+    draw(&listener, BLUE);
     let picture = &decode([peer.next_frame().bytes.as_slice()])[0];
     let expected = Rgb::new(SIZE as usize, SIZE as usize, |x, y| {
         let half = half as usize;
@@ -141,7 +168,7 @@ impl Drop for End<'_> {
 #[test]
 fn the_refresh_rate_limits_the_frames() {
     let qemu = FakeQemu::start(&[0]);
-    let (server, [listener]) = connected(&qemu);
+    let server = connected(&qemu);
     let mut peer = Peer::of(&server);
     let request = EnableScanout {
         scanout_id: 0,
@@ -152,6 +179,7 @@ fn the_refresh_rate_limits_the_frames() {
     peer.send(encode::enable_scanout(1, &request));
     assert!(matches!(peer.next().message, Message::ScanoutResp(answer) if answer.success));
     peer.subscribe(0);
+    let listener = qemu.listener();
     let over = AtomicBool::new(false);
     let times: Vec<i64> = thread::scope(|scope| {
         scope.spawn(|| {
@@ -173,7 +201,7 @@ fn the_refresh_rate_limits_the_frames() {
 #[test]
 fn there_is_no_scanout_without_a_console() {
     let qemu = FakeQemu::start(&[0, 3]);
-    let (server, _listeners) = connected::<2>(&qemu);
+    let server = connected(&qemu);
     let mut peer = Peer::of(&server);
     for (id, there) in [(0, true), (1, false), (3, true), (15, false), (16, false)] {
         peer.send(encode::subscribe(id));
@@ -187,14 +215,15 @@ fn there_is_no_scanout_without_a_console() {
 #[test]
 fn sixteen_scanouts_serve_sixty_four_clients() {
     let qemu = FakeQemu::start(&std::array::from_fn::<u32, 16, _>(|id| id as u32));
-    let (server, listeners) = connected::<16>(&qemu);
+    let server = connected(&qemu);
     let colour = |console: u32| [console as u8 * 16, 255 - console as u8 * 16, 128];
-    for listener in &listeners {
-        draw(listener, colour(listener.console));
-    }
     let mut peers: Vec<_> = (0..64).map(|_| Peer::of(&server)).collect();
     for (index, peer) in (0..).zip(&mut peers) {
         peer.subscribe(index % 16);
+    }
+    let listeners: [Listener; 16] = std::array::from_fn(|_| qemu.listener());
+    for listener in &listeners {
+        draw(listener, colour(listener.console));
     }
     for (index, peer) in (0..).zip(&mut peers) {
         let frame = peer.next_frame();
@@ -211,10 +240,9 @@ fn sixteen_scanouts_serve_sixty_four_clients() {
 /// The connection is made anew, and the subscriber goes on.
 fn is_connected_anew(lie: impl FnOnce(&Listener)) {
     let qemu = FakeQemu::start(&[0]);
-    let (server, [listener]) = connected(&qemu);
+    let server = connected(&qemu);
+    let (mut peer, listener) = watching(&qemu, &server);
     draw(&listener, BLUE);
-    let mut peer = Peer::of(&server);
-    peer.subscribe(0);
     peer.next_frame();
     lie(&listener);
     let listener = qemu.listener();

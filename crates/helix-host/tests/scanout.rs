@@ -146,6 +146,11 @@ fn encoded_video_goes_out_as_it_is() {
     let frames: Vec<_> = (0..30).map(|_| peer.next_frame()).collect();
     // At its own pace.
     assert!(asked.elapsed() > Duration::from_millis(700));
+    // Which is in their times too, however late this machine was.
+    for pair in frames.windows(2) {
+        let step = pair[1].response.pts - pair[0].response.pts;
+        assert!((33_333_000..33_334_000).contains(&step), "{step} ns");
+    }
     let sent: Vec<u8> = frames.iter().flat_map(|f| f.bytes.clone()).collect();
     let recorded = std::fs::read(&path).unwrap();
     // The parser may add delimiters (NAL unit type 9) between access units, nothing else.

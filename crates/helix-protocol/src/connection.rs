@@ -8,6 +8,7 @@
 
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -123,6 +124,14 @@ impl<B: Body> Tail<B> {
     }
 }
 
+/// What the socket may be able to do: it has not said otherwise since it became ready.
+struct Ready {
+    /// There may be bytes to take.
+    read: bool,
+    /// There may be room for bytes.
+    write: bool,
+}
+
 /// A connection and its two directions' state.
 pub struct Connection<B> {
     stream: Stream,
@@ -135,6 +144,9 @@ pub struct Connection<B> {
     /// When bytes last came, or reading began.
     received_at: Instant,
     reading: bool,
+    ready: Ready,
+    /// The waiter tells when there is room again.
+    awaiting_room: bool,
     /// Why nothing can be sent any more.
     send_error: Option<io::Error>,
     bytes_sent: u64,
@@ -144,8 +156,7 @@ pub struct Connection<B> {
 impl<B: Body> Connection<B> {
     /// Takes over a stream. From now on `waiter` waits for it.
     pub fn new(stream: Stream, limits: Limits, waiter: &Waiter) -> io::Result<Self> {
-        use std::os::fd::AsFd;
-        waiter.register(stream.as_fd())?;
+        waiter.register_for_reading(stream.as_fd())?;
         Ok(Self {
             stream,
             decoder: Decoder::new(limits),
@@ -154,6 +165,11 @@ impl<B: Body> Connection<B> {
             sent_at: Instant::now(),
             received_at: Instant::now(),
             reading: true,
+            ready: Ready {
+                read: true,
+                write: true,
+            },
+            awaiting_room: false,
             send_error: None,
             bytes_sent: 0,
             bytes_received: 0,
@@ -260,14 +276,18 @@ impl<B: Body> Connection<B> {
             if waker.is_cancelled() {
                 return Err(ConnectionError::Cancelled);
             }
-            if self.flush(&waker)? {
+            if waiter.take_ready() {
+                self.ready.read = true;
+                self.ready.write = true;
+            }
+            if self.flush(waiter, &waker)? {
                 return Ok(Event::Drained);
             }
             if self.reading {
                 if let Some(envelope) = self.decoder.next()? {
                     return Ok(Event::Message(envelope));
                 }
-                if self.receive()? {
+                if self.ready.read && self.receive()? {
                     // A peer that never stops sending must not keep the caller from its own
                     // deadline, nor from those who want it.
                     if deadline.has_passed() {
@@ -304,16 +324,21 @@ impl<B: Body> Connection<B> {
                 self.received_at = Instant::now();
                 Ok(true)
             }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(false),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.ready.read = false;
+                Ok(false)
+            }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(true),
             Err(error) => Err(error.into()),
         }
     }
 
     /// Sends until the socket is full; whether the outbox became empty by this.
-    fn flush(&mut self, waker: &Waker) -> Result<bool, ConnectionError> {
+    fn flush(&mut self, waiter: &Waiter, waker: &Waker) -> Result<bool, ConnectionError> {
         let mut progress = false;
-        while let Some(message) = self.outbox.front() {
+        while self.ready.write
+            && let Some(message) = self.outbox.front()
+        {
             // A peer that takes all at once must not keep the caller either.
             if waker.is_cancelled() {
                 return Err(ConnectionError::Cancelled);
@@ -339,11 +364,16 @@ impl<B: Body> Connection<B> {
                     self.bytes_sent += count as u64;
                     self.sent_at = Instant::now();
                 }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                    self.ready.write = false;
+                    self.await_room(waiter, true)?;
+                }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
                     self.outbox.clear();
                     self.sent = 0;
+                    // The word of it may not have come here, and the peer's last words are there.
+                    self.ready.read = true;
                     self.send_error = Some(error);
                     return Ok(false);
                 }
@@ -354,7 +384,20 @@ impl<B: Body> Connection<B> {
                 progress = true;
             }
         }
-        Ok(progress)
+        let drained = progress && self.outbox.is_empty();
+        if drained {
+            self.await_room(waiter, false)?;
+        }
+        Ok(drained)
+    }
+
+    /// Says whether the waiter shall tell when there is room in the socket.
+    fn await_room(&mut self, waiter: &Waiter, wanted: bool) -> io::Result<()> {
+        if self.awaiting_room != wanted {
+            waiter.set_writing(self.stream.as_fd(), wanted)?;
+            self.awaiting_room = wanted;
+        }
+        Ok(())
     }
 }
 

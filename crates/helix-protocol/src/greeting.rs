@@ -64,11 +64,14 @@ impl Agreement {
     }
 
     fn with(mine: &Hello, theirs: Hello) -> Self {
+        let legacy = Self::legacy();
+        // What says nothing is as if there were no HELLO.
+        let said = |value, otherwise| if value == 0 { otherwise } else { value };
         Self {
             capabilities: Some(mine.capabilities.and(theirs.capabilities)),
-            codecs: theirs.codecs,
+            codecs: said(theirs.codecs, legacy.codecs),
             max_in_flight: theirs.max_in_flight,
-            max_message: theirs.max_message,
+            max_message: said(theirs.max_message, legacy.max_message),
             max_width: theirs.max_width,
             max_height: theirs.max_height,
             name: theirs.name,

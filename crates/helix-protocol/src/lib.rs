@@ -13,6 +13,7 @@ mod hello;
 mod limits;
 pub mod message;
 mod payload;
+mod socket_file;
 pub mod sps;
 pub mod transport;
 pub mod wait;

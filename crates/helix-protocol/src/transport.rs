@@ -8,8 +8,7 @@ use std::io::{self, IoSlice};
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, ToSocketAddrs};
 use std::os::fd::{AsFd, BorrowedFd};
-use std::os::unix::fs::FileTypeExt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -17,6 +16,7 @@ use std::time::{Duration, Instant};
 use socket2::{Domain, SockAddr, Socket, TcpKeepalive, Type};
 
 use crate::address::{Address, VSOCK_CID_LOCAL};
+use crate::socket_file::SocketFile;
 use crate::wait::{Deadline, Waiter, Wake};
 
 /// Connections that wait to be accepted.
@@ -345,7 +345,8 @@ pub struct Listener {
 
 impl Listener {
     /// Starts listening. A unix socket file that nobody listens on any more is replaced; one that
-    /// somebody does is an error, and so is any other file. A new one is for its owner alone.
+    /// somebody does is an error, and so is any other file. A new one is for its owner alone, and
+    /// has a lock file beside it, `PATH.lock`, for as long as this lives.
     pub fn bind(address: &Address) -> Result<Self, BindError> {
         Self::try_bind(address).map_err(|source| BindError {
             address: address.clone(),
@@ -383,13 +384,15 @@ impl Listener {
             }
             Address::Unix(path) => {
                 let wanted = unix_address(path)?;
-                remove_stale(path, &wanted)?;
-                let socket = listening(Domain::UNIX, |socket| bind_private(socket, &wanted))?;
-                let file = SocketFile::new(path)?;
+                let mut file = None;
+                let socket = listening(Domain::UNIX, |socket| {
+                    file = Some(SocketFile::bind(socket, path, &wanted)?);
+                    Ok(())
+                })?;
                 Ok(Self {
                     socket,
                     address: address.clone(),
-                    _file: Some(file),
+                    _file: file,
                 })
             }
             #[cfg(target_os = "linux")]
@@ -446,76 +449,6 @@ fn listening(domain: Domain, bind: impl FnOnce(&Socket) -> io::Result<()>) -> io
     bind(&socket)?;
     socket.listen(BACKLOG)?;
     Ok(socket)
-}
-
-/// Binds so that the file is for its owner alone.
-fn bind_private(socket: &Socket, address: &SockAddr) -> io::Result<()> {
-    // On Linux the mode of the socket inode is taken over by the file that bind() creates, so
-    // there is no moment at which others could connect.
-    // SAFETY: fchmod() on a descriptor that `socket` owns touches no memory.
-    let done = unsafe { libc::fchmod(std::os::fd::AsRawFd::as_raw_fd(socket), 0o600) };
-    if done != 0 {
-        return Err(io::Error::last_os_error());
-    }
-    socket.bind(address)
-}
-
-/// Removes a socket file that nobody listens on.
-fn remove_stale(path: &Path, address: &SockAddr) -> io::Result<()> {
-    match std::fs::symlink_metadata(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        Err(error) => return Err(error),
-        Ok(meta) if !meta.file_type().is_socket() => {
-            return Err(io::Error::new(
-                io::ErrorKind::AlreadyExists,
-                "there is a file of that name which is no socket; it stays as it is",
-            ));
-        }
-        Ok(_) => {}
-    }
-    let probe = Socket::new(Domain::UNIX, Type::STREAM, None)?;
-    probe.set_nonblocking(true)?;
-    match probe.connect(address) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-            std::fs::remove_file(path)
-        }
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) if error.kind() != io::ErrorKind::WouldBlock => Err(error),
-        _ => Err(io::Error::new(
-            io::ErrorKind::AddrInUse,
-            "another program listens there (is a helix-host already running?)",
-        )),
-    }
-}
-
-/// A socket file of ours: removed at the end, unless another one has taken its place.
-#[derive(Debug)]
-struct SocketFile {
-    path: PathBuf,
-    id: (u64, u64),
-}
-
-impl SocketFile {
-    fn new(path: &Path) -> io::Result<Self> {
-        Ok(Self {
-            path: path.to_owned(),
-            id: Self::id(path)?,
-        })
-    }
-
-    fn id(path: &Path) -> io::Result<(u64, u64)> {
-        use std::os::unix::fs::MetadataExt;
-        std::fs::symlink_metadata(path).map(|meta| (meta.dev(), meta.ino()))
-    }
-}
-
-impl Drop for SocketFile {
-    fn drop(&mut self) {
-        if Self::id(&self.path).is_ok_and(|id| id == self.id) {
-            // Nothing can be done about a directory that has become read-only.
-            let _ = std::fs::remove_file(&self.path);
-        }
-    }
 }
 
 /// Whether an [`Address`] can be reached from this machine only.

@@ -150,6 +150,8 @@ pub struct Waiter {
     poll: Poll,
     events: Events,
     shared: Arc<Shared>,
+    /// Something registered has become ready since [`Waiter::take_ready`].
+    ready: bool,
 }
 
 impl Waiter {
@@ -165,6 +167,7 @@ impl Waiter {
             poll,
             events: Events::with_capacity(4),
             shared,
+            ready: false,
         })
     }
 
@@ -179,11 +182,29 @@ impl Waiter {
     /// The registration ends by [`Waiter::deregister`], or by itself when the descriptor's last
     /// duplicate is closed.
     pub fn register(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
-        self.poll.registry().register(
-            &mut SourceFd(&fd.as_raw_fd()),
-            SOURCE,
-            Interest::READABLE | Interest::WRITABLE,
-        )
+        self.register_for(fd, Interest::READABLE | Interest::WRITABLE)
+    }
+
+    /// Registers `fd` for reading alone: a unix socket becomes writable anew whenever its peer has
+    /// read something, and each time somebody would wake up for nothing.
+    pub(crate) fn register_for_reading(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+        self.register_for(fd, Interest::READABLE)
+    }
+
+    fn register_for(&self, fd: BorrowedFd<'_>, interest: Interest) -> io::Result<()> {
+        let registry = self.poll.registry();
+        registry.register(&mut SourceFd(&fd.as_raw_fd()), SOURCE, interest)
+    }
+
+    /// Whether waits shall end as well when the registered `fd` becomes writable, or is.
+    pub(crate) fn set_writing(&self, fd: BorrowedFd<'_>, writing: bool) -> io::Result<()> {
+        let interest = if writing {
+            Interest::READABLE | Interest::WRITABLE
+        } else {
+            Interest::READABLE
+        };
+        let registry = self.poll.registry();
+        registry.reregister(&mut SourceFd(&fd.as_raw_fd()), SOURCE, interest)
     }
 
     /// Takes back what [`Waiter::register`] did.
@@ -198,6 +219,12 @@ impl Waiter {
         self.shared.woken.swap(false, Ordering::AcqRel)
     }
 
+    /// Whether something registered has become ready since this was last asked, whatever the waits
+    /// in between have reported. What was not ready before is not ready now unless this says so.
+    pub(crate) fn take_ready(&mut self) -> bool {
+        std::mem::take(&mut self.ready)
+    }
+
     /// Waits until the registered descriptor is ready, the waker is used, or `deadline` passes.
     ///
     /// Cancellation goes before a wake-up, a wake-up before readiness: readiness that is not
@@ -207,15 +234,19 @@ impl Waiter {
             if self.shared.cancelled.load(Ordering::Acquire) {
                 return Ok(Wake::Cancelled);
             }
-            if self.take_wake() {
-                return Ok(Wake::Woken);
-            }
-            match self.poll.poll(&mut self.events, deadline.timeout()) {
+            // Even then the descriptors are looked at: who is woken all the time must not miss them.
+            let timeout = if self.shared.woken.load(Ordering::Acquire) {
+                Some(Duration::ZERO)
+            } else {
+                deadline.timeout()
+            };
+            match self.poll.poll(&mut self.events, timeout) {
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(error),
                 Ok(()) => {}
             }
             let ready = self.events.iter().any(|event| event.token() == SOURCE);
+            self.ready |= ready;
             if self.shared.cancelled.load(Ordering::Acquire) {
                 return Ok(Wake::Cancelled);
             }
@@ -235,7 +266,7 @@ impl Waiter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::io::Write;
+    use std::io::{Read, Write};
     use std::os::fd::AsFd;
     use std::os::unix::net::UnixStream;
     use std::thread;
@@ -304,6 +335,43 @@ mod tests {
             waiter.wait(Deadline::after(Duration::ZERO)).unwrap(),
             Wake::TimedOut
         );
+    }
+
+    #[test]
+    fn what_a_peer_has_read_wakes_only_who_wants_to_write() {
+        let (here, there) = UnixStream::pair().unwrap();
+        for end in [&here, &there] {
+            end.set_nonblocking(true).unwrap();
+        }
+        let mut waiter = Waiter::new().unwrap();
+        waiter.register_for_reading(here.as_fd()).unwrap();
+        let pass_much = || {
+            while (&here).write(&[0; 1 << 16]).is_ok() {}
+            while (&there).read(&mut [0; 1 << 16]).is_ok() {}
+        };
+        pass_much();
+        let now = Deadline::after(Duration::ZERO);
+        assert_eq!(waiter.wait(now).unwrap(), Wake::TimedOut);
+        assert!(!waiter.take_ready());
+        // Room that was there before it was asked for counts.
+        waiter.set_writing(here.as_fd(), true).unwrap();
+        assert_eq!(waiter.wait(Deadline::after(LONG)).unwrap(), Wake::Ready);
+        assert!(waiter.take_ready());
+        waiter.set_writing(here.as_fd(), false).unwrap();
+        pass_much();
+        assert_eq!(waiter.wait(now).unwrap(), Wake::TimedOut);
+    }
+
+    #[test]
+    fn readiness_is_not_forgotten_behind_a_wake_up() {
+        let (mut here, there) = UnixStream::pair().unwrap();
+        let mut waiter = Waiter::new().unwrap();
+        waiter.register_for_reading(there.as_fd()).unwrap();
+        here.write_all(b"x").unwrap();
+        waiter.waker().wake();
+        assert_eq!(waiter.wait(Deadline::after(LONG)).unwrap(), Wake::Woken);
+        assert!(waiter.take_ready());
+        assert!(!waiter.take_ready());
     }
 
     #[test]

@@ -86,6 +86,21 @@ fn hello_resp_then_pong_is_what_both_announced() {
 }
 
 #[test]
+fn codecs_and_a_limit_that_say_nothing_are_those_of_a_legacy_host() {
+    let silent = Hello {
+        codecs: 0,
+        max_message: 0,
+        ..theirs()
+    };
+    let mut greeting = Greeting::new(mine());
+    greeting.receive(Message::HelloResp(silent)).unwrap();
+    let agreement = greeting.receive(Message::Pong).unwrap().expect("an end");
+    let legacy = Agreement::legacy();
+    assert_eq!(agreement.codecs, legacy.codecs);
+    assert_eq!(agreement.max_message, legacy.max_message);
+}
+
+#[test]
 fn the_first_hello_resp_counts() {
     let mut greeting = Greeting::new(mine());
     greeting.receive(Message::HelloResp(theirs())).unwrap();

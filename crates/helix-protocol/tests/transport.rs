@@ -10,6 +10,7 @@ use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
+use std::sync::Barrier;
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -316,8 +317,6 @@ fn a_unix_socket_that_somebody_listens_on_is_left_to_them() {
     let first = Listener::bind(&address).unwrap();
     let text = Listener::bind(&address).unwrap_err().to_string();
     assert!(text.contains("another program listens there"), "{text}");
-    // The attempt looked like a client that went away.
-    drop(accept(&first));
     let (client, host) = connected(&first);
     talk(client, &host);
     drop(first);
@@ -328,6 +327,56 @@ fn a_unix_socket_that_somebody_listens_on_is_left_to_them() {
     let text = Listener::bind(&address).unwrap_err().to_string();
     assert!(text.contains("another program listens there"), "{text}");
     assert!(path.exists());
+}
+
+#[test]
+fn of_all_who_find_a_stale_unix_socket_at_once_one_gets_it() {
+    const AT_A_TIME: usize = 8;
+    for _ in 0..100 {
+        let (dir, address) = unix();
+        drop(UnixListener::bind(dir.path().join("test.sock")).unwrap());
+        let (start, done) = (Barrier::new(AT_A_TIME), Barrier::new(AT_A_TIME));
+        let bind = || {
+            start.wait();
+            let listener = Listener::bind(&address);
+            // Nobody is late, and comes when the winner has gone.
+            done.wait();
+            listener
+        };
+        let results = thread::scope(|scope| {
+            let threads = [(); AT_A_TIME].map(|()| scope.spawn(bind));
+            threads.map(|thread| thread.join().unwrap())
+        });
+        let (winners, losers): (Vec<_>, Vec<_>) = results.into_iter().partition(Result::is_ok);
+        assert_eq!(winners.len(), 1, "{winners:?} listen");
+        for error in losers {
+            let text = error.unwrap_err().to_string();
+            assert!(text.contains("another program listens there"), "{text}");
+        }
+        let listener = winners.into_iter().next().unwrap().unwrap();
+        let (client, host) = connected(&listener);
+        talk(client, &host);
+        drop(listener);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+}
+
+#[test]
+fn a_lock_file_that_was_left_behind_is_no_hindrance() {
+    let (dir, address) = unix();
+    let lock = dir.path().join("test.sock.lock");
+    fs::write(&lock, "").unwrap();
+    drop(Listener::bind(&address).unwrap());
+    assert!(!lock.exists());
+
+    // What is no lock file is not followed.
+    symlink(dir.path().join("elsewhere"), &lock).unwrap();
+    let text = Listener::bind(&address).unwrap_err().to_string();
+    assert!(
+        text.contains("lock ") && text.contains("test.sock.lock"),
+        "{text}"
+    );
+    assert!(!dir.path().join("elsewhere").exists());
 }
 
 #[test]

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use futures_core::Stream;
+use tokio::sync::watch;
 use tokio::time::sleep;
 use zbus::connection::Builder;
 use zbus::fdo::{PropertiesChangedStream, PropertiesProxy};
@@ -84,12 +85,12 @@ impl Console {
     }
 
     /// What will have changed of it from now on.
-    pub async fn changes(&self) -> zbus::Result<PropertiesChangedStream> {
+    async fn changes(&self) -> zbus::Result<PropertiesChangedStream> {
         self.properties.receive_properties_changed().await
     }
 
     /// Has QEMU say what the console shows, beginning with a whole picture.
-    pub async fn listen(&self) -> zbus::Result<MessageStream> {
+    async fn listen(&self) -> zbus::Result<MessageStream> {
         let (ours, theirs) = UnixStream::pair()?;
         // QEMU is the server of this handshake and does nothing else until it is over: it must
         // not wait for the answer to the call, nor the other way round.
@@ -102,19 +103,8 @@ impl Console {
         Ok(messages)
     }
 
-    /// Has QEMU begin anew, with a whole picture, instead of going on with `messages`.
-    ///
-    /// QEMU 7.2 has room for one listener of each client. Over a bus it refuses another one until it
-    /// has noticed that the one before is closed. Without a bus it takes that one's place, and is
-    /// closed in its stead when that is noticed. One thread of QEMU's reads all sockets, in the order
-    /// in which something happens to them: who has been answered has been noticed before.
-    async fn listen_anew(&self, messages: MessageStream) -> zbus::Result<MessageStream> {
-        // It may be closed already.
-        let _ = Connection::from(&messages).close().await;
-        drop(messages);
-        for _ in 0..ANSWERS {
-            self.proxy.width().await?;
-        }
+    /// The same, where QEMU may still have the listener before: it then refuses another one.
+    async fn listen_anew(&self) -> zbus::Result<MessageStream> {
         let end = Instant::now() + AGAIN_LIMIT;
         loop {
             match self.listen().await {
@@ -128,37 +118,65 @@ impl Console {
         }
     }
 
-    /// Puts into `screen` what QEMU says, until the connection ends. Returns why it did.
-    /// `changes` are those since before QEMU was first listened to.
+    /// Has QEMU say nothing more, and waits until it knows.
     ///
-    /// A QEMU without shared memory does not say that the picture has another size before it is
-    /// changed as a whole, and a screen of text never is: QEMU 7.2 then goes on with parts of a
-    /// picture that nobody has. The console's size tells, and listening anew brings all of it.
+    /// QEMU 7.2 has room for one listener of each client. Over a bus it refuses another one until it
+    /// has noticed that the one before is closed. Without a bus the next one takes that one's place,
+    /// and is closed in its stead when that is noticed. One thread of QEMU's reads all sockets, in
+    /// the order in which something happens to them: who has been answered has been noticed before.
+    async fn close(&self, messages: MessageStream) {
+        // It may be closed already.
+        let _ = Connection::from(&messages).close().await;
+        drop(messages);
+        for _ in 0..ANSWERS {
+            // Any answer will do. Without one, listening again fails and says why.
+            let _ = self.proxy.width().await;
+        }
+    }
+
+    /// Puts into `screen` what QEMU says, whenever somebody wants to know, until the connection
+    /// ends. Returns why it did. `gone` says so of the connection on which QEMU is asked.
     pub async fn watch(
         &self,
-        mut changes: PropertiesChangedStream,
-        mut messages: MessageStream,
         screen: &Arc<Screen>,
+        mut gone: watch::Receiver<Option<Error>>,
     ) -> Error {
+        let mut wanted = screen.listeners();
+        let ended = |error: zbus::Error| Error::Gone {
+            address: self.address.clone(),
+            reason: error.to_string(),
+        };
         loop {
             tokio::select! {
-                error = serve(&mut messages, screen, &self.address) => return error,
-                () = self.other_size(&mut changes, screen) => screen.forget(),
+                _ = wanted.wait_for(|listeners| *listeners > 0) => {}
+                error = is_gone(&mut gone) => return error,
             }
-            messages = match self.listen_anew(messages).await {
-                Ok(messages) => messages,
-                Err(error) => {
-                    return Error::Gone {
-                        address: self.address.clone(),
-                        reason: error.to_string(),
-                    };
-                }
+            let watched = async {
+                // Since before QEMU is listened to.
+                let changes = self.changes().await?;
+                let messages = self.listen_anew().await?;
+                Ok((changes, messages))
             };
+            let (mut changes, mut messages) = match watched.await {
+                Ok(watched) => watched,
+                Err(error) => return ended(error),
+            };
+            tokio::select! {
+                error = serve(&mut messages, screen, &self.address) => return error,
+                // What comes now changes a picture that is not here yet: begin again.
+                () = self.other_size(&mut changes, screen) => screen.forget(),
+                _ = wanted.wait_for(|listeners| *listeners == 0) => screen.ignore(),
+            }
+            self.close(messages).await;
         }
     }
 
     /// Returns when the console has another size than its picture, or has one and no picture: the one
     /// that is on its way may be the one before.
+    ///
+    /// A QEMU without shared memory does not say that the picture has another size before it is
+    /// changed as a whole, and a screen of text never is: QEMU 7.2 then goes on with parts of a
+    /// picture that nobody has. The console's size tells, and listening anew brings all of it.
     async fn other_size(&self, changes: &mut PropertiesChangedStream, screen: &Screen) {
         while poll_fn(|context| Pin::new(&mut *changes).poll_next(context))
             .await
@@ -172,5 +190,18 @@ impl Console {
         }
         // Nobody can be asked any more; the listener goes on, or knows what has happened.
         pending::<()>().await;
+    }
+}
+
+/// Returns why the connection has ended, when it has.
+async fn is_gone(gone: &mut watch::Receiver<Option<Error>>) -> Error {
+    match gone
+        .wait_for(Option::is_some)
+        .await
+        .map(|error| error.clone())
+    {
+        Ok(Some(error)) => error,
+        // Nobody watches the connection any more: this ends as well.
+        _ => pending().await,
     }
 }

@@ -4,16 +4,19 @@
 
 use std::collections::BTreeMap;
 use std::fmt;
+use std::future::{pending, poll_fn};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use tokio::sync::mpsc;
+use futures_core::Stream;
+use tokio::sync::{mpsc, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::timeout;
 use zbus::Connection;
 use zbus::connection::Builder;
-use zbus::proxy::CacheProperties;
+use zbus::proxy::{CacheProperties, OwnerChangedStream};
 
 use crate::address::Address;
 use crate::console::Console;
@@ -191,18 +194,19 @@ struct Worker {
     shared: Arc<Shared>,
 }
 
-/// What a listener's task returns: the console, and why it has ended.
+/// What a console's task returns: the console, and why it has ended.
 type Ended = (u32, Error);
 
 impl Worker {
     async fn run(self, mut commands: mpsc::UnboundedReceiver<SetSize>) {
-        let mut listeners = JoinSet::new();
+        let mut consoles = JoinSet::new();
+        let (gone, _) = watch::channel(None);
         let connected = tokio::select! {
-            connected = timeout(CONNECT_LIMIT, self.connect(&mut listeners)) => connected,
+            connected = timeout(CONNECT_LIMIT, self.connect(&mut consoles, &gone)) => connected,
             () = commands_closed(&mut commands) => return,
         };
-        let control = match connected {
-            Ok(Ok(control)) => control,
+        let (control, owner) = match connected {
+            Ok(Ok(connected)) => connected,
             Ok(Err(error)) => return self.set_status(Status::Failed(error)),
             Err(_) => {
                 return self.set_status(Status::Failed(self.unreachable(&format!(
@@ -213,6 +217,9 @@ impl Worker {
             }
         };
         self.set_status(Status::Connected);
+        let lost = lost(&control, owner);
+        tokio::pin!(lost);
+        let mut there = true;
         loop {
             tokio::select! {
                 command = commands.recv() => match command {
@@ -222,9 +229,22 @@ impl Worker {
                     }
                     None => return,
                 },
-                Some(ended) = listeners.join_next() => {
+                reason = &mut lost, if there => {
+                    there = false;
+                    let gone_now = Error::Gone {
+                        address: self.config.address.to_string(),
+                        reason: reason.to_owned(),
+                    };
+                    if consoles.is_empty() {
+                        self.set_status(Status::Failed(gone_now.clone()));
+                    }
+                    // Consoles that are listened to go on for as long as that lasts: QEMU has one
+                    // client without a bus, and another one may have taken that place.
+                    gone.send_replace(Some(gone_now));
+                }
+                Some(ended) = consoles.join_next() => {
                     let error = self.end(ended);
-                    if listeners.is_empty() {
+                    if consoles.is_empty() {
                         self.set_status(Status::Failed(error));
                     }
                 }
@@ -232,7 +252,7 @@ impl Worker {
         }
     }
 
-    /// A listener's task has ended: so has its screen. Returns why.
+    /// A console's task has ended: so has its screen. Returns why.
     fn end(&self, ended: Result<Ended, JoinError>) -> Error {
         let screens = lock(&self.shared.screens).clone();
         match ended {
@@ -265,14 +285,30 @@ impl Worker {
         }
     }
 
-    /// Connects, and lets QEMU send what the wanted consoles show.
-    async fn connect(&self, listeners: &mut JoinSet<Ended>) -> Result<Connection, Error> {
+    /// Connects, and finds the wanted consoles. Each gets a task that listens to it when somebody
+    /// wants to know what it shows.
+    async fn connect(
+        &self,
+        consoles: &mut JoinSet<Ended>,
+        gone: &watch::Sender<Option<Error>>,
+    ) -> Result<(Connection, Option<OwnerChangedStream<'static>>), Error> {
         let control = self.control().await?;
+        let unreachable = |error: zbus::Error| self.unreachable(&error.to_string());
         let vm = VmProxy::builder(&control)
             .cache_properties(CacheProperties::No)
             .build()
             .await
-            .map_err(|error| self.unreachable(&error.to_string()))?;
+            .map_err(unreachable)?;
+        // Before it is asked anything, so that its end cannot be missed.
+        let owner = match self.config.address {
+            Address::Qmp(_) => None,
+            _ => Some(
+                vm.inner()
+                    .receive_owner_changed()
+                    .await
+                    .map_err(unreachable)?,
+            ),
+        };
         let ids = vm.console_ids().await.map_err(|error| {
             self.unreachable(&format!(
                 "{error} (is there a QEMU that was started with -display dbus?)"
@@ -309,11 +345,10 @@ impl Worker {
             let screen = Screen::new(id, label, move || notify(Event::Screen(id)));
             let screen = Arc::new(screen);
             lock(&self.shared.screens).insert(id, screen.clone());
-            let changes = console.changes().await.map_err(failed)?;
-            let messages = console.listen().await.map_err(failed)?;
-            listeners.spawn(async move { (id, console.watch(changes, messages, &screen).await) });
+            let gone = gone.subscribe();
+            consoles.spawn(async move { (id, console.watch(&screen, gone).await) });
         }
-        Ok(control)
+        Ok((control, owner))
     }
 
     /// The connection on which QEMU is asked things.
@@ -332,6 +367,23 @@ impl Worker {
 
     fn log(&self, level: Level, text: fmt::Arguments<'_>) {
         (self.config.log)(level, text);
+    }
+}
+
+/// Returns when QEMU can be asked nothing any more, and how that was noticed. `owner` is who has its
+/// name on a bus.
+async fn lost(control: &Connection, owner: Option<OwnerChangedStream<'static>>) -> &'static str {
+    let left = async {
+        match owner {
+            Some(mut owner) => {
+                poll_fn(|context| Pin::new(&mut owner).poll_next(context)).await;
+            }
+            None => pending().await,
+        }
+    };
+    tokio::select! {
+        () = control.closed() => "it closed the connection",
+        () = left => "it left the bus",
     }
 }
 

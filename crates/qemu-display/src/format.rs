@@ -51,6 +51,22 @@ impl PixelFormat {
         }
     }
 
+    /// The format of a DRM one (drm_fourcc.h; its names are those of little-endian words, most
+    /// significant bits first).
+    pub fn from_fourcc(fourcc: u32) -> Option<Self> {
+        match &fourcc.to_le_bytes() {
+            b"XR24" | b"AR24" => Some(Self::Bgrx),
+            b"XB24" | b"AB24" => Some(Self::Rgbx),
+            b"BX24" | b"BA24" => Some(Self::Xrgb),
+            b"RX24" | b"RA24" => Some(Self::Xbgr),
+            b"RG24" => Some(Self::Bgr),
+            b"BG24" => Some(Self::Rgb),
+            b"RG16" => Some(Self::Rgb16),
+            b"XR15" => Some(Self::Rgb15),
+            _ => None,
+        }
+    }
+
     /// Bytes of a pixel.
     pub fn bytes_per_pixel(self) -> usize {
         match self {
@@ -88,6 +104,26 @@ mod tests {
         }
         assert_eq!(PixelFormat::from_pixman(0), None);
         assert_eq!(PixelFormat::from_pixman(code(8, 1, 0x8000)), None);
+    }
+
+    #[test]
+    fn a_format_has_the_same_bytes_whoever_names_it() {
+        // DRM's and pixman's names are both those of words (L9).
+        for (fourcc, code) in [
+            (b"XR24", code(32, 2, 0x0888)),
+            (b"AB24", code(32, 3, 0x8888)),
+            (b"BX24", code(32, 8, 0x0888)),
+            (b"RA24", code(32, 9, 0x8888)),
+            (b"RG24", code(24, 2, 0x0888)),
+            (b"BG24", code(24, 3, 0x0888)),
+            (b"RG16", code(16, 2, 0x0565)),
+            (b"XR15", code(16, 2, 0x0555)),
+        ] {
+            let format = PixelFormat::from_fourcc(u32::from_le_bytes(*fourcc));
+            assert!(format.is_some());
+            assert_eq!(format, PixelFormat::from_pixman(code));
+        }
+        assert_eq!(PixelFormat::from_fourcc(u32::from_le_bytes(*b"NV12")), None);
     }
 
     #[test]

@@ -4,9 +4,9 @@
 //! `-display dbus,addr=ADDRESS`, or `-display dbus,p2p=on` with a QMP socket.
 //!
 //! [`Display::start`] makes a thread that speaks with QEMU. Each [`Screen`] keeps the latest
-//! picture of one console, what has changed in it since it was last taken, and the cursor.
-//! Whoever shows it calls [`Screen::take`] at a rate of their own: QEMU sends up to several hundred
-//! updates a second and waits for nobody.
+//! picture of one console, what has changed in it since it was last taken, and the cursor, for as
+//! long as somebody keeps a [`Listening`] of it. Whoever shows it calls [`Screen::take`] at a rate of
+//! their own: QEMU sends up to several hundred updates a second and waits for nobody.
 //!
 //! # Where the pixels are
 //!
@@ -27,6 +27,7 @@ mod console;
 mod cursor;
 mod damage;
 mod display;
+mod dmabuf;
 mod error;
 mod format;
 mod listener;
@@ -40,8 +41,9 @@ pub use address::Address;
 pub use cursor::{Cursor, CursorShape};
 pub use damage::{Damage, Rect};
 pub use display::{Config, Consoles, Display, Event, Level, Log, Notify, Status};
+pub use dmabuf::{DmaBuf, Plane};
 pub use error::Error;
 pub use format::PixelFormat;
-pub use memory::{Canvas, DmaBuf, Lease, Plane, SharedFile};
+pub use memory::{Canvas, Lease, SharedFile};
 pub use picture::{Layout, MAX_SIZE, Picture, Pixels};
-pub use screen::{Figures, Look, Screen};
+pub use screen::{Figures, Listening, Look, Screen};

@@ -20,8 +20,10 @@ use zbus::message::{Flags, Type};
 use zbus::{Connection, Fd, Message, MessageStream, Variant};
 
 use crate::cursor::CursorShape;
+use crate::dmabuf::{DmaBuf, LINEAR, Plane};
 use crate::error::Error;
-use crate::memory::{Canvas, DmaBuf, Plane};
+use crate::format::PixelFormat;
+use crate::memory::Canvas;
 use crate::picture::Layout;
 use crate::screen::Screen;
 
@@ -161,16 +163,11 @@ fn handle(screen: &Screen, message: &Message) -> Result<Answer, Error> {
         (LISTENER, "ScanoutDMABUF") => {
             let (fd, width, height, stride, fourcc, modifier, y0_top) =
                 arguments!(message, body, (Fd<'_>, u32, u32, u32, u32, u64, bool));
-            screen.scanout_dmabuf(DmaBuf {
-                width,
-                height,
-                fourcc,
-                modifier,
-                planes: vec![Plane::checked(duplicate(&fd)?, 0, stride)?],
-                y0_top,
-            })?;
+            let planes = vec![Plane::checked(duplicate(&fd)?, 0, stride)?];
+            let size = (width, height);
+            screen.scanout_dmabuf(DmaBuf::checked(size, fourcc, modifier, planes, y0_top)?);
         }
-        (DMABUF2, "ScanoutDMABUF2") => screen.scanout_dmabuf(dmabuf2(message)?)?,
+        (DMABUF2, "ScanoutDMABUF2") => screen.scanout_dmabuf(dmabuf2(message)?),
         (LISTENER, "UpdateDMABUF") => {
             let (x, y, width, height) = arguments!(message, body, At);
             return Ok(Answer::Later(screen.update_dmabuf((x, y), (width, height))));
@@ -202,8 +199,21 @@ fn handle(screen: &Screen, message: &Message) -> Result<Answer, Error> {
 /// The picture of a `ScanoutDMABUF2` call.
 fn dmabuf2(message: &Message) -> Result<DmaBuf, Error> {
     let body;
-    // The two left out are the size of the whole buffer, of which a corner may be shown.
-    let (fds, x, y, width, height, offsets, strides, planes, fourcc, _, _, modifier, y0_top) = arguments!(
+    let (
+        fds,
+        x,
+        y,
+        width,
+        height,
+        offsets,
+        strides,
+        planes,
+        fourcc,
+        _backing_width,
+        backing_height,
+        modifier,
+        y0_top,
+    ) = arguments!(
         message,
         body,
         (
@@ -229,22 +239,50 @@ fn dmabuf2(message: &Message) -> Result<DmaBuf, Error> {
             "a DMA-BUF picture of {count} planes with {lengths:?} buffers, offsets and strides"
         )));
     }
-    if (x, y) != (0, 0) {
-        return Err(Error::Nonsense(format!(
-            "a DMA-BUF picture that begins at {x},{y} of a larger one; that is not supported"
-        )));
-    }
     let planes = fds.iter().zip(offsets).zip(strides).take(count);
-    Ok(DmaBuf {
-        width,
-        height,
-        fourcc,
-        modifier,
-        planes: planes
-            .map(|((fd, offset), stride)| Plane::checked(duplicate(fd)?, offset, stride))
-            .collect::<Result<_, _>>()?,
-        y0_top,
-    })
+    let mut planes = planes
+        .map(|((fd, offset), stride)| Plane::checked(duplicate(fd)?, offset, stride))
+        .collect::<Result<Vec<_>, _>>()?;
+    if (x, y) != (0, 0) {
+        // Rows are counted as the guest does, from the top.
+        let y = if y0_top {
+            backing_height.saturating_sub(y.saturating_add(height))
+        } else {
+            y
+        };
+        move_to(&mut planes, (x, y), fourcc, modifier)?;
+    }
+    DmaBuf::checked((width, height), fourcc, modifier, planes, y0_top)
+}
+
+/// Has the picture begin at a place in a larger one, as that of the second output does where a guest
+/// has one framebuffer for both.
+fn move_to(
+    planes: &mut [Plane],
+    (x, y): (u32, u32),
+    fourcc: u32,
+    modifier: u64,
+) -> Result<(), Error> {
+    let format = PixelFormat::from_fourcc(fourcc).filter(|_| modifier == LINEAR);
+    let ([plane], Some(format)) = (planes, format) else {
+        return Err(Error::System(format!(
+            "a picture on a GPU that begins at {x},{y} of a larger one, in memory that is not \
+             linear (modifier {modifier:#x}); that is not supported"
+        )));
+    };
+    let bytes = u64::from(y) * u64::from(plane.stride)
+        + u64::from(x) * format.bytes_per_pixel() as u64
+        + u64::from(plane.offset);
+    plane.offset = u32::try_from(bytes)
+        .ok()
+        .filter(|offset| u64::from(*offset) < plane.size)
+        .ok_or_else(|| {
+            Error::Nonsense(format!(
+                "a DMA-BUF of {} bytes with a picture at {bytes}",
+                plane.size
+            ))
+        })?;
+    Ok(())
 }
 
 /// A descriptor of our own; the message's is closed with it.

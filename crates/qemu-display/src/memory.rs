@@ -3,21 +3,16 @@
 //! The memory that pixels lie in, and who may use it for how long.
 
 use std::fs::File;
-use std::io::{Seek, SeekFrom};
 use std::ops::Range;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use nix::fcntl::{FcntlArg, SealFlag, fcntl};
-use nix::sys::statfs::{FsType, fstatfs};
 use tokio::sync::oneshot;
 use zbus::Message;
 
 use crate::error::Error;
-
-/// What `fstatfs` says of a DMA-BUF (`DMA_BUF_MAGIC` in linux/magic.h).
-const DMA_BUF_MAGIC: FsType = FsType(0x444d_4142);
 
 /// Canvases kept for reuse: one that is drawn on while downstream has two more.
 const SPARES: usize = 3;
@@ -155,64 +150,6 @@ impl AsFd for SharedFile {
     }
 }
 
-/// A picture in DMA-BUFs.
-#[derive(Debug)]
-pub struct DmaBuf {
-    /// Pixels.
-    pub width: u32,
-    /// Pixels.
-    pub height: u32,
-    /// `DRM_FORMAT_*` of drm_fourcc.h.
-    pub fourcc: u32,
-    /// `DRM_FORMAT_MOD_*` of drm_fourcc.h.
-    pub modifier: u64,
-    /// At least one.
-    pub planes: Vec<Plane>,
-    /// What QEMU says of the order of rows. Linux guests say false and true of pictures whose
-    /// first row is the top one all the same, so nothing is done about it.
-    pub y0_top: bool,
-}
-
-/// A plane of a [`DmaBuf`].
-#[derive(Debug)]
-pub struct Plane {
-    /// The buffer.
-    pub fd: OwnedFd,
-    /// Bytes of the whole buffer.
-    pub size: u64,
-    /// Where the plane begins in it, in bytes.
-    pub offset: u32,
-    /// Bytes from one row to the next.
-    pub stride: u32,
-}
-
-impl Plane {
-    /// A plane as QEMU says it, if `fd` is a DMA-BUF.
-    pub(crate) fn checked(fd: OwnedFd, offset: u32, stride: u32) -> Result<Self, Error> {
-        let kind = fstatfs(&fd).map(|info| info.filesystem_type());
-        if kind != Ok(DMA_BUF_MAGIC) {
-            return Err(Error::Nonsense(
-                "a file as a DMA-BUF that is none".to_owned(),
-            ));
-        }
-        let mut file = File::from(fd);
-        let size = file
-            .seek(SeekFrom::End(0))
-            .map_err(|error| Error::Nonsense(format!("a DMA-BUF without a size: {error}")))?;
-        if u64::from(offset) >= size {
-            return Err(Error::Nonsense(format!(
-                "a DMA-BUF of {size} bytes with a plane at {offset}"
-            )));
-        }
-        Ok(Self {
-            fd: file.into(),
-            size,
-            offset,
-            stride,
-        })
-    }
-}
-
 /// As long as somebody keeps it, the picture that it came with is in use. It goes with the memory
 /// on its way downstream.
 #[derive(Clone, Debug)]
@@ -285,11 +222,6 @@ mod tests {
         file.file.set_len(100).unwrap();
         assert!(file.read(0, &mut out).is_err());
         assert!(file.has(4096).is_err());
-    }
-
-    #[test]
-    fn a_memfd_is_no_dma_buf() {
-        assert!(Plane::checked(memfd(4096, MFdFlags::empty()), 0, 64).is_err());
     }
 
     #[test]

@@ -7,9 +7,10 @@ use std::time::Instant;
 
 use crate::cursor::Cursor;
 use crate::damage::Damage;
+use crate::dmabuf::DmaBuf;
 use crate::error::Error;
 use crate::format::PixelFormat;
-use crate::memory::{Canvas, DmaBuf, Lease, SharedFile};
+use crate::memory::{Canvas, Lease, SharedFile};
 
 /// The largest picture in each direction, in pixels.
 pub const MAX_SIZE: u32 = 8192;
@@ -32,6 +33,16 @@ impl Layout {
     pub(crate) fn checked(width: u32, height: u32, stride: u32, code: u32) -> Result<Self, Error> {
         let format = PixelFormat::from_pixman(code)
             .ok_or_else(|| Error::Nonsense(format!("an unknown pixel format, {code:#x}")))?;
+        Self::of_rows(width, height, stride, format)
+    }
+
+    /// A layout of pixels of a known format.
+    pub(crate) fn of_rows(
+        width: u32,
+        height: u32,
+        stride: u32,
+        format: PixelFormat,
+    ) -> Result<Self, Error> {
         check_size(width, height)?;
         let layout = Self {
             format,
@@ -53,6 +64,26 @@ impl Layout {
     /// Bytes of a row's pixels.
     pub fn row_bytes(&self) -> usize {
         self.width as usize * self.format.bytes_per_pixel()
+    }
+
+    /// Bytes from the first pixel to the last.
+    pub(crate) fn used_bytes(&self) -> usize {
+        self.stride as usize * (self.height as usize - 1) + self.row_bytes()
+    }
+
+    /// What a picture like this fills of `out`, where rows are `stride` bytes apart.
+    pub(crate) fn room<'a>(&self, out: &'a mut [u8], stride: usize) -> Result<&'a mut [u8], Error> {
+        let row = self.row_bytes();
+        let needed = stride * (self.height as usize - 1) + row;
+        let there = out.len();
+        out.get_mut(..needed)
+            .filter(|_| stride >= row)
+            .ok_or_else(|| {
+                Error::System(format!(
+                    "{there} bytes with a stride of {stride} for a picture of {}x{}",
+                    self.width, self.height
+                ))
+            })
     }
 
     /// Bytes of the picture, the padding of each row included.
@@ -115,6 +146,42 @@ impl Pixels {
             }
             Self::DmaBuf { buffer, .. } => (buffer.width, buffer.height),
         }
+    }
+
+    /// How the pixels lie; `None` where only a GPU can read them.
+    pub fn layout(&self) -> Option<Layout> {
+        match self {
+            Self::Bytes { layout, .. } | Self::Shared { layout, .. } => Some(*layout),
+            Self::DmaBuf { buffer, .. } => buffer.layout(),
+        }
+    }
+
+    /// Copies the picture into `out`, its top row first, with `stride` bytes from one row to the
+    /// next.
+    pub fn copy_to(&self, out: &mut [u8], stride: usize) -> Result<(), Error> {
+        let layout = match self {
+            Self::Bytes { layout, .. } | Self::Shared { layout, .. } => *layout,
+            Self::DmaBuf { buffer, .. } => return buffer.read()?.copy_to(out, stride),
+        };
+        let row = layout.row_bytes();
+        let as_it_lies = stride == layout.stride as usize;
+        let out = layout.room(out, stride)?;
+        let copy = |at: usize, out: &mut [u8]| match self {
+            Self::Bytes { canvas, .. } => {
+                // The length was checked when the picture came.
+                out.copy_from_slice(&(**canvas).as_ref()[at..at + out.len()]);
+                Ok(())
+            }
+            Self::Shared { file, offset, .. } => file.read(offset + at as u64, out),
+            Self::DmaBuf { .. } => Ok(()),
+        };
+        if as_it_lies {
+            return copy(0, out);
+        }
+        for (index, to) in out.chunks_mut(stride).enumerate() {
+            copy(index * layout.stride as usize, &mut to[..row])?;
+        }
+        Ok(())
     }
 }
 

@@ -10,13 +10,14 @@ use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use tokio::sync::oneshot;
+use tokio::sync::{oneshot, watch};
 
 use crate::cursor::{Cursor, CursorShape};
 use crate::damage::{Damage, Rect};
+use crate::dmabuf::DmaBuf;
 use crate::error::Error;
-use crate::memory::{Canvas, DmaBuf, Lease, Leases, SharedFile, Spares};
-use crate::picture::{Layout, Picture, Pixels, check_size};
+use crate::memory::{Canvas, Lease, Leases, SharedFile, Spares};
+use crate::picture::{Layout, Picture, Pixels};
 
 /// For how long after QEMU has drawn into memory that was lent, more of that is expected.
 const BUSY: Duration = Duration::from_secs(1);
@@ -86,6 +87,8 @@ struct State {
     arrived: Instant,
     /// Dropped or given away with a lease, it lets QEMU go on.
     reply: Option<oneshot::Sender<()>>,
+    /// A picture in DMA-BUFs has taken the place of another one, and nothing has happened since.
+    replaced: bool,
     /// QEMU has waited in vain, and is not made to do that again before a picture is taken.
     unattended: bool,
     leases: Leases,
@@ -100,6 +103,19 @@ pub struct Screen {
     label: String,
     state: Mutex<State>,
     notify: Box<dyn Fn() + Send + Sync>,
+    /// How many want to know what it shows.
+    listeners: watch::Sender<usize>,
+}
+
+/// As long as somebody keeps one of these, QEMU says what the screen shows: it converts and sends
+/// every change to a listener, and does nothing of that without one.
+#[must_use = "nothing is heard of a screen once this is dropped"]
+pub struct Listening(Arc<Screen>);
+
+impl Drop for Listening {
+    fn drop(&mut self) {
+        self.0.listeners.send_modify(|listeners| *listeners -= 1);
+    }
 }
 
 impl Screen {
@@ -114,6 +130,7 @@ impl Screen {
             console,
             label,
             notify: Box::new(notify),
+            listeners: watch::Sender::new(0),
             state: Mutex::new(State {
                 content: None,
                 damage: Damage::All,
@@ -124,6 +141,7 @@ impl Screen {
                 failure: None,
                 arrived: Instant::now(),
                 reply: None,
+                replaced: false,
                 unattended: false,
                 leases: Leases::default(),
                 drawn_while_lent: None,
@@ -141,6 +159,18 @@ impl Screen {
     /// What QEMU calls the console.
     pub fn label(&self) -> &str {
         &self.label
+    }
+
+    /// Has QEMU say what the screen shows, beginning with a whole picture. Until that has come, and
+    /// while nobody listens, the screen is [`Look::Empty`].
+    pub fn listen(self: &Arc<Self>) -> Listening {
+        self.listeners.send_modify(|listeners| *listeners += 1);
+        Listening(self.clone())
+    }
+
+    /// How many listen, now and from now on.
+    pub(crate) fn listeners(&self) -> watch::Receiver<usize> {
+        self.listeners.subscribe()
     }
 
     /// What there is to be done.
@@ -216,6 +246,18 @@ impl Screen {
         state.content = None;
         state.reply = None;
         state.news = false;
+    }
+
+    /// Nobody listens any more: what is known grows old.
+    pub(crate) fn ignore(&self) {
+        let mut state = self.lock();
+        state.content = None;
+        state.reply = None;
+        state.unattended = false;
+        state.news = false;
+        state.off = false;
+        state.cursor = Cursor::default();
+        state.cursor_news = false;
     }
 
     /// A whole picture in a message.
@@ -304,13 +346,12 @@ impl Screen {
     }
 
     /// A picture in DMA-BUFs.
-    pub(crate) fn scanout_dmabuf(&self, buffer: DmaBuf) -> Result<(), Error> {
-        check_size(buffer.width, buffer.height)?;
+    pub(crate) fn scanout_dmabuf(&self, buffer: DmaBuf) {
         let mut state = self.lock();
         state.reply = None;
-        state.content = Some(Content::DmaBuf(Arc::new(buffer)));
+        let before = state.content.replace(Content::DmaBuf(Arc::new(buffer)));
+        state.replaced = matches!(before, Some(Content::DmaBuf(_)));
         self.changed(state, None);
-        Ok(())
     }
 
     /// The guest has drawn into the DMA-BUFs and waits until what is returned is closed.
@@ -321,6 +362,7 @@ impl Screen {
     ) -> oneshot::Receiver<()> {
         let (reply, receiver) = oneshot::channel();
         let mut state = self.lock();
+        state.replaced = false;
         let there = matches!(state.content, Some(Content::DmaBuf(_)));
         // QEMU waits for the answers to all parts of a change: one of them is enough to hold it.
         if there && !state.unattended && state.reply.is_none() {
@@ -336,9 +378,13 @@ impl Screen {
         state.unattended |= state.reply.take().is_some();
     }
 
-    /// The screen is switched off.
+    /// The screen is switched off; or QEMU lets go of the DMA-BUF before this one, which it tells
+    /// with the same call (`dbus_release_dmabuf` in its ui/dbus-listener.c).
     pub(crate) fn disable(&self) {
         let mut state = self.lock();
+        if std::mem::take(&mut state.replaced) {
+            return;
+        }
         state.content = None;
         state.reply = None;
         state.news = false;

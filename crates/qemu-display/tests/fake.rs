@@ -7,19 +7,20 @@ mod common;
 use std::fs::File;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixListener;
+use std::sync::Arc;
 
 use common::Watched;
 use nix::sys::memfd::{MFdFlags, memfd_create};
-use qemu_display::{Address, Consoles, Error, Look, Pixels, Status};
+use qemu_display::{Address, Consoles, Error, Look, Pixels, Screen, Status};
 use zerocopy_test_qemu::fake::{FakeQemu, Listener, X8R8G8B8};
 
 const LISTENER: &str = "org.qemu.Display1.Listener";
 
-fn watched(qemu: &FakeQemu) -> (Watched, Listener) {
+/// A display that listens to the only console, and the listener.
+fn watched(qemu: &FakeQemu) -> (Watched, Arc<Screen>, Listener) {
     let watched = Watched::start(Address::Qmp(qemu.qmp()), Consoles::One(0));
-    let listener = qemu.listener();
-    assert_eq!(watched.connected(), Status::Connected);
-    (watched, listener)
+    let screen = watched.screen(0);
+    (watched, screen, qemu.listener())
 }
 
 fn memfd(size: u64) -> File {
@@ -31,7 +32,7 @@ fn memfd(size: u64) -> File {
 #[test]
 fn qemu_is_told_what_the_listener_can_do() {
     let qemu = FakeQemu::start(&[0]);
-    let (_watched, listener) = watched(&qemu);
+    let (_watched, _screen, listener) = watched(&qemu);
     assert_eq!(
         listener.interfaces(),
         [
@@ -44,10 +45,9 @@ fn qemu_is_told_what_the_listener_can_do() {
 #[test]
 fn a_scanout_stays_where_it_was_read_to() {
     let qemu = FakeQemu::start(&[0]);
-    let (watched, listener) = watched(&qemu);
+    let (watched, screen, listener) = watched(&qemu);
     let data: Vec<u8> = (0..64).collect();
     listener.scanout(4, 4, &data).unwrap();
-    let screen = watched.screen(0);
     let picture = watched.picture(&screen);
     let Pixels::Bytes { canvas, .. } = picture.pixels else {
         panic!("bytes were sent");
@@ -87,8 +87,7 @@ fn nonsense_ends_the_connection_and_says_why() {
     ];
     let qemu = FakeQemu::start(&[0]);
     for (said, lie) in lies {
-        let (watched, listener) = watched(&qemu);
-        let screen = watched.screen(0);
+        let (watched, screen, listener) = watched(&qemu);
         assert!(lie(&listener).is_err(), "{said}: answered");
         match watched.failure(&screen) {
             Error::Nonsense(text) => assert!(text.contains(said), "{said}: {text}"),
@@ -101,21 +100,20 @@ fn nonsense_ends_the_connection_and_says_why() {
 #[test]
 fn unknown_calls_are_refused_and_nothing_else_happens() {
     let qemu = FakeQemu::start(&[0]);
-    let (watched, listener) = watched(&qemu);
+    let (watched, screen, listener) = watched(&qemu);
     assert!(listener.call(LISTENER, "Dance", &()).is_err());
     listener.scanout(4, 4, &[0; 64]).unwrap();
-    watched.picture(&watched.screen(0));
+    watched.picture(&screen);
 }
 
 #[test]
 fn a_picture_in_a_file_is_that_file() {
     let qemu = FakeQemu::start(&[0]);
-    let (watched, listener) = watched(&qemu);
+    let (watched, screen, listener) = watched(&qemu);
     let file = memfd(4096);
     listener
         .scanout_map(file.as_fd(), 96, (10, 10, 40))
         .unwrap();
-    let screen = watched.screen(0);
     let picture = watched.picture(&screen);
     match picture.pixels {
         Pixels::Shared { offset, busy, .. } => assert_eq!((offset, busy), (96, false)),
@@ -129,12 +127,13 @@ fn a_picture_in_a_file_is_that_file() {
 fn every_console_is_its_own_screen() {
     let qemu = FakeQemu::start(&[0, 3]);
     let watched = Watched::start(Address::Qmp(qemu.qmp()), Consoles::Graphic);
+    let screens = [0, 3].map(|console| watched.screen(console));
     let listeners = [qemu.listener(), qemu.listener()];
     for listener in &listeners {
         listener.scanout(listener.console + 1, 1, &[0; 16]).unwrap();
     }
-    for console in [0, 3] {
-        let screen = watched.screen(console);
+    for screen in screens {
+        let console = screen.console();
         let size = watched.picture(&screen).pixels.size();
         assert_eq!(size, (console + 1, 1));
         assert_eq!(screen.label(), format!("fake {console}"));
@@ -149,9 +148,61 @@ fn every_console_is_its_own_screen() {
 }
 
 #[test]
+fn qemu_has_a_listener_only_while_somebody_listens() {
+    let qemu = FakeQemu::start(&[0]);
+    let watched = Watched::start(Address::Qmp(qemu.qmp()), Consoles::Graphic);
+    assert_eq!(watched.connected(), Status::Connected);
+    let screen = watched.display.screen(0).unwrap();
+    for value in [1_u8, 2] {
+        // An answer on the connection on which it would be asked for a listener, and was not.
+        watched.set_size(0, (640, 480)).unwrap();
+        assert_eq!(qemu.registered(), usize::from(value - 1));
+        let first = screen.listen();
+        let second = screen.listen();
+        let listener = qemu.listener();
+        listener.scanout(4, 4, &[value; 64]).unwrap();
+        let Pixels::Bytes { canvas, .. } = watched.picture(&screen).pixels else {
+            panic!("bytes were sent");
+        };
+        assert_eq!((*canvas).as_ref(), [value; 64]);
+        drop(first);
+        assert!(
+            listener.update((0, 0), (1, 1), &[9; 4]).is_ok(),
+            "one is left"
+        );
+        drop(second);
+        listener.wait_for_close();
+        assert_eq!(screen.look(), Look::Empty);
+    }
+}
+
+#[test]
+fn a_qemu_that_goes_is_noticed_while_nobody_listens() {
+    let qemu = FakeQemu::start(&[0]);
+    let watched = Watched::start(Address::Qmp(qemu.qmp()), Consoles::Graphic);
+    assert_eq!(watched.connected(), Status::Connected);
+    qemu.forget_clients();
+    let screen = watched.display.screen(0).unwrap();
+    assert!(matches!(watched.failure(&screen), Error::Gone { .. }));
+    watched.until(|display| matches!(display.status(), Status::Failed(_)).then_some(()));
+}
+
+#[test]
+fn a_listener_outlives_the_connection_that_it_was_made_on() {
+    // Another client has taken its place.
+    let qemu = FakeQemu::start(&[0]);
+    let (watched, screen, listener) = watched(&qemu);
+    qemu.forget_clients();
+    let refused = watched.until_refused(0);
+    assert!(!refused.is_empty());
+    listener.scanout(4, 4, &[0; 64]).unwrap();
+    watched.picture(&screen);
+}
+
+#[test]
 fn a_size_reaches_qemu() {
     let qemu = FakeQemu::start(&[0]);
-    let (watched, _listener) = watched(&qemu);
+    let (watched, _screen, _listener) = watched(&qemu);
     watched
         .display
         .set_size(0, (1920, 1080), |answer| answer.unwrap());

@@ -4,14 +4,13 @@
 
 mod common;
 
-use std::sync::mpsc::channel;
 use std::time::Instant;
 
 use common::Watched;
-use qemu_display::{Address, Consoles, Error, Picture, PixelFormat, Pixels, Status};
-use zerocopy_test_qemu::LIMIT;
+use qemu_display::{Address, Consoles, Error, Look, Picture, PixelFormat, Pixels, Status};
 use zerocopy_test_qemu::ppm::Rgb;
 use zerocopy_test_qemu::real::{Bus, Qemu};
+use zerocopy_test_qemu::{LIMIT, eventually};
 
 fn colours_of(picture: &Picture) -> Rgb {
     let (layout, bytes) = match &picture.pixels {
@@ -79,6 +78,35 @@ fn a_killed_qemu_is_noticed_and_a_new_one_found() {
 }
 
 #[test]
+fn a_qemu_that_nobody_listens_to_says_nothing_and_its_end_is_noticed() {
+    let bus = Bus::start();
+    let mut qemu = bus.qemu_with_vga();
+    let address = Address::Bus(bus.address().to_owned());
+    let watched = Watched::start(address, Consoles::One(0));
+    assert_eq!(watched.connected(), Status::Connected);
+    let screen = watched.display.screen(0).unwrap();
+    let said = |name: &str| qemu.trace().matches(name).count();
+    // Blinks of the text cursor are drawn all the time; to whom, QEMU's trace says.
+    for listeners in 1..3 {
+        let updates = said("dbus_update ");
+        qemu.screendump();
+        assert_eq!(said("dbus_registered_listener "), listeners - 1);
+        assert_eq!(said("dbus_update "), updates);
+        let listening = screen.listen();
+        watched.picture(&screen);
+        watched.picture(&screen);
+        assert_eq!(said("dbus_registered_listener "), listeners);
+        drop(listening);
+        eventually("the end of the listener", || {
+            (said("dbus_listener_vanished ") == listeners).then_some(())
+        });
+        assert_eq!(screen.look(), Look::Empty);
+    }
+    qemu.kill();
+    assert!(matches!(watched.failure(&screen), Error::Gone { .. }));
+}
+
+#[test]
 fn every_output_of_a_graphics_card_has_a_screen_and_takes_a_size() {
     let qemu = Qemu::start("dbus,p2p=on", &["-device", "virtio-gpu-pci,max_outputs=2"]);
     let watched = Watched::start(Address::Qmp(qemu.qmp()), Consoles::Graphic);
@@ -91,10 +119,7 @@ fn every_output_of_a_graphics_card_has_a_screen_and_takes_a_size() {
         .collect();
     assert_eq!(consoles, [0, 1]);
     for console in consoles {
-        let (sender, answers) = channel();
-        let done = move |answer| sender.send(answer).unwrap();
-        watched.display.set_size(console, (1304, 744), done);
-        answers.recv_timeout(LIMIT).unwrap().unwrap();
+        watched.set_size(console, (1304, 744)).unwrap();
         // Nobody drives the card: QEMU shows that the output is not active.
         watched.picture(&watched.screen(console));
     }

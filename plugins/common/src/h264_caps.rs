@@ -18,11 +18,6 @@ impl H264Caps {
         self.sps.clear();
     }
 
-    /// Whether a parameter set was seen.
-    pub fn is_known(&self) -> bool {
-        !self.sps.is_empty()
-    }
-
     /// The caps of the stream from this access unit on, if they may differ from those before:
     /// `video/x-h264` with `stream-format`, `alignment`, `width`, `height`, `profile`, `level`,
     /// and `framerate` where the stream gives one.

@@ -97,9 +97,14 @@ fn without_a_target_it_does_not_start() {
 
 #[test]
 fn what_this_version_cannot_do_is_refused_by_name() {
-    let error = start_error(&[("pipewire-node-id", "42"), ("capture-source", "wayland")]);
-    assert!(error.contains("capture-source=wayland"), "{error}");
-    assert!(error.contains("not in this version"), "{error}");
+    for source in ["wayland", "x11"] {
+        let error = start_error(&[("pipewire-node-id", "42"), ("capture-source", source)]);
+        assert!(
+            error.contains(&format!("capture-source={source}")),
+            "{error}"
+        );
+        assert!(error.contains("not in this version"), "{error}");
+    }
     let error = start_error(&[("pipewire-node-id", "42"), ("buffer-type", "shmem")]);
     assert!(error.contains("buffer-type=shmem"), "{error}");
 }

@@ -260,6 +260,29 @@ fn a_console_that_is_switched_off_is_said_and_comes_back() {
 }
 
 #[test]
+fn qemu_says_what_it_shows_only_while_frames_can_leave() {
+    let qemu = FakeQemu::start(&[0]);
+    let rig = Rig::over(&qemu.qmp(), "width=640 height=480");
+    for times in 1..3 {
+        rig.pipeline.set_state(gst::State::Paused).unwrap();
+        // The answer to this would come after a listener.
+        rig.src.set_property("width", 640 + times * 8);
+        while qemu.size().1 != 640 + times * 8 {}
+        assert_eq!(qemu.registered(), times as usize - 1);
+        rig.play();
+        let listener = qemu.listener();
+        listener.scanout(4, 4, &[times as u8; 64]).unwrap();
+        let frame = rig.next();
+        assert_eq!(
+            (frame.pixels(), frame.damage()),
+            (vec![times as u8; 64], None)
+        );
+        rig.pipeline.set_state(gst::State::Paused).unwrap();
+        listener.wait_for_close();
+    }
+}
+
+#[test]
 fn a_qemu_that_goes_is_an_error() {
     let qemu = FakeQemu::start(&[0]);
     let (rig, listener) = playing(&qemu, "");

@@ -80,6 +80,9 @@ pub enum SubscriptionError {
     /// The host does not want this client.
     #[error("{}: {}", .0.code, .0.text)]
     Unwanted(ErrorMessage),
+    /// The host has no place for this client now, and may have one later.
+    #[error("{}: {}", .0.code, .0.text)]
+    Full(ErrorMessage),
     /// The connection ended; another one may do better.
     #[error("{0}")]
     Lost(String),
@@ -131,8 +134,8 @@ pub struct Subscription {
     heard: Instant,
     /// When this side last sent something.
     spoke: Instant,
-    /// A PING has gone out since the host last sent something.
-    asked: bool,
+    /// When the host was asked whether it is there, if it has sent nothing since.
+    asked: Option<Instant>,
 }
 
 impl Subscription {
@@ -151,7 +154,7 @@ impl Subscription {
             received: 0,
             heard: now,
             spoke: now,
-            asked: false,
+            asked: None,
         };
         this.enable(waiter)?;
         match this.subscribe(waiter) {
@@ -248,6 +251,11 @@ impl Subscription {
         loop {
             self.fulfil(wishes);
             let event = self.connection.next(waiter, self.next_check())?;
+            if let Event::Drained = event {
+                // Nothing was read: the host is not judged before the socket was looked at, where
+                // its answer may lie.
+                continue;
+            }
             self.note_life();
             if let Event::Message(envelope) = event {
                 waiting_since = Instant::now();
@@ -333,10 +341,7 @@ impl Subscription {
             match self.connection.next(waiter, deadline)? {
                 Event::Message(envelope) => {
                     if let Message::Error(error) = envelope.message {
-                        return Err(SubscriptionError::Refused(format!(
-                            "{} says: {}: {}",
-                            self.target.address, error.code, error.text
-                        )));
+                        return Err(refusal(error));
                     }
                     if let Some(answer) = pick(&envelope.message) {
                         return Ok(answer);
@@ -378,8 +383,10 @@ impl Subscription {
         let sign_of_life = Deadline::at(self.spoke + SIGN_OF_LIFE);
         match self.target.timeout {
             None => sign_of_life,
-            Some(limit) if self.asked => Deadline::at(self.heard + 2 * limit).min(sign_of_life),
-            Some(limit) => Deadline::at(self.heard + limit).min(sign_of_life),
+            Some(limit) => {
+                let since = self.asked.unwrap_or(self.heard);
+                Deadline::at(since + limit).min(sign_of_life)
+            }
         }
     }
 
@@ -388,22 +395,26 @@ impl Subscription {
         if received != self.received {
             self.received = received;
             self.heard = Instant::now();
-            self.asked = false;
+            self.asked = None;
         }
     }
 
+    /// Asks a silent host, and gives it up when it does not answer. It has the whole limit from
+    /// the question on: downstream may have kept this thread from asking for longer than that.
     fn check_life(&mut self) -> Result<(), SubscriptionError> {
-        let silence = self.heard.elapsed();
         if let Some(limit) = self.target.timeout {
-            if self.asked && silence >= 2 * limit {
-                return Err(SubscriptionError::Lost(format!(
-                    "no sign of life for {} ms, not even to a PING (timeout)",
-                    silence.as_millis()
-                )));
-            }
-            if !self.asked && silence >= limit {
-                self.ping();
-                self.asked = true;
+            match self.asked {
+                Some(asked) if asked.elapsed() >= limit => {
+                    return Err(SubscriptionError::Lost(format!(
+                        "no sign of life for {} ms, not even to a PING (timeout)",
+                        self.heard.elapsed().as_millis()
+                    )));
+                }
+                None if self.heard.elapsed() >= limit => {
+                    self.ping();
+                    self.asked = Some(self.spoke);
+                }
+                _ => {}
             }
         }
         if self.spoke.elapsed() >= SIGN_OF_LIFE {
@@ -437,6 +448,15 @@ fn holds_header(data: &[u8], session_id: u16) -> bool {
     false
 }
 
+/// What an ERROR in place of an answer means: -99 is about the host's state, all else about this
+/// client.
+fn refusal(error: ErrorMessage) -> SubscriptionError {
+    match error.code {
+        ErrorCode::INTERNAL => SubscriptionError::Full(error),
+        _ => SubscriptionError::Unwanted(error),
+    }
+}
+
 /// Says hello. Which codecs the host has is seen in its stream.
 fn greet(
     target: &Target,
@@ -461,11 +481,7 @@ fn greet(
     let session_id = target.scanout_id as u16;
     let address = &target.address;
     greeting::greet(connection, waiter, hello, session_id, deadline).map_err(|error| match error {
-        // It might have a place for us later.
-        GreetingError::Refused(error) if error.code == ErrorCode::INTERNAL => {
-            SubscriptionError::Lost(format!("{address} says: {}: {}", error.code, error.text))
-        }
-        GreetingError::Refused(error) => SubscriptionError::Unwanted(error),
+        GreetingError::Refused(error) => refusal(error),
         GreetingError::Connection(error) => error.into(),
         error => SubscriptionError::Lost(format!(
             "{address} accepted the connection, but: {error} (timeout). Is that a helix-host?"

@@ -133,8 +133,11 @@ fn source(properties: &str) -> (gst::Pipeline, gst::Bus) {
 
 fn error_of(properties: &str) -> String {
     let (pipeline, bus) = source(properties);
-    assert!(pipeline.set_state(gst::State::Ready).is_err());
-    let message = bus.pop_filtered(&[gst::MessageType::Error]).unwrap();
+    // Of the state change, or of the streaming thread: the bus has it in either case.
+    let _ = pipeline.set_state(gst::State::Playing);
+    let limit = gst::ClockTime::try_from(LONG).unwrap();
+    let message = bus.timed_pop_filtered(limit, &[gst::MessageType::Error]);
+    let message = message.expect("an error");
     let gst::MessageView::Error(error) = message.view() else {
         unreachable!()
     };
@@ -266,6 +269,39 @@ fn a_manager_that_does_not_answer_is_an_error_within_the_timeout() {
         error.contains("is that helix-drm-manager's socket"),
         "{error}"
     );
+}
+
+#[test]
+fn a_manager_that_takes_its_time_holds_up_no_state_change() {
+    let manager = Manager::new([None]);
+    let (pipeline, bus) = source(&format!(
+        "timeout=0 drm-socket={}",
+        manager.path().display()
+    ));
+    // In a thread, so that a wait without an end would be a failure.
+    let (tell, told) = channel();
+    thread::spawn({
+        let bus = bus.clone();
+        move || {
+            pipeline.set_state(gst::State::Playing).unwrap();
+            // The streaming thread begins, and has nothing to do but wait.
+            let limit = gst::ClockTime::try_from(LONG).unwrap();
+            bus.iter_timed_filtered(limit, &[gst::MessageType::StreamStatus])
+                .find(|message| match message.view() {
+                    gst::MessageView::StreamStatus(status) => {
+                        status.get().0 == gst::StreamStatusType::Enter
+                    }
+                    _ => false,
+                })
+                .expect("a streaming thread");
+            pipeline.set_state(gst::State::Null).unwrap();
+            let _ = tell.send(());
+        }
+    });
+    assert_eq!(manager.next(), Event::Request(1, 1920, 1080));
+    told.recv_timeout(LONG).expect("the state changes end");
+    assert_eq!(manager.next(), Event::Closed);
+    bus.set_flushing(true);
 }
 
 #[test]

@@ -2,21 +2,27 @@
 
 //! The whole way of a virtual machine's screen: a stock QEMU, helix-host, scanoutsrc, a decoder.
 
+use std::io::Write;
+use std::os::unix::net::UnixStream;
+use std::thread;
+use std::time::Duration;
+
 use gst::prelude::*;
 use helix_host::{Config, STALL_LIMIT, Server};
-use helix_protocol::Address;
-use zerocopy_test_qemu::LIMIT;
+use helix_protocol::{Address, encode};
 use zerocopy_test_qemu::ppm::Rgb;
-use zerocopy_test_qemu::real::Qemu;
+use zerocopy_test_qemu::real::{Bus, Qemu};
+use zerocopy_test_qemu::{LIMIT, eventually};
 
-fn host(qemu: &Qemu) -> Server {
+/// A host at `listen` of the QEMU at `address`, as the command line says both.
+fn host(listen: &str, address: &str) -> Server {
     gst::init().unwrap();
     gstscanout::plugin_register_static().unwrap();
     Server::start(Config {
-        listen: vec!["tcp:127.0.0.1:0".parse().unwrap()],
+        listen: vec![listen.parse().unwrap()],
         encoder: "x264enc".to_owned(),
         scanouts: Vec::new(),
-        qemu: Some(format!("qmp:{}", qemu.qmp().display()).parse().unwrap()),
+        qemu: Some(address.parse().unwrap()),
         token_file: None,
         allow_cids: Vec::new(),
         resolver: None,
@@ -28,12 +34,83 @@ fn host(qemu: &Qemu) -> Server {
     .unwrap()
 }
 
-/// Ends when dropped, by a panic too.
-struct Playing(gst::Pipeline);
+fn over_qmp(qemu: &Qemu) -> String {
+    format!("qmp:{}", qemu.qmp().display())
+}
 
-impl Drop for Playing {
+/// scanoutsrc and a decoder. Ends when dropped, by a panic too.
+struct Client {
+    pipeline: gst::Pipeline,
+    sink: gst_app::AppSink,
+}
+
+impl Client {
+    /// Watches scanout 0 of the host at this address, with more properties.
+    fn start(address: &Address, properties: &str) -> Self {
+        let place = match address {
+            Address::Tcp { port, .. } => format!("tcp-host=127.0.0.1 tcp-port={port}"),
+            Address::Unix(path) => format!("socket-path={}", path.display()),
+            Address::Vsock { .. } => unreachable!("no test listens there"),
+        };
+        // A blinking text cursor is a frame now and then: a decoder must not hold one back (L27).
+        let pipeline = gst::parse::launch(&format!(
+            "scanoutsrc name=src {place} scanout-id=0 {properties} ! h264parse ! avdec_h264 \
+             max-threads=1 ! videoconvert ! video/x-raw,format=RGB ! appsink name=sink sync=false"
+        ))
+        .unwrap()
+        .downcast::<gst::Pipeline>()
+        .unwrap();
+        let sink = pipeline.by_name("sink").and_downcast::<gst_app::AppSink>();
+        pipeline.set_state(gst::State::Playing).unwrap();
+        Self {
+            sink: sink.unwrap(),
+            pipeline,
+        }
+    }
+
+    fn next(&self) -> Rgb {
+        let limit = gst::ClockTime::try_from(LIMIT).unwrap();
+        let sample = self.sink.try_pull_sample(limit).unwrap_or_else(|| {
+            let bus = self.pipeline.bus().unwrap();
+            panic!(
+                "no picture: {:?}",
+                bus.pop_filtered(&[gst::MessageType::Error])
+            )
+        });
+        let caps = sample.caps().unwrap().structure(0).unwrap();
+        let side = |name| caps.get::<i32>(name).unwrap() as usize;
+        let (width, height) = (side("width"), side("height"));
+        let map = sample.buffer().unwrap().map_readable().unwrap();
+        let stride = map.len() / height;
+        let rows = map.chunks(stride);
+        Rgb {
+            width,
+            height,
+            bytes: rows.flat_map(|row| &row[..width * 3]).copied().collect(),
+        }
+    }
+
+    /// Waits until the decoder shows what QEMU does.
+    fn shows_the_same(&self, qemu: &Qemu) {
+        loop {
+            let picture = self.next();
+            let shown = qemu.screendump();
+            if shown.colours() > 1 && difference(&picture, &shown) < 3.0 {
+                return;
+            }
+        }
+    }
+
+    fn stat(&self, name: &str) -> u64 {
+        let source = self.pipeline.by_name("src").unwrap();
+        let stats = source.property::<gst::Structure>("stats");
+        stats.get(name).unwrap()
+    }
+}
+
+impl Drop for Client {
     fn drop(&mut self) {
-        let _ = self.0.set_state(gst::State::Null);
+        let _ = self.pipeline.set_state(gst::State::Null);
     }
 }
 
@@ -51,46 +128,141 @@ fn difference(a: &Rgb, b: &Rgb) -> f64 {
 fn a_screen_of_qemu_comes_out_of_a_decoder_as_qemu_shows_it() {
     // It has a VGA's text screen for its firmware, and takes sizes as graphics cards of guests do.
     let qemu = Qemu::start("dbus,p2p=on", &["-device", "virtio-vga"]);
-    let server = host(&qemu);
-    let Address::Tcp { port, .. } = server.addresses()[0] else {
-        panic!("no TCP address");
-    };
-    // A blinking text cursor is a frame now and then: a decoder must not hold one back (L27).
-    let pipeline = gst::parse::launch(&format!(
-        "scanoutsrc tcp-host=127.0.0.1 tcp-port={port} scanout-id=0 enable=true width=1280 \
-         height=800 ! h264parse ! avdec_h264 max-threads=1 ! videoconvert ! \
-         video/x-raw,format=RGB ! appsink name=sink sync=false"
-    ))
-    .unwrap()
-    .downcast::<gst::Pipeline>()
-    .unwrap();
-    let sink = pipeline.by_name("sink").and_downcast::<gst_app::AppSink>();
-    let sink = sink.unwrap();
-    pipeline.set_state(gst::State::Playing).unwrap();
-    let playing = Playing(pipeline);
-    loop {
-        let limit = gst::ClockTime::try_from(LIMIT).unwrap();
-        let sample = sink.try_pull_sample(limit).unwrap_or_else(|| {
-            let bus = playing.0.bus().unwrap();
-            panic!(
-                "no picture: {:?}",
-                bus.pop_filtered(&[gst::MessageType::Error])
-            )
-        });
-        let caps = sample.caps().unwrap().structure(0).unwrap();
-        let side = |name| caps.get::<i32>(name).unwrap() as usize;
-        let (width, height) = (side("width"), side("height"));
-        let map = sample.buffer().unwrap().map_readable().unwrap();
-        let stride = map.len() / height;
-        let rows = map.chunks(stride);
-        let picture = Rgb {
-            width,
-            height,
-            bytes: rows.flat_map(|row| &row[..width * 3]).copied().collect(),
-        };
-        let shown = qemu.screendump();
-        if shown.colours() > 1 && difference(&picture, &shown) < 3.0 {
-            return;
+    let server = host("tcp:127.0.0.1:0", &over_qmp(&qemu));
+    let properties = "enable=true width=1280 height=800";
+    Client::start(&server.addresses()[0], properties).shows_the_same(&qemu);
+}
+
+#[test]
+fn qemu_host_and_client_are_restarted_in_each_order() {
+    let folder = tempfile::tempdir().unwrap();
+    let listen = format!("unix:{}", folder.path().join("helix").display());
+    let bus = Bus::start();
+    let address = format!("dbus:{}", bus.address());
+    let mut qemu = bus.qemu_with_vga();
+    let mut server = host(&listen, &address);
+    let start = || Client::start(&listen.parse().unwrap(), "reconnect-timeout=60000");
+    let mut client = start();
+    client.shows_the_same(&qemu);
+    // Each goes and comes, first alone and then with another one gone when it comes.
+    qemu.kill();
+    qemu = bus.qemu_with_vga();
+    client.shows_the_same(&qemu);
+    assert_eq!(client.stat("reconnects"), 0, "the host has stayed");
+
+    server.stop();
+    server = host(&listen, &address);
+    client.shows_the_same(&qemu);
+    assert_eq!(client.stat("reconnects"), 1);
+
+    drop(client);
+    client = start();
+    client.shows_the_same(&qemu);
+
+    qemu.kill();
+    server.stop();
+    qemu = bus.qemu_with_vga();
+    server = host(&listen, &address);
+    client.shows_the_same(&qemu);
+
+    server.stop();
+    qemu.kill();
+    server = host(&listen, &address);
+    qemu = bus.qemu_with_vga();
+    client.shows_the_same(&qemu);
+
+    drop(client);
+    qemu.kill();
+    client = start();
+    qemu = bus.qemu_with_vga();
+    client.shows_the_same(&qemu);
+
+    drop(client);
+    server.stop();
+    server = host(&listen, &address);
+    client = start();
+    client.shows_the_same(&qemu);
+    drop((client, server));
+}
+
+#[test]
+fn one_that_never_reads_costs_sixty_three_others_nothing() {
+    let qemu = Qemu::with_vga("dbus,p2p=on");
+    let folder = tempfile::tempdir().unwrap();
+    let listen = format!("unix:{}", folder.path().join("helix").display());
+    let server = host(&listen, &over_qmp(&qemu));
+    // It subscribes, asks for one keyframe after the other, and takes none.
+    let mut rude = UnixStream::connect(folder.path().join("helix")).unwrap();
+    rude.write_all(&encode::subscribe(0)).unwrap();
+    rude.set_nonblocking(true).unwrap();
+    let asks = thread::spawn(move || {
+        for _ in 0..200 {
+            // Until the host, which can send no more, reads no more either.
+            let _ = rude.write(&encode::keyframe_req(0));
+            thread::sleep(Duration::from_millis(20));
         }
+        rude
+    });
+    let address = &server.addresses()[0];
+    let clients: Vec<_> = (0..62).map(|_| Source::start(address)).collect();
+    let seen = Client::start(address, "");
+    seen.shows_the_same(&qemu);
+    for client in &clients {
+        // The text cursor blinks: frames come on.
+        let before = client.frames();
+        eventually("more frames", || {
+            (client.frames() > before + 2).then_some(())
+        });
+        assert_eq!(client.errors(), 0);
+    }
+    // There is no place for another one, and there is when one has gone.
+    let late = Client::start(address, "reconnect-timeout=60000");
+    let limit = gst::ClockTime::try_from(LIMIT).unwrap();
+    let bus = late.pipeline.bus().unwrap();
+    let told = bus.timed_pop_filtered(limit, &[gst::MessageType::Element]);
+    let state = told.unwrap().structure().unwrap().get::<String>("state");
+    assert_eq!(state.as_deref(), Ok("reconnecting"));
+    drop(clients);
+    late.shows_the_same(&qemu);
+    assert_eq!((seen.stat("reconnects"), seen.stat("errors")), (0, 0));
+    drop(asks.join().unwrap());
+}
+
+/// scanoutsrc without a decoder.
+struct Source(gst::Pipeline);
+
+impl Source {
+    fn start(address: &Address) -> Self {
+        let Address::Unix(path) = address else {
+            panic!("{address} is no unix socket");
+        };
+        let line = format!(
+            "scanoutsrc name=src socket-path={} scanout-id=0 ! fakesink sync=false",
+            path.display()
+        );
+        let pipeline = gst::parse::launch(&line).unwrap();
+        let pipeline = pipeline.downcast::<gst::Pipeline>().unwrap();
+        pipeline.set_state(gst::State::Playing).unwrap();
+        Self(pipeline)
+    }
+
+    fn stat(&self, name: &str) -> u64 {
+        let source = self.0.by_name("src").unwrap();
+        let stats = source.property::<gst::Structure>("stats");
+        stats.get(name).unwrap()
+    }
+
+    fn frames(&self) -> u64 {
+        self.stat("frames")
+    }
+
+    fn errors(&self) -> u64 {
+        self.stat("errors") + self.stat("reconnects")
+    }
+}
+
+impl Drop for Source {
+    fn drop(&mut self) {
+        let _ = self.0.set_state(gst::State::Null);
     }
 }

@@ -4,6 +4,7 @@
 
 mod common;
 
+use std::thread;
 use std::time::{Duration, Instant};
 
 use common::{Source, host, push};
@@ -31,6 +32,86 @@ fn silence_is_no_error_while_the_host_answers_ping() {
             .is_none()
     );
     assert_eq!(source.stat("reconnects"), 0);
+}
+
+#[test]
+fn a_host_is_asked_before_it_is_given_up_however_long_downstream_took() {
+    let peer = host(&[true]);
+    let mut source = Source::unstarted(peer.port(), "scanout-id=1 timeout=100");
+    let pad = source.element().static_pad("src").unwrap();
+    pad.add_probe(gst::PadProbeType::BUFFER, |_, _| {
+        // Downstream blocks: that this takes several times `timeout` is what is tested.
+        thread::sleep(Duration::from_millis(500));
+        gst::PadProbeReturn::Ok
+    });
+    source.harness.play();
+    source.pull();
+    for _ in 0..2 {
+        peer.wait_for(|seen| match seen {
+            Seen::Message(envelope) => matches!(envelope.message, Message::Ping).then_some(()),
+            _ => None,
+        });
+    }
+    assert_eq!((source.stat("reconnects"), source.stat("errors")), (0, 0));
+}
+
+/// A host that turns away its first `clients` as one without a place, before or after HELLO.
+fn full_for(clients: u32, greeted: bool) -> Peer {
+    let mut seen = 0;
+    let greets = if greeted {
+        Greets::Legacy
+    } else {
+        Greets::Script
+    };
+    Peer::greeting(greets, move |link, envelope| {
+        let first = match &envelope.message {
+            Message::Hello(_) => true,
+            Message::Subscribe { .. } => greeted,
+            _ => false,
+        };
+        if first && seen < clients {
+            seen += 1;
+            let (code, text) = (ErrorCode::INTERNAL, "there are 64 clients".to_owned());
+            let tag = None;
+            link.send(encode::error(0, &ErrorMessage { code, text, tag }));
+            return Then::CloseAfterSending;
+        }
+        if let Message::Subscribe { scanout_id } = envelope.message {
+            link.send(encode::subscribe_resp(scanout_id, true));
+            push(link, &[true]);
+        }
+        link.pong(envelope);
+        Then::GoOn
+    })
+}
+
+#[test]
+fn a_host_without_a_place_is_called_again_at_the_first_connection_too() {
+    for greeted in [false, true] {
+        let peer = full_for(2, greeted);
+        let mut source = Source::new(peer.port(), "scanout-id=1 reconnect-timeout=60000");
+        source.pull();
+        assert_eq!((source.stat("reconnects"), source.stat("errors")), (0, 0));
+        let states: Vec<String> =
+            std::iter::from_fn(|| source.bus.pop_filtered(&[gst::MessageType::Element]))
+                .filter_map(|message| message.structure()?.get("state").ok())
+                .collect();
+        assert_eq!(states, ["reconnecting", "connected"]);
+    }
+}
+
+#[test]
+fn a_host_that_has_no_place_for_as_long_as_it_is_called_is_an_error_that_says_so() {
+    for (properties, said) in [
+        ("reconnect-timeout=0", "there are 64 clients"),
+        ("reconnect-timeout=200", "200 ms"),
+    ] {
+        let peer = full_for(u32::MAX, false);
+        let error = Source::new(peer.port(), &format!("scanout-id=1 {properties}")).error();
+        for part in ["there are 64 clients", said] {
+            assert!(error.contains(part), "{part} is not in {error}");
+        }
+    }
 }
 
 #[test]

@@ -2,13 +2,14 @@
 
 //! What vsockenc takes and how it arrives: caps, strides, crops, memory.
 
+use std::str::FromStr;
 use std::sync::Once;
 
 use gst::prelude::*;
 use gst_check::Harness;
-use helix_protocol::message::FrameRequest;
+use helix_protocol::message::{Capabilities, FrameRequest};
 use helix_protocol::{Message, Payload};
-use zerocopy_test_support::peer::{Peer, Seen};
+use zerocopy_test_support::peer::{Greets, Hello, Peer, Seen, Then, hello};
 
 fn init() {
     static INIT: Once = Once::new();
@@ -66,6 +67,114 @@ fn a_crop_arrives_as_a_smaller_picture() {
     let chroma = (1..4).flat_map(|y| &all[256 + 16 * y + 4..256 + 16 * y + 12]);
     let wanted: Vec<u8> = luma.chain(chroma).copied().collect();
     assert_eq!(*pixels, *wanted);
+    // The stream shows the crop already; whoever decodes it must not crop once more.
+    let encoded = harness.pull().unwrap();
+    assert!(encoded.meta::<gst_video::VideoCropMeta>().is_none());
+}
+
+#[test]
+fn every_size_and_format_arrives_as_it_is() {
+    const SIZES: [(u32, u32); 11] = [
+        (1, 1),
+        (2, 2),
+        (3, 5),
+        (15, 16),
+        (33, 17),
+        (17, 33),
+        (1366, 7),
+        (1, 8192),
+        (8192, 1),
+        (8191, 3),
+        (1366, 768),
+    ];
+    init();
+    let peer = Peer::answering();
+    let mut harness = Harness::new_parse(&format!(
+        "vsockenc tcp-host=127.0.0.1 tcp-port={}",
+        peer.port()
+    ));
+    let formats = ["BGRx", "BGRA", "RGBx", "RGBA", "NV12"];
+    for (format, (width, height)) in formats
+        .into_iter()
+        .flat_map(|format| SIZES.map(|size| (format, size)))
+    {
+        let caps =
+            format!("video/x-raw,format={format},width={width},height={height},framerate=30/1");
+        harness.set_src_caps_str(&caps);
+        let info = gst_video::VideoInfo::from_caps(&gst::Caps::from_str(&caps).unwrap()).unwrap();
+        let all = bytes(info.size());
+        harness
+            .push(timed(gst::Buffer::from_slice(all.clone())))
+            .unwrap();
+        let (request, pixels) = request(&peer);
+        let (width, height) = (width as usize, height as usize);
+        let (sent, fourcc, wanted) = if format == "NV12" {
+            let (wide, high) = (width.next_multiple_of(2), height.next_multiple_of(2));
+            let stride = info.stride()[0] as usize;
+            // The last column and row of an odd picture are there twice.
+            let luma = (0..high).flat_map(|y| {
+                let row = &all[y.min(height - 1) * stride..];
+                (0..wide).map(|x| row[x.min(width - 1)])
+            });
+            let chroma = (0..high / 2).flat_map(|y| {
+                let start = info.offset()[1] + y * stride;
+                all[start..start + wide].iter().copied()
+            });
+            (
+                (wide, high),
+                0x3231_564e,
+                luma.chain(chroma).collect::<Vec<_>>(),
+            )
+        } else {
+            let fourcc = if format.starts_with('B') {
+                0x3432_5241
+            } else {
+                0x3432_4241
+            };
+            ((width, height), fourcc, all.clone())
+        };
+        let what = format!("{format} {width}x{height}");
+        let seen = (request.width as usize, request.height as usize);
+        assert_eq!((seen, request.format), (sent, fourcc), "{what}");
+        let bytes_per_pixel = if format == "NV12" { 1 } else { 4 };
+        assert_eq!(request.stride as usize, sent.0 * bytes_per_pixel, "{what}");
+        assert!(*pixels == *wanted, "{what}");
+        harness.pull().unwrap();
+    }
+}
+
+#[test]
+fn the_largest_pictures_that_a_host_takes_arrive() {
+    let all = Greets::With(Hello {
+        max_message: u32::MAX,
+        ..hello(Capabilities(0))
+    });
+    // 64 MiB, and the largest size there is.
+    for (greets, format, side, bytes_per_four_pixels) in
+        [(Greets::Legacy, "BGRx", 4096, 16), (all, "NV12", 8192, 6)]
+    {
+        let peer = Peer::greeting(greets, |link, envelope| {
+            if let Message::FrameRequest(request, _) = &envelope.message {
+                link.answer(request);
+            }
+            link.pong(envelope);
+            Then::GoOn
+        });
+        let mut harness = encoder(
+            &peer,
+            &format!("video/x-raw,format={format},width={side},height={side},framerate=1/1"),
+        );
+        let size = side * side / 4 * bytes_per_four_pixels;
+        let buffer = gst::Buffer::from_mut_slice(vec![7; size]);
+        harness.push(timed(buffer)).unwrap();
+        let (request, pixels) = request(&peer);
+        assert_eq!(
+            (request.width as usize, request.height as usize),
+            (side, side)
+        );
+        assert_eq!(pixels.len(), size);
+        harness.pull().unwrap();
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! What a process used between the end of its warm-up and its last frame.
+//! What a process uses: CPU time, context switches, and what the preloaded library counts.
 
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char};
@@ -45,6 +45,35 @@ pub struct Outcome {
     pub counts: BTreeMap<String, f64>,
 }
 
+impl Outcome {
+    /// What `frames` frames took between two moments.
+    pub fn between(start: &Reading, end: &Reading, frames: u32, latency_us: Vec<f64>) -> Self {
+        let per_frame = |amount: f64| amount / f64::from(frames);
+        let counts = COUNTS
+            .iter()
+            .zip(
+                start
+                    .counts
+                    .iter()
+                    .flatten()
+                    .zip(end.counts.iter().flatten()),
+            )
+            .map(|(name, (start, end))| {
+                let name = name.to_string_lossy().into_owned();
+                (name, per_frame((end - start) as f64))
+            })
+            .collect();
+        Self {
+            fps: f64::from(frames) / (end.at - start.at).as_secs_f64(),
+            cpu_us: per_frame((end.cpu - start.cpu) * 1e6),
+            voluntary_switches: per_frame((end.voluntary - start.voluntary) as f64),
+            involuntary_switches: per_frame((end.involuntary - start.involuntary) as f64),
+            latency_us,
+            counts,
+        }
+    }
+}
+
 /// Watches frames go in and out. It allocates nothing while they do.
 pub struct Meter {
     warm_up: u32,
@@ -62,13 +91,29 @@ struct State {
     end: Option<Reading>,
 }
 
-struct Reading {
+/// What this process has used up to a moment.
+pub struct Reading {
     at: Instant,
     /// Seconds.
     cpu: f64,
     voluntary: i64,
     involuntary: i64,
-    counts: [u64; COUNTS.len()],
+    /// None where the library is not preloaded.
+    counts: Option<[u64; COUNTS.len()]>,
+}
+
+impl Reading {
+    pub fn now(counter: Option<&Counter>) -> Self {
+        let usage = getrusage(UsageWho::RUSAGE_SELF).expect("a process may ask about itself");
+        let cpu = usage.user_time() + usage.system_time();
+        Self {
+            at: Instant::now(),
+            cpu: cpu.num_microseconds() as f64 / 1e6,
+            voluntary: usage.voluntary_context_switches(),
+            involuntary: usage.involuntary_context_switches(),
+            counts: counter.map(|counter| COUNTS.map(|name| counter.get(name))),
+        }
+    }
 }
 
 impl Meter {
@@ -138,44 +183,22 @@ impl Meter {
         let (Some(start), Some(end)) = (state.start.take(), state.end.take()) else {
             return Err(format!("{left} of {total} frames came out"));
         };
-        let frames = f64::from(total - self.warm_up);
-        let counts = COUNTS
-            .iter()
-            .zip(start.counts.iter().zip(end.counts))
-            .filter(|_| self.counter.is_some())
-            .map(|(name, (start, end))| {
-                let name = name.to_string_lossy().into_owned();
-                (name, (end - start) as f64 / frames)
-            })
-            .collect();
-        Ok(Outcome {
-            fps: frames / (end.at - start.at).as_secs_f64(),
-            cpu_us: (end.cpu - start.cpu) * 1e6 / frames,
-            voluntary_switches: (end.voluntary - start.voluntary) as f64 / frames,
-            involuntary_switches: (end.involuntary - start.involuntary) as f64 / frames,
-            latency_us: std::mem::take(&mut state.latency_us),
-            counts,
-        })
+        let latency_us = std::mem::take(&mut state.latency_us);
+        let frames = total - self.warm_up;
+        Ok(Outcome::between(&start, &end, frames, latency_us))
     }
 
     fn read(&self) -> Reading {
-        let usage = getrusage(UsageWho::RUSAGE_SELF).expect("a process may ask about itself");
-        let cpu = usage.user_time() + usage.system_time();
-        Reading {
-            at: Instant::now(),
-            cpu: cpu.num_microseconds() as f64 / 1e6,
-            voluntary: usage.voluntary_context_switches(),
-            involuntary: usage.involuntary_context_switches(),
-            counts: COUNTS.map(|name| self.counter.as_ref().map_or(0, |counter| counter.get(name))),
-        }
+        Reading::now(self.counter.as_ref())
     }
 }
 
 /// The preloaded library's function.
-struct Counter(unsafe extern "C" fn(*const c_char) -> u64);
+pub struct Counter(unsafe extern "C" fn(*const c_char) -> u64);
 
 impl Counter {
-    fn find() -> Option<Self> {
+    /// None where the library is not preloaded.
+    pub fn find() -> Option<Self> {
         // SAFETY: the name is a C string.
         let found = unsafe { libc::dlsym(libc::RTLD_DEFAULT, c"zerocopy_count".as_ptr()) };
         if found.is_null() {

@@ -7,6 +7,7 @@ use std::io::{BufRead, BufReader, IoSliceMut, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
@@ -22,8 +23,12 @@ use crate::LIMIT;
 /// x8r8g8b8 of pixman.h: in memory blue, green, red, nothing.
 pub const X8R8G8B8: u32 = 0x2002_0888;
 
+/// `DRM_FORMAT_XRGB8888` of drm_fourcc.h; the same bytes.
+const XR24: u32 = u32::from_le_bytes(*b"XR24");
+
 const LISTENER: &str = "org.qemu.Display1.Listener";
 const MAP: &str = "org.qemu.Display1.Listener.Unix.Map";
+const DMABUF2: &str = "org.qemu.Display1.Listener.Unix.ScanoutDMABUF2";
 
 /// Sizes that clients have asked for: console, width, height.
 type Sizes = Arc<Mutex<Sender<(u32, u32, u32)>>>;
@@ -32,6 +37,7 @@ type Sizes = Arc<Mutex<Sender<(u32, u32, u32)>>>;
 pub struct FakeQemu {
     folder: TempDir,
     listeners: Receiver<Listener>,
+    registered: Arc<AtomicUsize>,
     sizes: Receiver<(u32, u32, u32)>,
     connections: Arc<Mutex<Vec<Connection>>>,
     _runtime: Runtime,
@@ -54,9 +60,11 @@ impl FakeQemu {
         let (listener_sender, listeners) = channel();
         let (size_sender, sizes) = channel();
         let connections = Arc::new(Mutex::new(Vec::new()));
+        let registered = Arc::new(AtomicUsize::new(0));
         let server = Server {
             consoles: consoles.to_vec(),
             listeners: listener_sender,
+            registered: registered.clone(),
             sizes: Arc::new(Mutex::new(size_sender)),
             connections: connections.clone(),
             handle: runtime.handle().clone(),
@@ -66,6 +74,7 @@ impl FakeQemu {
         Self {
             folder,
             listeners,
+            registered,
             sizes,
             connections,
             _runtime: runtime,
@@ -84,6 +93,11 @@ impl FakeQemu {
     /// If none does.
     pub fn listener(&self) -> Listener {
         self.listeners.recv_timeout(LIMIT).expect("a listener")
+    }
+
+    /// How many listeners clients have registered so far.
+    pub fn registered(&self) -> usize {
+        self.registered.load(Ordering::Acquire)
     }
 
     /// The next size that a client asks for: console, width, height.
@@ -155,6 +169,53 @@ impl Listener {
         self.call(MAP, "UpdateMap", &(at.0, at.1, size.0, size.1))
     }
 
+    /// A picture of XRGB8888 pixels in a DMA-BUF with a `DRM_FORMAT_MOD_*`.
+    pub fn scanout_dmabuf(
+        &self,
+        fd: BorrowedFd<'_>,
+        (width, height, stride): (u32, u32, u32),
+        modifier: u64,
+        y0_top: bool,
+    ) -> zbus::Result<()> {
+        let fd = Fd::from(fd);
+        let body = (fd, width, height, stride, XR24, modifier, y0_top);
+        self.call(LISTENER, "ScanoutDMABUF", &body)
+    }
+
+    /// A part of a larger linear one that `at` and `size` tell, as QEMU 9.2 and newer say it.
+    pub fn scanout_dmabuf2(
+        &self,
+        fd: BorrowedFd<'_>,
+        at: (u32, u32),
+        size: (u32, u32),
+        (width, height, stride): (u32, u32, u32),
+        y0_top: bool,
+    ) -> zbus::Result<()> {
+        let (offsets, strides) = (&[0_u32][..], &[stride][..]);
+        let (planes, modifier) = (1_u32, 0_u64);
+        let body = (
+            &[Fd::from(fd)][..],
+            at.0,
+            at.1,
+            size.0,
+            size.1,
+            offsets,
+            strides,
+            planes,
+            XR24,
+            width,
+            height,
+            modifier,
+            y0_top,
+        );
+        self.call(DMABUF2, "ScanoutDMABUF2", &body)
+    }
+
+    /// Something was drawn into the DMA-BUF. Returns when the client is done with it.
+    pub fn update_dmabuf(&self, at: (i32, i32), size: (i32, i32)) -> zbus::Result<()> {
+        self.call(LISTENER, "UpdateDMABUF", &(at.0, at.1, size.0, size.1))
+    }
+
     /// The console is off.
     pub fn disable(&self) -> zbus::Result<()> {
         self.call(LISTENER, "Disable", &())
@@ -204,6 +265,7 @@ impl Listener {
 struct Server {
     consoles: Vec<u32>,
     listeners: Sender<Listener>,
+    registered: Arc<AtomicUsize>,
     sizes: Sizes,
     connections: Arc<Mutex<Vec<Connection>>>,
     handle: Handle,
@@ -250,6 +312,7 @@ impl Server {
             let console = Console {
                 id: *id,
                 listeners: self.listeners.clone(),
+                registered: self.registered.clone(),
                 sizes: self.sizes.clone(),
                 handle: self.handle.clone(),
             };
@@ -317,6 +380,7 @@ impl Vm {
 struct Console {
     id: u32,
     listeners: Sender<Listener>,
+    registered: Arc<AtomicUsize>,
     sizes: Sizes,
     handle: Handle,
 }
@@ -329,6 +393,7 @@ struct Console {
 #[interface(name = "org.qemu.Display1.Console")]
 impl Console {
     fn register_listener(&self, listener: Fd<'_>) {
+        self.registered.fetch_add(1, Ordering::AcqRel);
         let owned: zbus::OwnedFd = listener.try_to_owned().expect("a descriptor").into();
         let socket = UnixStream::from(OwnedFd::from(owned));
         let (console, handle) = (self.id, self.handle.clone());

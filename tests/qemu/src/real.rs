@@ -116,6 +116,8 @@ impl Qemu {
             ])
             .args(["-name", "test", "-display", display, "-qmp"])
             .arg(format!("unix:{},server=on,wait=off", socket.display()))
+            .args(["-trace", "dbus_*", "-D"])
+            .arg(folder.path().join("trace"))
             .args(devices)
             .stdin(Stdio::null())
             .spawn()
@@ -137,6 +139,16 @@ impl Qemu {
     /// Its QMP socket.
     pub fn qmp(&self) -> PathBuf {
         self.folder.path().join("qmp")
+    }
+
+    /// What its display has done so far, an event a line, each with its name in front and a space
+    /// behind (`-trace dbus_*`, ui/trace-events in QEMU's source).
+    ///
+    /// # Panics
+    ///
+    /// If it is not there.
+    pub fn trace(&self) -> String {
+        fs::read_to_string(self.folder.path().join("trace")).unwrap()
     }
 
     /// What the first console shows, as QEMU itself sees it.

@@ -45,6 +45,17 @@ pub struct Screencast {
     session: String,
 }
 
+/// How a ScreenCast session shows the pointer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CursorMode {
+    /// Not at all.
+    Hidden,
+    /// In the picture.
+    Embedded,
+    /// Beside it.
+    Metadata,
+}
+
 /// A client on the desktop, by its process id.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Client(u64);
@@ -56,27 +67,41 @@ pub enum Victim {
     Compositor,
     /// The PipeWire daemon.
     PipeWire,
+    /// WirePlumber.
+    SessionManager,
 }
 
 impl Desktop {
     /// Starts a desktop with a monitor of `width` x `height` pixels.
     pub fn start(width: u32, height: u32) -> Self {
+        Self::of("mutter", width, height)
+            .unwrap_or_else(|error| panic!("starting the desktop: {error}"))
+    }
+
+    /// The same with weston, whose node is called "weston.pipewire". Says why where that has no such
+    /// backend.
+    pub fn weston(width: u32, height: u32) -> Result<Self, String> {
+        Self::of("weston", width, height)
+            .inspect_err(|error| assert!(error.contains("no PipeWire backend"), "{error}"))
+    }
+
+    fn of(compositor: &str, width: u32, height: u32) -> Result<Self, String> {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../desktop.py");
         // Debian's own interpreter: the one that has the GObject bindings.
         let mut process = Command::new("/usr/bin/python3")
             .arg(&script)
             .arg("--size")
             .arg(format!("{width}x{height}"))
+            .args(["--compositor", compositor])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
             .unwrap_or_else(|error| panic!("start {}: {error}", script.display()));
         let commands = process.stdin.take();
         let mut answers = BufReader::new(process.stdout.take().expect("its output is a pipe"));
-        let ready = read_answer(&mut answers)
-            .unwrap_or_else(|error| panic!("starting the desktop: {error}"));
+        let ready = read_answer(&mut answers)?;
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
-        Self {
+        Ok(Self {
             process,
             commands,
             answers,
@@ -87,7 +112,7 @@ impl Desktop {
                 .flatten()
                 .map(|(key, value)| (key.clone(), text(value)))
                 .collect(),
-        }
+        })
     }
 
     /// The folder in which its sockets are.
@@ -113,7 +138,27 @@ impl Desktop {
             Recording::Monitor => "monitor",
             Recording::Virtual => "virtual",
         };
-        let answer = self.ask(&json!({"cmd": "screencast", "mode": mode}));
+        self.cast(&json!({"cmd": "screencast", "mode": mode}))
+    }
+
+    /// Starts a ScreenCast session of the monitor with a pointer that can be moved.
+    pub fn screencast_with_pointer(&mut self, mode: CursorMode) -> Screencast {
+        let mode = match mode {
+            CursorMode::Hidden => "hidden",
+            CursorMode::Embedded => "embedded",
+            CursorMode::Metadata => "metadata",
+        };
+        self.cast(&json!({"cmd": "screencast", "cursor-mode": mode, "pointer": true}))
+    }
+
+    /// Moves the pointer of such a session to this pixel.
+    pub fn move_pointer(&mut self, screencast: &Screencast, x: u32, y: u32) {
+        let session = &screencast.session;
+        self.ask(&json!({"cmd": "move-pointer", "session": session, "x": x, "y": y}));
+    }
+
+    fn cast(&mut self, command: &Value) -> Screencast {
+        let answer = self.ask(command);
         Screencast {
             node: answer["node"]
                 .as_u64()
@@ -154,6 +199,7 @@ impl Desktop {
         let what = match victim {
             Victim::Compositor => "compositor",
             Victim::PipeWire => "pipewire",
+            Victim::SessionManager => "wireplumber",
         };
         self.ask(&json!({"cmd": "kill", "what": what}));
     }

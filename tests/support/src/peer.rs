@@ -99,8 +99,7 @@ impl Link {
             tag: request.tag,
             ..FrameResponse::default()
         };
-        let head = encode::frame_response(1, &response, data.len() as u32);
-        self.connection.send_with(head, data.to_vec());
+        self.reply(1, &response, data);
     }
 
     /// Sends a FRAME_RESPONSE.
@@ -111,7 +110,12 @@ impl Link {
             is_keyframe,
             ..FrameResponse::default()
         };
-        let head = encode::frame_response(session_id, &response, data.len() as u32);
+        self.reply(session_id, &response, data);
+    }
+
+    /// The same, as a test has it.
+    pub fn reply(&mut self, session_id: u16, response: &FrameResponse, data: &[u8]) {
+        let head = encode::frame_response(session_id, response, data.len() as u32);
         self.connection.send_with(head, data.to_vec());
     }
 
@@ -141,7 +145,8 @@ impl Link {
     }
 }
 
-/// A listening peer. Dropping it closes its socket and connections.
+/// A listening peer. Dropping it closes its socket and connections, and fails the test where a
+/// client has done what none may.
 pub struct Peer {
     address: Address,
     waker: Waker,
@@ -187,6 +192,11 @@ impl Peer {
         let mut waiter = Waiter::new().expect("a waiter");
         let waker = waiter.waker();
         let (tell, seen) = channel();
+        // Pictures of every size.
+        let limits = Limits {
+            pixels: u32::MAX,
+            ..Limits::default()
+        };
         let thread = thread::spawn(move || {
             waiter
                 .register(listener.as_fd())
@@ -196,8 +206,7 @@ impl Peer {
                     waiter.wait(Deadline::NEVER).expect("wait");
                     continue;
                 };
-                let connection =
-                    Connection::new(stream, Limits::default(), &waiter).expect("register");
+                let connection = Connection::new(stream, limits, &waiter).expect("register");
                 // A test that has seen enough no longer listens.
                 let _ = tell.send(Seen::Connected);
                 let mut link = Link { connection };
@@ -219,6 +228,10 @@ impl Peer {
                         }
                         greeted = link.pong(&envelope);
                         continue;
+                    }
+                    if let Message::FrameRequest(request, None) = &envelope.message {
+                        // Some hosts would send a picture of the VM's console (quirk 5).
+                        assert_ne!(request.resource_id, 0, "neither a resource nor pixels");
                     }
                     let then = script(&mut link, &envelope);
                     let _ = tell.send(Seen::Message(envelope));

@@ -14,7 +14,7 @@ use gst_video::{
     VideoOverlayFormatFlags, VideoOverlayRectangle,
 };
 use helix_protocol::wait::Waker;
-use qemu_display::{Cursor, Layout, Look, Picture, PixelFormat, Pixels, Screen};
+use qemu_display::{Cursor, Error, Layout, Listening, Look, Picture, PixelFormat, Screen};
 
 use super::{Link, REFRESH_RATE};
 use crate::source::monotonic_now;
@@ -25,6 +25,8 @@ pub struct Watch {
     console: u32,
     /// The connection that the last picture was of.
     generation: u64,
+    /// While this is kept, QEMU says what the console shows.
+    listening: Option<Listening>,
     /// QEMU has come, or come back, since it was last asked for.
     returned: bool,
     /// The grid of the rate: when the last picture was due.
@@ -49,6 +51,7 @@ impl Watch {
             link: link.clone(),
             console,
             generation: 0,
+            listening: None,
             returned: false,
             slot: None,
             due: None,
@@ -135,6 +138,7 @@ impl Watch {
         };
         if self.generation != state.generation {
             self.generation = state.generation;
+            self.listening = Some(screen.listen());
             self.returned = true;
         }
         let mode = state.modes.get(&console);
@@ -151,23 +155,23 @@ impl Watch {
     }
 
     fn sample(&mut self, picture: &Picture, rate: u32) -> Result<gst::Sample, Failure> {
-        let (Pixels::Bytes { layout, .. } | Pixels::Shared { layout, .. }) = &picture.pixels else {
-            return Err(Failure::Ours(format!(
-                "console {} is drawn on a GPU, which helix-host cannot read; start QEMU without \
-                 gl=on in -display",
+        let layout = picture.pixels.layout().ok_or_else(|| {
+            Failure::Ours(format!(
+                "console {} is drawn on a GPU, in memory that helix-host cannot read; start QEMU \
+                 without gl=on in -display",
                 self.console
-            )));
-        };
+            ))
+        })?;
         let canvas = match self
             .canvas
             .take()
-            .filter(|canvas| canvas.fits(layout, rate))
+            .filter(|canvas| canvas.fits(&layout, rate))
         {
             Some(canvas) => canvas,
-            None => Canvas::new(layout, rate).map_err(Failure::Ours)?,
+            None => Canvas::new(&layout, rate).map_err(Failure::Ours)?,
         };
         let canvas = self.canvas.insert(canvas);
-        let buffer = canvas.draw(layout, picture)?;
+        let buffer = canvas.draw(picture)?;
         Ok(gst::Sample::builder()
             .buffer(&buffer)
             .caps(&canvas.caps)
@@ -215,8 +219,8 @@ impl Canvas {
             && info.fps() == gst::Fraction::new(rate as i32, 1)
     }
 
-    /// A buffer with a picture that lies as `layout` says, and the cursor.
-    fn draw(&self, layout: &Layout, picture: &Picture) -> Result<gst::Buffer, Failure> {
+    /// A buffer with a picture and its cursor.
+    fn draw(&self, picture: &Picture) -> Result<gst::Buffer, Failure> {
         let ours = |error: gst::glib::BoolError| Failure::Ours(error.to_string());
         let mut buffer = self
             .pool
@@ -224,22 +228,16 @@ impl Canvas {
             .map_err(|error| Failure::Ours(format!("no memory for a picture: {error}")))?;
         let mut frame =
             VideoFrameRef::from_buffer_ref_writable(buffer.make_mut(), &self.info).map_err(ours)?;
-        let to_stride = frame.plane_stride()[0] as usize;
-        let (stride, row) = (layout.stride as usize, layout.row_bytes());
-        let rows = layout.height as usize;
+        let stride = frame.plane_stride()[0] as usize;
         let out = frame.plane_data_mut(0).map_err(ours)?;
-        if to_stride == stride {
-            // The last row may end with its pixels.
-            let bytes = stride * (rows - 1) + row;
-            let out = out.get_mut(..bytes);
-            let out = out.ok_or_else(|| Failure::Ours("a buffer is too small".to_owned()))?;
-            read(&picture.pixels, 0, out).map_err(Failure::Qemu)?;
-        } else {
-            for (index, to) in out.chunks_mut(to_stride).take(rows).enumerate() {
-                read(&picture.pixels, index * stride, &mut to[..row]).map_err(Failure::Qemu)?;
-            }
-        }
-        if let Some(overlay) = overlay(&picture.cursor, (layout.width, layout.height)) {
+        picture
+            .pixels
+            .copy_to(out, stride)
+            .map_err(|error| match error {
+                Error::Nonsense(_) => Failure::Qemu(error.to_string()),
+                error => Failure::Ours(error.to_string()),
+            })?;
+        if let Some(overlay) = overlay(&picture.cursor, picture.pixels.size()) {
             overlay.blend(&mut frame).map_err(ours)?;
         }
         drop(frame);
@@ -251,22 +249,6 @@ impl Drop for Canvas {
     fn drop(&mut self) {
         // What is out comes back all the same. It fails for a pool that is not active.
         let _ = self.pool.set_active(false);
-    }
-}
-
-/// Bytes of a picture, from the one at `at` on.
-fn read(pixels: &Pixels, at: usize, out: &mut [u8]) -> Result<(), String> {
-    match pixels {
-        Pixels::Bytes { canvas, .. } => {
-            let bytes: &[u8] = (**canvas).as_ref();
-            let from = bytes.get(at..at + out.len());
-            out.copy_from_slice(from.ok_or("a picture that is too short")?);
-            Ok(())
-        }
-        Pixels::Shared { file, offset, .. } => file
-            .read(offset + at as u64, out)
-            .map_err(|error| error.to_string()),
-        Pixels::DmaBuf { .. } => Err("a picture on a GPU".to_owned()),
     }
 }
 

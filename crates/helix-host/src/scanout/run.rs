@@ -36,7 +36,7 @@ enum Input {
     /// A pipeline, and its last picture for when it stands still.
     Pipeline(Source, Option<gst::Sample>),
     /// QEMU keeps its last picture itself.
-    Console(Watch),
+    Console(Box<Watch>),
 }
 
 /// A scanout that runs: owned by its thread.
@@ -62,7 +62,10 @@ impl Run {
             Origin::Description(description) => {
                 Input::Pipeline(start_source(scanout, description, waker.clone())?, None)
             }
-            Origin::Console(link) => Input::Console(Watch::new(link, scanout.id, waker.clone())),
+            Origin::Console(link) => {
+                let watch = Watch::new(link, scanout.id, waker.clone());
+                Input::Console(Box::new(watch))
+            }
         };
         Ok(Self {
             scanout: scanout.clone(),

@@ -233,20 +233,14 @@ fn the_end_goes_before_everything() {
 }
 
 fn dmabuf() -> DmaBuf {
-    DmaBuf {
-        width: 4,
-        height: 4,
-        fourcc: u32::from_le_bytes(*b"XR24"),
-        modifier: 0,
-        planes: vec![],
-        y0_top: true,
-    }
+    let fourcc = u32::from_le_bytes(*b"XR24");
+    DmaBuf::checked((4, 4), fourcc, 0, vec![], false).unwrap()
 }
 
 #[test]
 fn qemu_waits_for_a_picture_on_the_gpu_until_it_is_let_go() {
     let (screen, _) = screen();
-    screen.scanout_dmabuf(dmabuf()).unwrap();
+    screen.scanout_dmabuf(dmabuf());
     let mut first = screen.update_dmabuf((0, 0), (1, 1));
     let mut second = screen.update_dmabuf((2, 2), (1, 1));
     assert!(second.try_recv().unwrap_err() == TryRecvError::Closed);
@@ -259,7 +253,7 @@ fn qemu_waits_for_a_picture_on_the_gpu_until_it_is_let_go() {
 #[test]
 fn qemu_does_not_wait_again_where_nobody_looks() {
     let (screen, _) = screen();
-    screen.scanout_dmabuf(dmabuf()).unwrap();
+    screen.scanout_dmabuf(dmabuf());
     let mut held = screen.update_dmabuf((0, 0), (1, 1));
     assert_eq!(held.try_recv(), Err(TryRecvError::Empty));
     screen.waited();
@@ -268,4 +262,40 @@ fn qemu_does_not_wait_again_where_nobody_looks() {
     drop(screen.take().unwrap());
     let mut held = screen.update_dmabuf((0, 0), (1, 1));
     assert_eq!(held.try_recv(), Err(TryRecvError::Empty));
+}
+
+#[test]
+fn letting_go_of_the_buffer_before_switches_nothing_off() {
+    let (screen, _) = screen();
+    screen.scanout_dmabuf(dmabuf());
+    screen.disable();
+    assert_eq!(screen.look(), Look::Off, "there was none before");
+    screen.scanout_dmabuf(dmabuf());
+    screen.scanout_dmabuf(dmabuf());
+    screen.disable();
+    assert_eq!(screen.look(), Look::News);
+    screen.disable();
+    assert_eq!(screen.look(), Look::Off);
+}
+
+#[test]
+fn what_nobody_listens_to_is_not_known() {
+    let (screen, _) = screen();
+    let screen = Arc::new(screen);
+    let wanted = screen.listeners();
+    let first = screen.listen();
+    let second = screen.listen();
+    assert_eq!(*wanted.borrow(), 2);
+    let whole = layout(4, 4);
+    screen.scanout(whole, canvas(whole, 0)).unwrap();
+    screen.mouse_set(1, 1, true);
+    drop((first, second));
+    assert_eq!(*wanted.borrow(), 0);
+    screen.ignore();
+    assert_eq!(screen.look(), Look::Empty);
+    assert!(screen.take().unwrap().is_none());
+    screen.scanout(whole, canvas(whole, 1)).unwrap();
+    let picture = screen.take().unwrap().unwrap();
+    assert_eq!(picture.damage, Damage::All);
+    assert!(!picture.cursor.visible);
 }

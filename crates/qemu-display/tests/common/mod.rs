@@ -4,16 +4,20 @@
 
 #![allow(dead_code, reason = "each test file uses some of it")]
 
+use std::cell::RefCell;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 
-use qemu_display::{Address, Config, Consoles, Display, Event, Look, Picture, Screen, Status};
+use qemu_display::{
+    Address, Config, Consoles, Display, Event, Listening, Look, Picture, Screen, Status,
+};
 use zerocopy_test_qemu::LIMIT;
 
 /// A display whose events can be waited for.
 pub struct Watched {
     pub display: Display,
     events: Receiver<Event>,
+    listening: RefCell<Vec<Listening>>,
 }
 
 impl Watched {
@@ -32,6 +36,7 @@ impl Watched {
         Self {
             display: Display::start(config).unwrap(),
             events,
+            listening: RefCell::default(),
         }
     }
 
@@ -50,10 +55,12 @@ impl Watched {
         self.until(|display| Some(display.status()).filter(|now| *now != Status::Connecting))
     }
 
-    /// Connects, and gives the screen of a console.
+    /// Connects, and gives the screen of a console, which is listened to from now on.
     pub fn screen(&self, console: u32) -> Arc<Screen> {
         assert_eq!(self.connected(), Status::Connected);
-        self.display.screen(console).expect("it was asked for")
+        let screen = self.display.screen(console).expect("it was asked for");
+        self.listening.borrow_mut().push(screen.listen());
+        screen
     }
 
     /// Waits for a new picture of `screen`, and takes it.
@@ -63,6 +70,23 @@ impl Watched {
             Look::Failed(error) => panic!("{error}"),
             _ => None,
         })
+    }
+
+    /// Asks for a size, and waits for QEMU's answer.
+    pub fn set_size(&self, console: u32, size: (u32, u32)) -> Result<(), String> {
+        let (sender, answers) = channel();
+        let done = move |answer| sender.send(answer).unwrap();
+        self.display.set_size(console, size, done);
+        answers.recv_timeout(LIMIT).expect("an answer in time")
+    }
+
+    /// Asks for sizes until that is refused, which it is when nobody answers any more.
+    pub fn until_refused(&self, console: u32) -> String {
+        loop {
+            if let Err(reason) = self.set_size(console, (640, 480)) {
+                return reason;
+            }
+        }
     }
 
     /// Waits for the end of `screen`.

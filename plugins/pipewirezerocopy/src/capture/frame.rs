@@ -4,12 +4,14 @@
 //!
 //! The producer cannot draw into a buffer that we hold, and it has few of them (lesson L4). So a
 //! [`Frame`] has a [`Lease`]: dropping it, anywhere, on any thread, sends the buffer back through
-//! the loop thread at once. It is copied, or it is passed on as it lies, but only as long as its
+//! the loop thread: at once where the producer may need it, else with the next frame, for which that
+//! thread wakes anyhow. It is copied, or it is passed on as it lies, but only as long as its
 //! [`Pool`] has buffers to spare.
 
+use std::collections::VecDeque;
 use std::io;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use super::damage::Damage;
 use super::dmabuf::{self, CpuAccess, DmaBufPicture, Fence};
@@ -27,12 +29,18 @@ const KEPT_BACK: usize = 4;
 /// The same where nothing is copied: those who take DMA-BUFs take nothing else.
 const KEPT_BACK_OF_DMABUFS: usize = 3;
 
+/// Buffers that the producer has at least while others wait to be given back; it also has half of
+/// all.
+const ENOUGH: usize = 2;
+
 /// One generation of a stream's buffers: those that came after one format. A lease from an older
 /// generation counts for that one only.
 #[derive(Debug, Default)]
 pub struct Pool {
     buffers: AtomicUsize,
     passed: AtomicUsize,
+    /// Those that the producer has not.
+    out: AtomicUsize,
 }
 
 impl Pool {
@@ -44,6 +52,18 @@ impl Pool {
     /// A buffer was taken away.
     pub(super) fn remove(&self) {
         self.buffers.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// A buffer that was out is with the producer again, or gone.
+    pub(super) fn end_loan(&self) {
+        self.out.fetch_sub(1, Ordering::Relaxed);
+    }
+
+    /// Whether the producer should not wait for the next frame to get a buffer back.
+    fn is_short(&self) -> bool {
+        let buffers = self.buffers.load(Ordering::Relaxed);
+        let left = buffers.saturating_sub(self.out.load(Ordering::Relaxed));
+        left < ENOUGH.max(buffers / 2)
     }
 
     /// How many buffers may be out for as long as downstream likes. Of DMA-BUFs one always may, or
@@ -73,6 +93,38 @@ impl Pool {
     }
 }
 
+/// Buffers on their way back to the producer.
+pub(super) struct Returns {
+    buffers: Mutex<VecDeque<u64>>,
+    commands: pipewire::channel::Sender<Command>,
+}
+
+impl Returns {
+    pub fn new(commands: pipewire::channel::Sender<Command>) -> Self {
+        Self {
+            buffers: Mutex::default(),
+            commands,
+        }
+    }
+
+    /// Gives a buffer to the loop thread.
+    fn give(&self, buffer: u64, soon: bool) {
+        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        buffers.push_back(buffer);
+        drop(buffers);
+        if soon {
+            // Fails only when the loop thread is gone, and its buffers with it.
+            let _ = self.commands.send(Command::TakeBack);
+        }
+    }
+
+    /// One that has come back.
+    pub fn next(&self) -> Option<u64> {
+        let mut buffers = self.buffers.lock().unwrap_or_else(PoisonError::into_inner);
+        buffers.pop_front()
+    }
+}
+
 /// The loan of one PipeWire buffer; gives it back when dropped.
 ///
 /// It may outlive the buffer, its stream and the loop thread: the loop thread knows buffers by
@@ -82,7 +134,7 @@ pub struct Lease {
     pool: Arc<Pool>,
     /// It counts among the pool's passed buffers.
     passed: bool,
-    returns: pipewire::channel::Sender<Command>,
+    returns: Arc<Returns>,
     counters: Arc<Counters>,
 }
 
@@ -97,9 +149,10 @@ impl Lease {
     pub(super) fn new(
         buffer: u64,
         pool: Arc<Pool>,
-        returns: pipewire::channel::Sender<Command>,
+        returns: Arc<Returns>,
         counters: Arc<Counters>,
     ) -> Self {
+        pool.out.fetch_add(1, Ordering::Relaxed);
         counters.held.fetch_add(1, Ordering::Relaxed);
         Self {
             buffer,
@@ -113,12 +166,14 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
+        // At the limit somebody may wait for just this one.
+        let mut soon = self.pool.is_short();
         if self.passed {
-            self.pool.passed.fetch_sub(1, Ordering::Relaxed);
+            let passed = self.pool.passed.fetch_sub(1, Ordering::Relaxed);
+            soon |= passed >= self.pool.limit(false).max(1);
         }
         self.counters.held.fetch_sub(1, Ordering::Relaxed);
-        // Fails only when the loop thread is gone, and its buffers with it.
-        let _ = self.returns.send(Command::Requeue(self.buffer));
+        self.returns.give(self.buffer, soon);
     }
 }
 
@@ -365,7 +420,7 @@ pub(super) mod tests {
             transform: Transform::default(),
             pixels: Pixels::Blocks([Some(Arc::new(memory)), None]),
             acquire: None,
-            lease: Lease::new(1, pool, sender, counters.clone()),
+            lease: Lease::new(1, pool, Arc::new(Returns::new(sender)), counters.clone()),
         }
     }
 
@@ -462,6 +517,25 @@ pub(super) mod tests {
             }
             assert_eq!((0..32).filter(|_| pool.pass_one(true)).count(), most);
             assert!(!pool.has_one(true));
+        }
+    }
+
+    #[test]
+    fn a_producer_waits_for_the_next_frame_only_while_it_has_buffers_enough() {
+        for (buffers, out, short) in [
+            (8, 4, false),
+            (8, 5, true),
+            (3, 1, false),
+            (3, 2, true),
+            (2, 1, true),
+            (16, 8, false),
+        ] {
+            let pool = Pool::default();
+            for _ in 0..buffers {
+                pool.add();
+            }
+            pool.out.store(out, Ordering::Relaxed);
+            assert_eq!(pool.is_short(), short, "{out} of {buffers} out");
         }
     }
 }

@@ -12,6 +12,7 @@ use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
+use std::sync::LazyLock;
 
 /// A block of a producer's memory, readable for as long as this value lives, whatever becomes of
 /// the PipeWire buffer that it was found in.
@@ -315,8 +316,11 @@ impl Drop for Mapping {
 }
 
 fn page_size() -> usize {
-    // SAFETY: sysconf has no preconditions.
-    usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+    static SIZE: LazyLock<usize> = LazyLock::new(|| {
+        // SAFETY: sysconf has no preconditions.
+        usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)
+    });
+    *SIZE
 }
 
 #[cfg(test)]

@@ -247,7 +247,7 @@ impl Capture {
         let link = worker::Link {
             inbox: inbox.clone(),
             counters,
-            commands: commands.clone(),
+            returns: Arc::new(frame::Returns::new(commands.clone())),
             log: config.log.clone(),
             sync: config.sync.clone(),
             next_buffer: std::cell::Cell::new(0),

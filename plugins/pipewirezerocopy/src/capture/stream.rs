@@ -389,8 +389,12 @@ impl State {
 
     fn remove_buffer(&self, raw: *mut pw_buffer) {
         let mut buffers = self.buffers.borrow_mut();
-        if buffers.remove(&raw).is_some() {
-            self.pool.borrow().remove();
+        if let Some(buffer) = buffers.remove(&raw) {
+            let pool = self.pool.borrow();
+            pool.remove();
+            if buffer.out {
+                pool.end_loan();
+            }
         }
         if buffers.is_empty() {
             self.log(
@@ -446,6 +450,9 @@ impl State {
     /// # Safety
     /// `raw` must be dequeued from this stream, and `buffer` what is known of it.
     unsafe fn give_back(&self, stream: &Stream, raw: *mut pw_buffer, buffer: &mut Buffer) {
+        if buffer.out {
+            self.pool.borrow().end_loan();
+        }
         if let Err(error) = buffer.goes() {
             self.log(
                 Level::Warning,
@@ -523,7 +530,7 @@ impl State {
             lease: Lease::new(
                 buffer.id,
                 self.pool.borrow().clone(),
-                self.link.commands.clone(),
+                self.link.returns.clone(),
                 self.link.counters.clone(),
             ),
         })

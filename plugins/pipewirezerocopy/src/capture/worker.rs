@@ -15,12 +15,13 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use pipewire::channel::{Receiver, Sender};
+use pipewire::channel::Receiver;
 use pipewire::context::ContextRc;
 use pipewire::core::{CoreRc, Listener};
 use pipewire::loop_::{LoopRc, Timeout};
 use pipewire::properties::properties;
 
+use super::frame::Returns;
 use super::registry::{Node, NodeList};
 use super::stream::CaptureStream;
 use super::timeline::{self, SyncNode};
@@ -39,8 +40,8 @@ const GOODBYE_LIMIT: Duration = Duration::from_millis(500);
 
 /// What the loop thread is told.
 pub enum Command {
-    /// Give this buffer back to the producer.
-    Requeue(u64),
+    /// Give the producer the buffers back that have returned: it may need them.
+    TakeBack,
     /// Offer this to the producer from now on.
     Offer(Offer),
     /// End.
@@ -51,7 +52,7 @@ pub enum Command {
 pub(super) struct Link {
     pub inbox: Arc<Inbox>,
     pub counters: Arc<Counters>,
-    pub commands: Sender<Command>,
+    pub returns: Arc<Returns>,
     pub log: Log,
     /// Where explicit synchronization takes place.
     pub sync: Option<Arc<SyncNode>>,
@@ -211,8 +212,8 @@ impl Past {
             while let Some(command) = commands.borrow_mut().pop_front() {
                 match command {
                     Command::Offer(offer) => self.offer = Some(offer),
-                    // Of a buffer that is no more.
-                    Command::Requeue(_) => {}
+                    // They are no more.
+                    Command::TakeBack => {}
                     Command::Quit => return false,
                 }
             }
@@ -372,19 +373,26 @@ impl Worker {
         self.find_target();
     }
 
+    /// Gives the producer the buffers back that have returned.
+    fn give_back(&self) {
+        while let Some(buffer) = self.link.returns.next() {
+            if let Some(stream) = &self.stream {
+                stream.requeue(buffer);
+            }
+            self.link.inbox.put_returned();
+        }
+    }
+
     fn obey(&mut self) {
+        self.give_back();
         loop {
             // In a statement of its own: the borrow must end before the command runs.
             let Some(command) = self.commands.borrow_mut().pop_front() else {
                 return;
             };
             match command {
-                Command::Requeue(buffer) => {
-                    if let Some(stream) = &self.stream {
-                        stream.requeue(buffer);
-                    }
-                    self.link.inbox.put_returned();
-                }
+                // That was done above.
+                Command::TakeBack => {}
                 Command::Offer(offer) => self.set_offer(offer),
                 Command::Quit => self.end = Some(End::Quit),
             }
@@ -442,10 +450,6 @@ impl Worker {
                 self.log(Level::Warning, format_args!("choosing failed: {error}"));
             }
         }
-        let target = self.past.node.as_ref().map_or_else(
-            || self.config.target.to_string(),
-            |(id, n)| describe(*id, n),
-        );
         let known = stream.had_format() || self.past.told == Some(Told::Vanished);
         let (what, reason) = if let Some(error) = stream.take_error() {
             (Trouble::Error, error)
@@ -454,6 +458,10 @@ impl Worker {
         } else {
             return;
         };
+        let target = self.past.node.as_ref().map_or_else(
+            || self.config.target.to_string(),
+            |(id, n)| describe(*id, n),
+        );
         if known {
             let reason = match what {
                 Trouble::Error => format!("the stream from {target} broke off: {reason}"),
@@ -552,19 +560,31 @@ impl Worker {
     /// portal's, the daemon does not notice that we have gone, and would go on streaming to us:
     /// there, wait until it has confirmed.
     fn say_goodbye(mut self, looped: &LoopRc) -> Past {
-        let stream = self.stream.take();
         if self.end == Some(End::Lost) {
             return self.past;
         }
-        if let Some(stream) = stream {
+        if self.stream.is_some() {
+            // libpipewire before 0.3.72 loses the descriptors in what comes for a stream that is no
+            // more. Of one that was only just set up the daemon gets to know with the first of
+            // these; with the second its descriptors are here.
+            self.wait_for_daemon(looped);
+            self.wait_for_daemon(looped);
+        }
+        self.give_back();
+        if let Some(stream) = self.stream.take() {
             stream.reclaim();
         }
-        if !self.shared_socket {
-            return self.past;
+        if self.shared_socket {
+            self.wait_for_daemon(looped);
         }
+        self.past
+    }
+
+    /// Waits until the daemon has done all that it was asked for, and its answers are here.
+    fn wait_for_daemon(&self, looped: &LoopRc) {
         let deadline = Instant::now() + GOODBYE_LIMIT;
         let Ok(sync) = self.core.sync(0) else {
-            return self.past;
+            return;
         };
         while self.notes.done.get() != Some(sync.seq())
             && self.notes.lost.borrow().is_none()
@@ -573,7 +593,6 @@ impl Worker {
             // SAFETY: `run` has entered the loop, and leaves it after this.
             unsafe { looped.iterate_unguarded(Timeout::Finite(GOODBYE_LIMIT)) };
         }
-        self.past
     }
 }
 

@@ -2,6 +2,7 @@
 
 //! Producers that pad, crop and shift their pictures, and those that lie about them.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
@@ -9,7 +10,7 @@ use gstpipewirezerocopy::capture::PixelFormat;
 
 use super::content::run_on;
 use super::desktop;
-use super::painter::{Canvas, MEMORY, Painter, Picture};
+use super::painter::{Canvas, MEMORY, Painter, Picture, until};
 use super::run::{LONG, Run, pixels};
 
 pub const WIDTH: u32 = 16;
@@ -231,11 +232,69 @@ fn many_pictures_go_through_few_buffers() {
     let desktop = desktop();
     let painter = painter(&desktop, "many");
     let run = playing(&desktop, "many");
+    let mut addresses = HashSet::new();
     for n in 0..=100 {
-        let got = pixels(&shown(&painter, &run, &plain(n)));
-        assert_eq!(got, vec![n; SIZE as usize]);
+        let sample = shown(&painter, &run, &plain(n));
+        assert_eq!(pixels(&sample), vec![n; SIZE as usize]);
+        let memory = sample.buffer().unwrap().peek_memory(0);
+        addresses.insert(memory.map_readable().unwrap().as_ptr());
     }
+    assert!(addresses.len() <= 8, "each buffer is mapped once");
     assert!(run.stat("frames") >= 101);
     // The sink keeps the last one it gave out.
     assert!(run.stat("held-buffers") <= 1);
+}
+
+#[test]
+fn a_producer_that_changes_format_goes_on_in_new_caps() {
+    let desktop = desktop();
+    let painter = painter(&desktop, "repainted");
+    let run = playing(&desktop, "repainted");
+    assert_eq!(format(&shown(&painter, &run, &plain(1))), "BGRx");
+    for (number, format_) in [PixelFormat::Rgba, PixelFormat::Xbgr, PixelFormat::Bgrx]
+        .into_iter()
+        .enumerate()
+    {
+        painter.change_format(format_, (WIDTH, HEIGHT));
+        let colour = number as u8 + 10;
+        let sample = shown_in(&painter, &run, &plain(colour), format_.name());
+        assert_eq!(pixels(&sample), vec![colour; SIZE as usize]);
+    }
+}
+
+/// What comes out in that format after a picture was shown, again and again: one that is shown before
+/// the format is agreed on is lost, or leaves in the old one.
+fn shown_in(painter: &Painter, run: &Run, picture: &Picture, name: &str) -> gst::Sample {
+    let end = Instant::now() + LONG;
+    while Instant::now() < end {
+        let sample = shown(painter, run, picture);
+        if format(&sample) == name && pixels(&sample)[..] == picture.bytes[..] {
+            return sample;
+        }
+    }
+    panic!("no picture in {name}");
+}
+
+fn format(sample: &gst::Sample) -> String {
+    let structure = sample.caps().unwrap().structure(0).unwrap();
+    structure.get("format").unwrap()
+}
+
+#[test]
+fn formats_that_follow_each_other_at_once_are_each_answered() {
+    // mutter fixes one, then another, before a picture has come (L5).
+    let desktop = desktop();
+    let painter = painter(&desktop, "undecided");
+    let run = playing(&desktop, "undecided");
+    shown(&painter, &run, &plain(1));
+    for colour in 2..6 {
+        let before = painter.formats();
+        painter.change_format(PixelFormat::Rgba, (WIDTH * 2, HEIGHT));
+        until(|| painter.formats() > before);
+        painter.change_format(PixelFormat::Bgrx, (WIDTH, HEIGHT));
+        let sample = shown_in(&painter, &run, &plain(colour), "BGRx");
+        assert_eq!(size(&sample), (WIDTH as i32, HEIGHT as i32));
+    }
+    // Each has brought buffers of its own, and none of the old ones is held.
+    until(|| run.stat("held-buffers") <= 1);
 }

@@ -3,27 +3,42 @@
 //! A desktop that stands still, and the end of the stream.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use gst::prelude::*;
 use zerocopy_test_support::desktop::Recording;
 
 use super::content::run_on;
 use super::desktop;
-use super::hostile::{painter, plain};
-use super::painter::Painter;
-use super::run::{Run, is_keepalive, pts};
+use super::hostile::{painter, plain, shown};
+use super::painter::{Painter, Picture, until};
+use super::run::{LONG, Run, is_keepalive, pixels, pts};
 
-/// Frames until the desktop has come to rest: the last one is its picture, and not a keepalive.
-fn until_still(run: &Run) -> gst::Sample {
-    let mut last = run.frame();
-    loop {
+/// A picture and the `count` keepalives that follow it, once the desktop has come to rest.
+pub fn still(run: &Run, count: usize) -> (gst::Sample, Vec<gst::Sample>) {
+    let mut frame = run.frame();
+    let mut keepalives = Vec::new();
+    while keepalives.len() < count {
         let next = run.frame();
         if is_keepalive(&next) {
-            return last;
+            keepalives.push(next);
+        } else {
+            frame = next;
+            keepalives.clear();
         }
-        last = next;
     }
+    (frame, keepalives)
+}
+
+/// Whether these came no faster than at the period: each in its own, however late in it. How exact
+/// they are on a machine that does nothing else, `ci/bench` tells; that they keep to a grid, the
+/// unit tests of the schedule.
+fn keep_to(period: gst::ClockTime, keepalives: &[gst::Sample]) -> bool {
+    let (Some(first), Some(last)) = (keepalives.first(), keepalives.last()) else {
+        return false;
+    };
+    let periods = keepalives.len() as u64 - 2;
+    keepalives.is_sorted_by(|a, b| pts(a) < pts(b)) && pts(last) - pts(first) >= period * periods
 }
 
 fn address(sample: &gst::Sample) -> *const u8 {
@@ -38,24 +53,13 @@ fn a_still_desktop_is_kept_alive_at_the_period() {
     let run = Run::on_node(&desktop, cast.node);
     run.src.set_property("keepalive-time", 50u32);
     run.play();
-    let frame = until_still(&run);
-    let frames = run.stat("frames");
-    let keepalives: Vec<_> = (0..20).map(|_| run.frame()).collect();
-    assert_eq!(run.stat("frames"), frames, "the desktop stands still");
+    let (frame, keepalives) = still(&run, 20);
     assert!(run.stat("keepalives") >= 20);
-
-    assert!(keepalives.iter().all(is_keepalive));
-    assert!(keepalives.is_sorted_by(|a, b| pts(a) < pts(b)));
     for keepalive in &keepalives {
         assert_eq!(address(keepalive), address(&frame), "the same memory");
+        assert!(pts(keepalive) > pts(&frame), "a new timestamp");
     }
-    // 19 periods, however late the thread woke in between.
-    let took = pts(&keepalives[19]) - pts(&keepalives[0]);
-    let expected = gst::ClockTime::from_mseconds(19 * 50);
-    assert!(
-        took.absdiff(expected) < gst::ClockTime::from_mseconds(150),
-        "19 periods of 50 ms took {took}"
-    );
+    assert!(keep_to(gst::ClockTime::from_mseconds(50), &keepalives));
     desktop.close(&cast);
 }
 
@@ -73,53 +77,50 @@ fn other_wake_ups_do_not_move_the_period() {
         let (src, stop) = (&run.src, &done);
         scope.spawn(move || {
             while !stop.load(Ordering::Relaxed) {
-                // Each wakes the thread, to the same end.
+                // Each wakes the thread, to the same end. Were the period to begin anew, none would
+                // ever be over.
                 src.set_property("keepalive-time", 50u32);
                 std::thread::sleep(Duration::from_millis(3));
             }
         });
-        let keepalives: Vec<_> = (0..21).map(|_| run.frame()).collect();
+        let keepalives: Vec<_> = (0..21).filter_map(|_| run.frame_within(LONG)).collect();
         done.store(true, Ordering::Relaxed);
         keepalives
     });
+    assert_eq!(keepalives.len(), 21);
     assert!(keepalives.iter().all(is_keepalive));
-    let took = pts(&keepalives[20]) - pts(&keepalives[0]);
-    let off = took.absdiff(gst::ClockTime::from_mseconds(20 * 50));
-    assert!(
-        off < gst::ClockTime::from_mseconds(150),
-        "20 periods took {took}"
-    );
+    assert!(keep_to(gst::ClockTime::from_mseconds(50), &keepalives));
 }
 
 #[test]
 fn keepalives_can_be_turned_off_and_on_while_playing() {
-    let mut desktop = desktop();
-    let cast = desktop.screencast(Recording::Monitor);
-    let run = Run::on_node(&desktop, cast.node);
+    let desktop = desktop();
+    let painter = painter(&desktop, "switched");
+    let run = run_on(&desktop, "switched", "video/x-raw");
     run.play();
-    until_still(&run);
+    painter.show(plain(1));
+    still(&run, 1);
     run.src.set_property("keepalive-time", 0u32);
     // One may have been under way.
-    let late = run.frames_for(Duration::from_millis(500));
-    assert!(late.len() <= 1, "{} buffers", late.len());
+    let mut late = run.frames_for(Duration::from_millis(500));
+    late.retain(is_keepalive);
+    assert!(late.len() <= 1, "{} keepalives", late.len());
     // The thread waits without an end now, and yet takes note.
     run.src.set_property("keepalive-time", 20u32);
-    let more = run.frames_for(Duration::from_millis(500));
-    assert!(more.len() >= 10, "{} buffers", more.len());
-    desktop.close(&cast);
+    still(&run, 10);
 }
 
 #[test]
-fn with_keepalive_time_0_a_still_desktop_gives_one_picture() {
+fn with_keepalive_time_0_nothing_is_resent() {
     let mut desktop = desktop();
     let cast = desktop.screencast(Recording::Monitor);
     let run = Run::on_node(&desktop, cast.node);
     run.src.set_property("keepalive-time", 0u32);
     run.play();
     run.frame();
-    // mutter may draw a few while it settles.
-    while run.frame_within(Duration::from_millis(300)).is_some() {}
-    assert!(run.frame_within(Duration::from_secs(1)).is_none());
+    // mutter may draw a few more while it settles.
+    let more = run.frames_for(Duration::from_secs(1));
+    assert!(!more.iter().any(is_keepalive));
     assert_eq!(run.stat("keepalives"), 0);
     desktop.close(&cast);
 }
@@ -140,25 +141,89 @@ fn a_short_period_does_not_shorten_the_wait_for_the_first_frame() {
 
 #[test]
 fn the_last_frame_is_resent_at_eos_when_asked_for() {
-    let mut desktop = desktop();
-    let cast = desktop.screencast(Recording::Monitor);
+    let desktop = desktop();
+    let painter = painter(&desktop, "ends");
     for resend in [true, false] {
-        let run = Run::on_node(&desktop, cast.node);
+        let run = run_on(&desktop, "ends", "video/x-raw");
         run.src.set_property("keepalive-time", 0u32);
         run.src.set_property("resend-last", resend);
         run.play();
-        let mut frames = vec![run.frame()];
-        while let Some(frame) = run.frame_within(Duration::from_millis(300)) {
-            frames.push(frame);
-        }
+        let frame = shown(&painter, &run, &plain(1));
+        // One that was shown again because the machine is busy may still come.
+        let mut frames = vec![frame];
         assert!(run.pipeline.send_event(gst::event::Eos::new()));
-        let last = run.frame_within(super::run::LONG);
-        assert_eq!(last.is_some(), resend);
-        if let Some(last) = last {
-            assert!(is_keepalive(&last));
-            assert!(pts(&last) > pts(frames.last().unwrap()));
+        let end = Instant::now() + LONG;
+        while !run.sink.is_eos() && Instant::now() < end {
+            frames.extend(run.frame_within(Duration::from_millis(100)));
         }
         run.eos();
+        let (last, before) = frames.split_last().unwrap();
+        assert_eq!(is_keepalive(last), resend);
+        assert!(!before.iter().any(is_keepalive));
+        if let Some(before) = before.last() {
+            assert!(pts(last) > pts(before));
+            assert!(
+                !resend || address(last) == address(before),
+                "the same memory"
+            );
+        }
     }
-    desktop.close(&cast);
+}
+
+#[test]
+fn a_new_frame_goes_before_a_keepalive_that_is_due() {
+    let desktop = desktop();
+    let painter = painter(&desktop, "wins");
+    let run = run_on(&desktop, "wins", "video/x-raw");
+    run.src.set_property("keepalive-time", 1u32);
+    // Blocks the streaming thread once a buffer waits.
+    run.sink.set_max_buffers(1);
+    run.play();
+    painter.show(plain(1));
+    let mut pulled = 0;
+    for colour in 2..12 {
+        // One is in the sink, one waits for it.
+        until(|| run.stat("frames") + run.stat("keepalives") == pulled + 2);
+        let before = run.stat("dropped");
+        while run.stat("dropped") == before {
+            // One takes another one's place: so one is there.
+            painter.show(plain(colour));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        run.frame();
+        run.frame();
+        let new = run.frame();
+        pulled += 3;
+        assert_eq!(pixels(&new)[0], colour);
+        assert!(!is_keepalive(&new));
+    }
+}
+
+#[test]
+fn a_capture_time_before_a_keepalives_is_moved_up_to_it() {
+    let desktop = desktop();
+    let painter = painter(&desktop, "late");
+    let run = run_on(&desktop, "late", "video/x-raw");
+    run.src.set_property("keepalive-time", 20u32);
+    run.play();
+    painter.show(plain(1));
+    let (_, keepalives) = still(&run, 5);
+    let now = run.pipeline.clock().unwrap().time().nseconds() as i64;
+    painter.show(Picture {
+        captured: Some(now - 5_000_000_000),
+        ..plain(2)
+    });
+    let mut last = pts(keepalives.last().unwrap());
+    loop {
+        let sample = run.frame();
+        assert!(pts(&sample) > last);
+        last = pts(&sample);
+        if pixels(&sample)[0] == 2 {
+            break;
+        }
+    }
+    assert!(
+        run.stat("latency-p99-us") >= 5_000_000,
+        "the header is believed"
+    );
 }

@@ -12,9 +12,10 @@ use zerocopy_test_support::desktop::Recording;
 use zerocopy_test_support::process::{open_fds, threads};
 
 use super::content::run_on;
-use super::desktop;
-use super::hostile::{painter, plain};
+use super::hostile::{painter, plain, shown};
+use super::painter::until;
 use super::run::{LONG, Run};
+use super::{desktop, turn};
 
 #[test]
 fn starting_and_stopping_leaves_nothing_behind() {
@@ -58,31 +59,43 @@ fn five_hundred_starts_and_stops_cost_nothing() {
     let mut before = None;
     for round in 0..500 {
         run.play();
-        // Every tenth comes as far as a picture.
-        if round % 10 == 0 {
-            painter.show(plain(1));
-            let deadline = Instant::now() + LONG;
-            // A picture that meets the end of the link before is lost, as on any desktop.
-            while run.frame_within(Duration::from_millis(500)).is_none() {
-                assert!(Instant::now() < deadline, "no frame in round {round}");
-                painter.show(plain(1));
-            }
-        }
+        shown(&painter, &run, &plain(1));
         run.stop();
         if round == 50 {
-            before = Some((open_fds(), threads(), resident()));
+            before = Some((open_fds() - painter.files(), threads(), resident()));
         }
     }
     let (fds, threads_before, memory) = before.unwrap();
-    // One lost in each round would be 450; other tests open a few meanwhile.
-    assert!(
-        open_fds() < fds + 50,
-        "{} descriptors after {fds}",
-        open_fds()
-    );
-    assert!(threads() < threads_before + 50, "{} threads", threads());
+    until(|| open_fds() - painter.files() == fds && threads() == threads_before);
     let grown = resident().saturating_sub(memory);
     assert!(grown < 4 << 20, "{grown} bytes more after 450 rounds");
+}
+
+#[test]
+fn stopping_amid_the_start_leaves_nothing_behind() {
+    let desktop = desktop();
+    let painter = painter(&desktop, "hardly");
+    let run = run_on(&desktop, "hardly", "video/x-raw");
+    let mut before = None;
+    for round in 0..200u64 {
+        run.play();
+        // Each at another moment of the start.
+        std::thread::sleep(Duration::from_millis(round % 10));
+        run.stop();
+        if round == 50 {
+            before = Some((open_fds() - painter.files(), threads(), resident()));
+        }
+    }
+    let (fds, threads_before, memory) = before.unwrap();
+    until(|| threads() == threads_before);
+    // libpipewire before 0.3.72 loses those in what arrives for a stream that was just destroyed.
+    assert!(
+        open_fds() - painter.files() < fds + 50,
+        "{} after {fds}",
+        open_fds()
+    );
+    let grown = resident().saturating_sub(memory);
+    assert!(grown < 4 << 20, "{grown} bytes more after 150 rounds");
 }
 
 #[test]
@@ -110,8 +123,9 @@ fn stopping_during_the_wait_for_the_first_frame_is_immediate() {
     assert!(run.frame_within(Duration::from_millis(200)).is_none());
     let start = Instant::now();
     run.stop();
+    // It would have waited for ever.
     assert!(
-        start.elapsed() < Duration::from_millis(500),
+        start.elapsed() < LONG,
         "stopping took {:?}",
         start.elapsed()
     );
@@ -225,6 +239,8 @@ fn gst_launch_plays_a_desktop_that_the_environment_names() {
 
 #[test]
 fn without_a_daemon_the_error_names_its_socket() {
+    // It opens pipes, which others count.
+    let _turn = turn();
     let folder = tempfile::tempdir().unwrap();
     let output = gst_launch(
         folder.path(),

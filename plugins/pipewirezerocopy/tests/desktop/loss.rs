@@ -7,15 +7,18 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
-use zerocopy_test_support::desktop::{Desktop, Recording, Victim};
+use gstpipewirezerocopy::capture::PixelFormat;
+use zerocopy_test_support::desktop::{Recording, Victim};
 
-use super::desktop;
+use super::content::run_on;
 use super::lifecycle::gst_launch;
-use super::painter::Painter;
+use super::painter::{Painter, until};
 use super::run::{Run, expected_pixels, is_keepalive};
+use super::{desktop, own_desktop};
 
-/// Within this a vanished producer must have been noticed.
-const SOON: Duration = Duration::from_secs(2);
+/// Within this a vanished producer must have been noticed, on however busy a machine. What is said
+/// of it tells how: by the registry at once, or by buffers that are gone for a second.
+const SOON: Duration = Duration::from_secs(10);
 
 #[test]
 fn a_closed_session_is_an_error_soon() {
@@ -65,12 +68,10 @@ fn a_node_that_comes_back_under_its_name_is_followed() {
         let still = Painter::still(&desktop, "another", caps);
         drop(still);
     }
-    let start = Instant::now();
     drop(producer);
-    run.capture_message("vanished");
     // The registry tells at once; the buffers would take a second.
-    let took = start.elapsed();
-    assert!(took < Duration::from_millis(900), "after {took:?}");
+    let reason = run.capture_message("vanished");
+    assert!(reason.contains("has been removed"), "{reason}");
     // Keepalives have stopped, for good.
     while run.frame_within(Duration::from_millis(150)).is_some() {}
     assert!(run.frame_within(Duration::from_millis(500)).is_none());
@@ -84,7 +85,7 @@ fn a_node_that_comes_back_under_its_name_is_followed() {
 
 #[test]
 fn a_killed_compositor_and_a_killed_daemon_are_errors_soon() {
-    let mut desktop = Desktop::start(320, 240);
+    let mut desktop = own_desktop();
     let cast = desktop.screencast(Recording::Monitor);
     let run = Run::on_node(&desktop, cast.node);
     run.play();
@@ -115,7 +116,7 @@ fn a_killed_compositor_and_a_killed_daemon_are_errors_soon() {
 
 #[test]
 fn a_restarted_daemon_is_found_again() {
-    let mut desktop = Desktop::start(320, 240);
+    let mut desktop = own_desktop();
     let folder = tempfile::tempdir().unwrap();
     // In a process of its own, which finds the daemon by its environment.
     let mut child = gst_launch(
@@ -146,7 +147,7 @@ fn a_restarted_daemon_is_found_again() {
 
 #[test]
 fn a_daemon_that_goes_away_is_the_end_of_the_stream_when_asked_for() {
-    let mut desktop = Desktop::start(320, 240);
+    let mut desktop = own_desktop();
     let _producer = Painter::still(&desktop, "desk", "format=BGRx,width=64,height=48");
     let run = Run::new(&desktop, "video/x-raw");
     run.src.set_property("target-object", "desk");
@@ -174,7 +175,7 @@ fn a_node_that_does_not_exist_is_an_error_soon() {
 }
 
 #[test]
-fn a_producer_that_draws_nothing_runs_into_the_first_frame_timeout() {
+fn a_producer_that_never_comes_runs_into_the_first_frame_timeout() {
     let desktop = desktop();
     let run = Run::new(&desktop, "video/x-raw");
     run.src.set_property("target-object", "nobody");
@@ -187,4 +188,55 @@ fn a_producer_that_draws_nothing_runs_into_the_first_frame_timeout() {
     assert!(start.elapsed() < SOON, "after {:?}", start.elapsed());
     assert!(error.contains("first-frame-timeout"), "{error}");
     assert!(error.contains("nobody"), "{error}");
+}
+
+#[test]
+fn a_producer_that_draws_nothing_runs_into_the_first_frame_timeout() {
+    let desktop = desktop();
+    let painter = Painter::start(&desktop, "lazy", PixelFormat::Bgrx, (16, 8));
+    let run = run_on(&desktop, "lazy", "video/x-raw");
+    run.src.set_property("first-frame-timeout", 0u32);
+    run.play();
+    until(|| painter.formats() >= 1);
+    assert!(run.frame_within(Duration::from_millis(500)).is_none());
+    // From now on it counts, and the time is over.
+    run.src.set_property("first-frame-timeout", 1u32);
+    let error = run.error();
+    for part in ["first-frame-timeout", "lazy", "locked", "BGRx"] {
+        assert!(error.contains(part), "{part} in {error}");
+    }
+}
+
+#[test]
+fn a_node_by_its_id_is_waited_for_without_keepalives() {
+    let desktop = desktop();
+    let producer = Painter::still(&desktop, "by-id", "format=BGRx,width=64,height=48");
+    let run = Run::on_node(&desktop, producer.node());
+    run.src.set_property_from_str("on-disconnect", "none");
+    run.play();
+    run.frame();
+    drop(producer);
+    run.capture_message("vanished");
+    while run.frame_within(Duration::from_millis(150)).is_some() {}
+    assert!(run.frame_within(Duration::from_millis(500)).is_none());
+    assert_eq!(run.stat("errors"), 0);
+}
+
+#[test]
+fn buffers_that_stay_away_mean_a_vanished_producer() {
+    let mut desktop = own_desktop();
+    let producer = Painter::still(&desktop, "unlinked", "format=BGRx,width=64,height=48");
+    let run = run_on(&desktop, "unlinked", "video/x-raw");
+    run.play();
+    run.frame();
+    run.src.set_property_from_str("on-disconnect", "error");
+    // Its links go with it, nobody makes others, and the producer's node stays.
+    desktop.kill(Victim::SessionManager);
+    let start = Instant::now();
+    let reason = run.capture_message("vanished");
+    assert!(start.elapsed() >= Duration::from_millis(900));
+    assert!(start.elapsed() < SOON, "after {:?}", start.elapsed());
+    assert!(reason.contains("taken its buffers away"), "{reason}");
+    assert!(run.error().contains("vanished"));
+    drop(producer);
 }

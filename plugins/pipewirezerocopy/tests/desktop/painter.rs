@@ -12,8 +12,10 @@ use std::io;
 use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use gstpipewirezerocopy::capture::negotiate::PodBytes;
 use gstpipewirezerocopy::capture::{Offer, OfferEntry, PixelFormat, Span};
@@ -52,6 +54,8 @@ pub struct Picture {
     pub chunk_flags: i32,
     /// SPA_META_HEADER_FLAG_*
     pub header_flags: u32,
+    /// When it was captured, in nanoseconds of CLOCK_MONOTONIC.
+    pub captured: Option<i64>,
     /// x, y, width, height
     pub crop: Option<(i32, i32, u32, u32)>,
     /// Likewise; the list ends at an empty one.
@@ -106,14 +110,27 @@ enum Command {
     Show(Picture),
     /// Shows it now, and again whenever the stream begins, as compositors do.
     Keep(Picture),
-    Change(u32, u32),
+    Change(PixelFormat, (u32, u32)),
     Shrink,
     Quit,
 }
 
 pub struct Painter {
+    format: PixelFormat,
     commands: Sender<Command>,
+    said: Arc<Said>,
     thread: Option<JoinHandle<()>>,
+}
+
+/// What is known of the stream.
+#[derive(Default)]
+struct Said {
+    /// The node's id, once there is one.
+    node: AtomicU32,
+    /// How often a format was fixed.
+    formats: AtomicU32,
+    /// Buffers that there are, each with a file of this process.
+    buffers: AtomicU32,
 }
 
 impl Painter {
@@ -133,11 +150,16 @@ impl Painter {
         let name = name.to_owned();
         let socket = desktop.pipewire();
         let (commands, receiver) = pipewire::channel::channel();
+        let said = Arc::new(Said::default());
+        let saying = said.clone();
         let thread = std::thread::spawn(move || {
-            run(socket.into(), &name, format, size, canvas, receiver);
+            let offered = offer(format, size);
+            run(socket.into(), &name, &offered, canvas, &saying, receiver);
         });
         Self {
+            format,
             commands,
+            said,
             thread: Some(thread),
         }
     }
@@ -168,7 +190,28 @@ impl Painter {
 
     /// Changes the size of its pictures.
     pub fn change(&self, width: u32, height: u32) {
-        assert!(self.commands.send(Command::Change(width, height)).is_ok());
+        self.change_format(self.format, (width, height));
+    }
+
+    /// Changes the format and size of its pictures.
+    pub fn change_format(&self, format: PixelFormat, size: (u32, u32)) {
+        assert!(self.commands.send(Command::Change(format, size)).is_ok());
+    }
+
+    /// Its node's id; waits for it.
+    pub fn node(&self) -> u32 {
+        until(|| self.said.node.load(Ordering::Relaxed) > 0);
+        self.said.node.load(Ordering::Relaxed)
+    }
+
+    /// Files that this process has open for its buffers.
+    pub fn files(&self) -> usize {
+        self.said.buffers.load(Ordering::Relaxed) as usize
+    }
+
+    /// How often a format was fixed.
+    pub fn formats(&self) -> u32 {
+        self.said.formats.load(Ordering::Relaxed)
     }
 }
 
@@ -178,6 +221,15 @@ impl Drop for Painter {
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
+    }
+}
+
+/// Waits until something holds of which nobody tells.
+pub fn until(holds: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !holds() {
+        assert!(start.elapsed() < super::run::LONG, "it never came to that");
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -192,9 +244,9 @@ struct State {
 fn run(
     socket: std::os::fd::OwnedFd,
     name: &str,
-    format: PixelFormat,
-    size: (u32, u32),
+    offered: &Offer,
     canvas: Canvas,
+    said: &Arc<Said>,
     receiver: Receiver<Command>,
 ) {
     pipewire::init();
@@ -221,8 +273,11 @@ fn run(
     let _listener = stream
         .add_local_listener::<()>()
         .state_changed({
-            let state = shared();
-            move |_, (), _, new| {
+            let (state, said) = (shared(), said.clone());
+            move |stream, (), _, new| {
+                if new == StreamState::Paused {
+                    said.node.store(stream.node_id(), Ordering::Relaxed);
+                }
                 let mut pictures = state.pictures.borrow_mut();
                 if new == StreamState::Streaming && pictures.is_empty() {
                     pictures.extend(state.still.borrow().clone());
@@ -230,20 +285,27 @@ fn run(
             }
         })
         .param_changed({
-            let state = shared();
+            let (state, said) = (shared(), said.clone());
             move |stream, (), id, pod| {
                 if id == ParamType::Format.as_raw() && pod.is_some() {
+                    said.formats.fetch_add(1, Ordering::Relaxed);
                     state.answer(stream);
                 }
             }
         })
         .add_buffer({
-            let state = shared();
-            move |_, (), raw| state.add_buffer(raw)
+            let (state, said) = (shared(), said.clone());
+            move |_, (), raw| {
+                state.add_buffer(raw);
+                said.buffers.fetch_add(1, Ordering::Relaxed);
+            }
         })
         .remove_buffer({
-            let state = shared();
-            move |_, (), raw| drop(state.memory.borrow_mut().remove(&raw))
+            let (state, said) = (shared(), said.clone());
+            move |_, (), raw| {
+                state.memory.borrow_mut().remove(&raw);
+                said.buffers.fetch_sub(1, Ordering::Relaxed);
+            }
         })
         .process({
             let state = shared();
@@ -252,7 +314,7 @@ fn run(
         .register()
         .unwrap();
 
-    let pods = offer(format, size).pods();
+    let pods = offered.pods();
     let mut params: Vec<&Pod> = pods.iter().map(PodBytes::pod).collect();
     stream
         .connect(
@@ -279,8 +341,8 @@ fn run(
             state.pictures.borrow_mut().push_back(picture.clone());
             state.still.replace(Some(picture));
         }
-        Command::Change(width, height) => {
-            let pods = offer(format, (width, height)).pods();
+        Command::Change(format, size) => {
+            let pods = offer(format, size).pods();
             let mut params: Vec<&Pod> = pods.iter().map(PodBytes::pod).collect();
             stream.update_params(&mut params).unwrap();
         }
@@ -418,7 +480,7 @@ impl State {
                 if meta.type_ == spa_sys::SPA_META_Header {
                     let header = &mut *meta.data.cast::<spa_sys::spa_meta_header>();
                     header.flags = picture.header_flags;
-                    header.pts = -1;
+                    header.pts = picture.captured.unwrap_or(-1);
                 } else if meta.type_ == spa_sys::SPA_META_VideoCrop {
                     let crop = picture.crop.unwrap_or_default();
                     meta.data.cast::<spa_sys::spa_region>().write(region(crop));

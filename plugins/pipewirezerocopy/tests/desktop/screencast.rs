@@ -5,13 +5,13 @@
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
-use zerocopy_test_support::desktop::Recording;
+use zerocopy_test_support::desktop::{CursorMode, Recording};
 
 use super::desktop;
 use super::run::{Run, init, is_keepalive, pixels, pts};
 
 /// Pictures that the moving client shows, in order (see `tests/pattern.py`).
-fn moving_pictures(count: u32) -> Vec<Vec<u8>> {
+pub fn moving_pictures(count: u32) -> Vec<Vec<u8>> {
     init();
     let description = format!(
         "videotestsrc pattern=colors horizontal-speed=4 num-buffers={count} ! \
@@ -35,6 +35,14 @@ fn moving_pictures(count: u32) -> Vec<Vec<u8>> {
     pictures
 }
 
+/// Pixels of 4 bytes whose last says nothing.
+pub fn opaque(pixels: &[u8]) -> Vec<u8> {
+    pixels
+        .chunks(4)
+        .flat_map(|pixel| [pixel[0], pixel[1], pixel[2], 255])
+        .collect()
+}
+
 #[test]
 fn a_moving_desktop_gives_its_frames_with_the_right_colours() {
     let mut desktop = desktop();
@@ -42,20 +50,17 @@ fn a_moving_desktop_gives_its_frames_with_the_right_colours() {
     let run = Run::on_node(&desktop, cast.node);
     run.play();
     let client = desktop.moving_picture(30);
-    let mut samples = run.frames_for(Duration::from_secs(2));
+    // What has piled up shows the client's window as it grew.
+    while run.frame_within(Duration::ZERO).is_some() {}
+    let samples: Vec<_> = std::iter::repeat_with(|| run.frame())
+        .filter(|sample| !is_keepalive(sample))
+        .take(10)
+        .collect();
     desktop.stop(client);
-    samples.retain(|sample| !is_keepalive(sample));
-    assert!(samples.len() > 10, "{} frames in 2 s", samples.len());
     assert!(samples.is_sorted_by(|a, b| pts(a) < pts(b)));
 
     // The last picture is one of those that the client drew, in each colour of each pixel.
     let got = pixels(samples.last().unwrap());
-    let opaque = |pixels: &[u8]| -> Vec<u8> {
-        pixels
-            .chunks(4)
-            .flat_map(|pixel| [pixel[0], pixel[1], pixel[2], 255])
-            .collect()
-    };
     let got = opaque(&got);
     // The picture repeats after its width: 640 / 4 frames.
     let found = moving_pictures(161)
@@ -83,9 +88,9 @@ fn timestamps_are_capture_times_in_running_time() {
         let age = now
             .checked_sub(pts(&sample))
             .expect("not captured in the future");
-        assert!(age < gst::ClockTime::from_mseconds(500), "{age} old");
+        // On a machine that may be busy; another clock would be off by far more.
+        assert!(age < gst::ClockTime::from_seconds(5), "{age} old");
     }
-    // The greatest of a few, on a machine that may be busy; another clock would be off by far more.
     assert!(run.stat("latency-p99-us") < 5_000_000);
     desktop.stop(client);
     desktop.close(&cast);
@@ -184,20 +189,23 @@ fn a_slow_consumer_gets_the_newest_picture_and_does_not_stall_capture() {
     run.sink.set_max_buffers(2);
     run.play();
     let client = desktop.moving_picture(30);
-    let start = Instant::now();
-    while run.stat("dropped") < 20 {
-        assert!(start.elapsed() < super::run::LONG, "capture stalled");
-        // Nothing tells when a frame was dropped.
-        std::thread::yield_now();
-    }
+    let dropped = |count| {
+        let start = Instant::now();
+        while run.stat("dropped") < count {
+            assert!(start.elapsed() < super::run::LONG, "capture stalled");
+            // Nothing tells when a frame was dropped.
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        run.pipeline.current_running_time().unwrap()
+    };
+    let meanwhile = dropped(10);
+    dropped(run.stat("dropped") + 10);
     assert!(run.stat("held-buffers") <= 6, "mutter has two of its eight");
     // The pile, one that was under way, then the newest.
     for _ in 0..3 {
-        run.frame();
+        assert!(pts(&run.frame()) < meanwhile);
     }
-    let sample = run.frame();
-    let age = run.pipeline.current_running_time().unwrap() - pts(&sample);
-    assert!(age < gst::ClockTime::from_mseconds(500), "{age} old");
+    assert!(pts(&run.frame()) > meanwhile);
     desktop.stop(client);
     desktop.close(&cast);
 }
@@ -211,16 +219,25 @@ fn target_fps_limits_the_rate_and_shows_the_last_change() {
     run.play();
     let client = desktop.moving_picture(30);
     while run.frame_within(Duration::ZERO).is_some() {}
-    let samples = run.frames_for(Duration::from_secs(2));
-    assert!(
-        (8..=11).contains(&samples.len()),
-        "{} frames in 2 s",
-        samples.len()
-    );
-    // While playing: no limit any more.
+    let start = Instant::now();
+    for _ in 0..10 {
+        run.frame();
+    }
+    // One may have been under way.
+    let took = start.elapsed();
+    assert!(took >= Duration::from_millis(8 * 200), "10 in {took:?}");
+    // While playing: no limit any more. Three come within the time of one before.
     run.src.set_property("target-fps", 0u32);
-    let samples = run.frames_for(Duration::from_secs(1));
-    assert!(samples.len() > 7, "{} frames in 1 s", samples.len());
+    let end = Instant::now() + super::run::LONG;
+    let mut left = [Instant::now(); 3];
+    loop {
+        assert!(left[0] < end, "still limited");
+        run.frame();
+        left = [Instant::now(), left[0], left[1]];
+        if left[0] - left[2] < Duration::from_millis(200) && left[2] > start + took {
+            break;
+        }
+    }
     desktop.stop(client);
     desktop.close(&cast);
 }
@@ -240,4 +257,75 @@ fn the_latency_is_that_of_a_frame() {
     assert_eq!(min.mseconds(), 16);
     assert_eq!(max, None);
     desktop.close(&cast);
+}
+
+/// The left upper corner of an overlay on a picture.
+fn overlay(sample: &gst::Sample) -> Option<(i32, i32)> {
+    let buffer = sample.buffer().unwrap();
+    let meta = buffer.meta::<gst_video::VideoOverlayCompositionMeta>()?;
+    let (x, y, _, _) = meta.overlay().rectangle(0).ok()?.render_rectangle();
+    Some((x, y))
+}
+
+/// Whether the two differ near that pixel.
+fn differ_at(one: &gst::Sample, other: &gst::Sample, (x, y): (usize, usize)) -> bool {
+    let [one, other] = [one, other].map(|sample| opaque(&pixels(sample)));
+    let row = |y: usize| (y * 640 + x - 8) * 4..(y * 640 + x + 24) * 4;
+    (y - 8..y + 24).any(|y| one[row(y)] != other[row(y)])
+}
+
+#[test]
+fn mutters_pointer_is_hidden_in_the_picture_or_beside_it_as_the_session_asks() {
+    let mut desktop = desktop();
+    for mode in [
+        CursorMode::Hidden,
+        CursorMode::Embedded,
+        CursorMode::Metadata,
+    ] {
+        let cast = desktop.screencast_with_pointer(mode);
+        desktop.move_pointer(&cast, 300, 200);
+        let run = Run::on_node(&desktop, cast.node);
+        run.src.set_property("keepalive-time", 20u32);
+        run.propose::<gst_video::VideoOverlayCompositionMeta>();
+        run.play();
+        let before = run.frame();
+        // Nothing tells when a movement is on the screen.
+        let end = Instant::now() + super::run::LONG;
+        let mut moves = 0;
+        for step in 0.. {
+            assert!(Instant::now() < end, "{mode:?}: no pointer is seen");
+            let (x, y) = (100 + step % 100, 100);
+            desktop.move_pointer(&cast, x, y);
+            let sample = run.frames_for(Duration::from_millis(100)).pop();
+            let Some(sample) = sample else { continue };
+            let drawn = differ_at(&sample, &before, (x as usize, y as usize));
+            let beside = overlay(&sample);
+            match mode {
+                CursorMode::Hidden => {
+                    assert!(!drawn && beside.is_none());
+                    moves += 1;
+                    if moves == 5 {
+                        break;
+                    }
+                }
+                CursorMode::Embedded => {
+                    assert_eq!(beside, None);
+                    if drawn {
+                        break;
+                    }
+                }
+                CursorMode::Metadata => {
+                    assert!(!drawn, "beside the picture, not in it");
+                    // Its tip is at most its size from its corner.
+                    if beside
+                        .is_some_and(|at| at.0.abs_diff(x as i32) < 48 && at.1.abs_diff(100) < 48)
+                    {
+                        break;
+                    }
+                }
+            }
+        }
+        run.stop();
+        desktop.close(&cast);
+    }
 }

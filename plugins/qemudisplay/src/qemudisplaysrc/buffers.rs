@@ -63,6 +63,11 @@ impl Buffers {
             // What is out comes back all the same. It fails for a pool that is not active.
             let _ = pool.set_active(false);
         }
+        self.forget();
+    }
+
+    /// There is no picture any more: its memory is QEMU's alone, once downstream is done with it.
+    pub fn forget(&mut self) {
         self.shared = None;
         self.dmabuf = None;
     }
@@ -89,12 +94,7 @@ impl Buffers {
                         .resize(..layout.bytes());
                     with_layout(memory, layout)?
                 } else {
-                    let bytes: &[u8] = (**canvas).as_ref();
-                    self.copy(info, layout, cursor, |offset, out| {
-                        let from = bytes.get(offset..offset + out.len());
-                        out.copy_from_slice(from.ok_or("the picture is too short")?);
-                        Ok(())
-                    })?
+                    self.copy(info, pixels, cursor)?
                 };
                 (buffer, !lent, None)
             }
@@ -112,14 +112,13 @@ impl Buffers {
                 let buffer = if lent {
                     with_layout(self.share(file, *offset as usize, layout.bytes())?, layout)?
                 } else {
-                    self.copy(info, layout, cursor, |at, out| {
-                        file.read(offset + at as u64, out)
-                            .map_err(|error| error.to_string())
-                    })?
+                    self.copy(info, pixels, cursor)?
                 };
                 (buffer, !lent, Some(lease))
             }
-            (Pixels::DmaBuf { buffer, lease }, _) => (self.dmabuf(buffer)?, false, Some(lease)),
+            (Pixels::DmaBuf { buffer, lease }, None) => (self.dmabuf(buffer)?, false, Some(lease)),
+            // Done with it here: the lease ends with the picture.
+            (Pixels::DmaBuf { .. }, Some(info)) => (self.copy(info, pixels, cursor)?, true, None),
             (_, None) => return Err("nothing is agreed on".to_owned()),
         };
         if let Some(lease) = lease {
@@ -130,13 +129,12 @@ impl Buffers {
         Ok(Made { buffer, copied })
     }
 
-    /// A buffer of our own with a picture that `read` gives: bytes from an offset in it on.
+    /// A buffer of our own with a picture, with `cursor` drawn into it.
     fn copy(
         &mut self,
         info: &VideoInfo,
-        layout: &Layout,
+        pixels: &Pixels,
         cursor: Option<&VideoOverlayComposition>,
-        read: impl Fn(usize, &mut [u8]) -> Result<(), String>,
     ) -> Result<gst::Buffer, String> {
         let pool = match &self.pool {
             Some(pool) => pool,
@@ -148,18 +146,11 @@ impl Buffers {
             .map_err(|error| format!("no buffer from the pool: {error}"))?;
         let inner = buffer.get_mut().ok_or("the pool gave a shared buffer")?;
         let mut frame = VideoFrameRef::from_buffer_ref_writable(inner, info).map_err(failed)?;
-        let to_stride = frame.plane_stride()[0] as usize;
-        let (stride, row) = (layout.stride as usize, layout.row_bytes());
+        let stride = frame.plane_stride()[0] as usize;
         let out = frame.plane_data_mut(0).map_err(failed)?;
-        if to_stride == stride {
-            let bytes = (stride * (layout.height as usize - 1)) + row;
-            read(0, out.get_mut(..bytes).ok_or("a buffer is too small")?)?;
-        } else {
-            let rows = out.chunks_mut(to_stride).take(layout.height as usize);
-            for (index, to) in rows.enumerate() {
-                read(index * stride, &mut to[..row])?;
-            }
-        }
+        pixels
+            .copy_to(out, stride)
+            .map_err(|error| error.to_string())?;
         if let Some(cursor) = cursor {
             cursor.blend(&mut frame).map_err(failed)?;
         }

@@ -44,7 +44,14 @@ pub(super) struct Form {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Raw(PixelFormat),
-    DmaBuf { fourcc: u32, modifier: u64 },
+    DmaBuf {
+        fourcc: u32,
+        modifier: u64,
+        /// What a processor reads there, if it can.
+        readable: Option<PixelFormat>,
+        /// The last row lies first.
+        flipped: bool,
+    },
 }
 
 impl Form {
@@ -57,6 +64,8 @@ impl Form {
             Pixels::DmaBuf { buffer, .. } => Kind::DmaBuf {
                 fourcc: buffer.fourcc,
                 modifier: buffer.modifier,
+                readable: buffer.layout().map(|layout| layout.format),
+                flipped: buffer.flipped,
             },
         };
         Self {
@@ -70,12 +79,30 @@ impl Form {
         matches!(self.kind, Kind::DmaBuf { .. })
     }
 
+    /// Whether a frame in the memory that it came in is upside down.
+    pub fn is_flipped(&self) -> bool {
+        matches!(self.kind, Kind::DmaBuf { flipped: true, .. })
+    }
+
+    /// The same picture as a copy in plain memory, where one can be made of a DMA-BUF.
+    pub fn in_memory(&self) -> Option<Self> {
+        match self.kind {
+            Kind::Raw(_) => None,
+            Kind::DmaBuf { readable, .. } => Some(Self {
+                kind: Kind::Raw(readable?),
+                ..*self
+            }),
+        }
+    }
+
     /// For messages.
     pub fn describe(&self) -> String {
         let (width, height) = (self.width, self.height);
         match self.kind {
             Kind::Raw(format) => format!("{width}x{height} pixels of {}", video_format(format)),
-            Kind::DmaBuf { fourcc, modifier } => {
+            Kind::DmaBuf {
+                fourcc, modifier, ..
+            } => {
                 let name = String::from_utf8_lossy(&fourcc.to_le_bytes()).into_owned();
                 format!("{width}x{height} pixels in a DMA-BUF of {name}, modifier {modifier:#x}")
             }
@@ -93,7 +120,9 @@ impl Form {
         let mut features = Vec::new();
         let builder = match self.kind {
             Kind::Raw(format) => builder.field("format", video_format(format).to_str()),
-            Kind::DmaBuf { fourcc, modifier } => {
+            Kind::DmaBuf {
+                fourcc, modifier, ..
+            } => {
                 features.push("memory:DMABuf");
                 dmabuf_fields(builder, fourcc, modifier)?
             }
@@ -285,10 +314,14 @@ mod tests {
         let form = form(Kind::DmaBuf {
             fourcc,
             modifier: 0,
+            readable: Some(PixelFormat::Bgrx),
+            flipped: true,
         });
         let (caps, _) = caps(&form, "video/x-raw(memory:DMABuf)", false).unwrap();
         assert!(caps.is_subset(&template()), "{caps}");
         assert!(form.describe().contains("XR24"));
+        assert_eq!(form.in_memory(), Some(bgrx()));
+        assert!(form.is_flipped() && !bgrx().is_flipped());
     }
 
     #[test]

@@ -158,6 +158,26 @@ impl ElementImpl for QemuDisplaySrc {
         });
         &TEMPLATES
     }
+
+    /// QEMU converts and sends what changes to whoever listens: only while frames can leave.
+    fn change_state(
+        &self,
+        transition: gst::StateChange,
+    ) -> Result<gst::StateChangeSuccess, gst::StateChangeError> {
+        if transition == gst::StateChange::PausedToPlaying
+            && let Some(streaming) = &mut *lock(&self.streaming)
+        {
+            streaming.listening = Some(streaming.screen.listen());
+        }
+        let result = self.parent_change_state(transition);
+        if transition == gst::StateChange::PlayingToPaused
+            && let Some(streaming) = &mut *lock(&self.streaming)
+        {
+            streaming.listening = None;
+            streaming.buffers.forget();
+        }
+        result
+    }
 }
 
 impl BaseSrcImpl for QemuDisplaySrc {
@@ -274,9 +294,14 @@ impl BaseSrcImpl for QemuDisplaySrc {
             .obj()
             .src_pad()
             .peer_query_caps(Some(&caps::template()));
-        let overlay = live.wants_overlay(form.is_dmabuf());
-        let found = caps::caps_for(&form, &allowed, live.max_framerate(), overlay);
-        let Some((caps, overlay)) = found else {
+        let caps_for = |form: &caps::Form| {
+            let overlay = live.wants_overlay(form.is_dmabuf()) && !form.is_flipped();
+            let found = caps::caps_for(form, &allowed, live.max_framerate(), overlay);
+            found.map(|(caps, overlay)| (caps, overlay, form.is_dmabuf()))
+        };
+        // A DMA-BUF that downstream cannot take is copied, where a processor can read it.
+        let found = caps_for(&form).or_else(|| caps_for(&form.in_memory()?));
+        let Some((caps, overlay, on_gpu)) = found else {
             return Err(gst::loggable_error!(
                 CAT,
                 "QEMU gives {}, and downstream takes {allowed}",
@@ -297,7 +322,7 @@ impl BaseSrcImpl for QemuDisplaySrc {
                 form,
                 info: gst_video::VideoInfo::from_caps(&caps)
                     .ok()
-                    .filter(|_| !form.is_dmabuf()),
+                    .filter(|_| !on_gpu),
                 any_layout: false,
                 framerate: rate.filter(|rate: &gst::Fraction| rate.numer() > 0),
                 overlay,

@@ -10,7 +10,7 @@ use gst::prelude::*;
 use gst::subclass::prelude::*;
 use gst_base::prelude::*;
 use gst_video::{VideoInfo, VideoOverlayComposition, VideoOverlayCompositionMeta};
-use qemu_display::{Damage, Display, Look, Picture, Pixels, Rect, Screen};
+use qemu_display::{Damage, Display, Listening, Look, Picture, Pixels, Rect, Screen};
 use zerocopy_plugin_common::mark_damage;
 use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake};
 
@@ -47,6 +47,8 @@ enum Told {
 pub(super) struct Streaming {
     pub display: Arc<Display>,
     pub screen: Arc<Screen>,
+    /// While this is kept, QEMU says what the screen shows.
+    pub listening: Option<Listening>,
     /// The streaming thread's waiter, taken out while it waits: nothing is locked then (L11).
     pub waiter: Option<Waiter>,
     /// What the picture that is there needs.
@@ -62,6 +64,8 @@ pub(super) struct Streaming {
     /// Where the cursor was drawn.
     drawn: Option<Rect>,
     last_pts: Option<gst::ClockTime>,
+    /// Downstream was told that frames are upside down.
+    flipped: bool,
     told: Option<Told>,
 }
 
@@ -92,6 +96,7 @@ impl Streaming {
         Self {
             display: Arc::new(display),
             screen,
+            listening: None,
             waiter: Some(waiter),
             wanted: None,
             negotiated: None,
@@ -102,6 +107,7 @@ impl Streaming {
             missed: false,
             drawn: None,
             last_pts: None,
+            flipped: false,
             told: None,
         }
     }
@@ -161,7 +167,12 @@ impl QemuDisplaySrc {
                         return Ok(buffer);
                     }
                 }
-                Step::Off => self.announce(Told::Off, ""),
+                Step::Off => {
+                    if let Some(streaming) = &mut *lock(&self.streaming) {
+                        streaming.buffers.forget();
+                    }
+                    self.announce(Told::Off, "");
+                }
                 Step::Fail(message) => return self.fail(message),
                 Step::Wait(deadline) => match waiter.wait(deadline) {
                     Ok(Wake::Cancelled) => return Err(gst::FlowError::Flushing),
@@ -201,8 +212,12 @@ impl QemuDisplaySrc {
             };
             make(streaming, &picture, missed, settings)
         };
-        let (mut buffer, copied) = match made {
-            Ok(made) => made,
+        let Ready {
+            mut buffer,
+            copied,
+            flipped,
+        } = match made {
+            Ok(ready) => ready,
             Err(reason) => {
                 return self.fail(gst::error_msg!(
                     gst::ResourceError::Failed,
@@ -210,6 +225,7 @@ impl QemuDisplaySrc {
                 ));
             }
         };
+        self.turn(flipped);
         let repeated = picture.is_repeated();
         self.stamp(
             &mut buffer,
@@ -260,7 +276,7 @@ impl QemuDisplaySrc {
         }
         let wanted = lock(&self.streaming).as_ref().and_then(|now| now.wanted);
         let (what, advice) = match wanted {
-            Some(form) if form.is_dmabuf() => (
+            Some(form) if form.is_dmabuf() && form.in_memory().is_none() => (
                 form.describe(),
                 "start QEMU without gl=on in -display to have it in system memory",
             ),
@@ -274,6 +290,28 @@ impl QemuDisplaySrc {
             ["downstream does not take what QEMU gives: {what} ({advice})"]
         );
         gst::FlowError::NotNegotiated
+    }
+
+    /// Tells downstream whether frames from now on are upside down.
+    fn turn(&self, flipped: bool) {
+        match &mut *lock(&self.streaming) {
+            Some(streaming) if streaming.flipped != flipped => streaming.flipped = flipped,
+            _ => return,
+        }
+        // Mirrored, then turned by half: that is upside down.
+        let orientation = if flipped {
+            "flip-rotate-180"
+        } else {
+            "rotate-0"
+        };
+        let mut tags = gst::TagList::new();
+        if let Some(tags) = tags.get_mut() {
+            tags.set_scope(gst::TagScope::Stream);
+            tags.add::<gst::tags::ImageOrientation>(&orientation, gst::TagMergeMode::Replace);
+        }
+        gst::info!(CAT, imp = self, "tags {tags}");
+        // The base class sends it before the next buffer, and after the segment.
+        self.parent_send_event(gst::event::Tag::new(tags));
     }
 
     /// Sets the running time at which the picture came, later than that of the one before.
@@ -337,16 +375,26 @@ impl QemuDisplaySrc {
     }
 }
 
-/// A buffer with everything but a timestamp, and whether its pixels were copied.
+/// A buffer with everything but a timestamp.
+struct Ready {
+    buffer: gst::Buffer,
+    /// Its pixels were.
+    copied: bool,
+    /// It is upside down.
+    flipped: bool,
+}
+
+/// A buffer of a picture.
 fn make(
     streaming: &mut Streaming,
     picture: &Picture,
     missed: bool,
     settings: &LiveSettings,
-) -> Result<(gst::Buffer, bool), String> {
+) -> Result<Ready, String> {
     let negotiated = streaming.negotiated.as_ref();
     let negotiated = negotiated.ok_or("nothing is agreed on")?;
-    let on_gpu = negotiated.form.is_dmabuf();
+    let on_gpu = negotiated.info.is_none();
+    let flipped = on_gpu && negotiated.form.is_flipped();
     let (size, beside) = (picture.pixels.size(), negotiated.overlay);
     let terms = Terms {
         info: negotiated.info.clone(),
@@ -365,12 +413,22 @@ fn make(
     if let Some(cursor) = cursor.as_ref().filter(|_| beside) {
         VideoOverlayCompositionMeta::add(inner, cursor);
     }
-    if let Some(rects) = streaming.damage(picture, covered).filter(|_| !missed) {
+    if let Some(mut rects) = streaming.damage(picture, covered).filter(|_| !missed) {
+        if flipped {
+            // Where they lie in the frame, as its rows do.
+            for [_, y, _, height] in &mut rects {
+                *y = size.1 - *y - *height;
+            }
+        }
         mark_damage(inner, rects);
     }
     let interval = streaming.interval(settings);
     streaming.pace.left(Instant::now(), interval);
     streaming.again = false;
     streaming.missed = false;
-    Ok((buffer, made.copied))
+    Ok(Ready {
+        buffer,
+        copied: made.copied,
+        flipped,
+    })
 }

@@ -58,8 +58,8 @@ pub(super) static CAT: LazyLock<gst::DebugCategory> = LazyLock::new(|| {
 #[derive(Default)]
 pub struct ScanoutSrc {
     settings: Mutex<Settings>,
-    /// The scanout that was lent, from READY on.
-    lease: Mutex<Option<Lease>>,
+    /// The scanout that was asked for, from READY on; taken out while its answer is waited for.
+    pub(super) lease: Mutex<Option<Lease>>,
     /// What belongs to the streaming thread; taken out while that thread works.
     streaming: Mutex<Option<Streaming>>,
     pub(super) figures: Mutex<Figures>,
@@ -159,7 +159,7 @@ impl ElementImpl for ScanoutSrc {
         transition: gst::StateChange,
     ) -> Result<gst::StateChangeSuccess, gst::StateChangeError> {
         if transition == gst::StateChange::NullToReady
-            && let Err(reason) = self.scanout_id()
+            && let Err(reason) = self.find_scanout()
         {
             gst::element_imp_error!(self, gst::ResourceError::Settings, ("{reason}"));
             return Err(gst::StateChangeError);
@@ -177,7 +177,7 @@ impl BaseSrcImpl for ScanoutSrc {
     fn start(&self) -> Result<(), gst::ErrorMessage> {
         let settings = lock(&self.settings).clone();
         let scanout_id = self
-            .scanout_id()
+            .find_scanout()
             .map_err(|reason| gst::error_msg!(gst::ResourceError::Settings, ["{reason}"]))?;
         let waiter = Waiter::new().map_err(|error| {
             gst::error_msg!(
@@ -187,12 +187,6 @@ impl BaseSrcImpl for ScanoutSrc {
         })?;
         let waker = waiter.waker();
         let streaming = Streaming::new(settings, scanout_id, waiter);
-        gst::info!(
-            CAT,
-            imp = self,
-            "scanout {scanout_id} of {}",
-            streaming.address()
-        );
         *lock(&self.figures) = Figures::default();
         *lock(&self.latency) = gst::ClockTime::ZERO;
         *lock(&self.waker) = Some(waker);
@@ -269,35 +263,22 @@ impl PushSrcImpl for ScanoutSrc {
 }
 
 impl ScanoutSrc {
-    /// The scanout's id; borrows one where nobody says which.
-    fn scanout_id(&self) -> Result<u16, String> {
+    /// The scanout's id, unless it is the one of a lease, which is asked for now. The manager's
+    /// answer is waited for in the streaming thread: nobody can interrupt a state change.
+    fn find_scanout(&self) -> Result<Option<u16>, String> {
         let settings = lock(&self.settings).clone();
-        if let Some(id) = scanout_id::find(settings.scanout_id, |name| std::env::var_os(name))? {
+        let id = scanout_id::find(settings.scanout_id, |name| std::env::var_os(name))?;
+        if id.is_some() {
             // Perhaps set in READY, and what was lent is not needed any more.
             self.release();
             return Ok(id);
         }
-        // Not under the lock: the manager may take its time.
-        let held = lock(&self.lease).take();
-        let lease = match held {
-            Some(lease) if lease.is_alive() => lease,
-            _ => {
-                let lease = settings
-                    .lease()
-                    .map_err(|error| format!("{}: {error}", scanout_id::ADVICE))?;
-                gst::info!(
-                    CAT,
-                    imp = self,
-                    "borrowed scanout {} ({})",
-                    lease.scanout_id(),
-                    lease.connector()
-                );
-                lease
-            }
-        };
-        let id = lease.scanout_id();
-        *lock(&self.lease) = Some(lease);
-        Ok(id)
+        let mut lease = lock(&self.lease);
+        if lease.as_ref().is_none_or(|lease| !lease.is_alive()) {
+            let asked = settings.ask_for_lease();
+            *lease = Some(asked.map_err(|error| scanout_id::not_lent(&error))?);
+        }
+        Ok(None)
     }
 
     /// Gives back what was lent.

@@ -6,13 +6,19 @@ use std::ffi::OsString;
 use std::io;
 use std::path::Path;
 
+use crate::lease::LeaseError;
+
 const VARIABLE: &str = "HELIX_SCANOUT_ID";
 /// In XDG_RUNTIME_DIR.
 const FILE: &str = "helix-scanout-id";
 
-/// Where a scanout id may come from, for who has none.
-pub(super) const ADVICE: &str = "which scanout? Set scanout-id or the environment's \
-    HELIX_SCANOUT_ID, have the session write $XDG_RUNTIME_DIR/helix-scanout-id, or have one lent";
+/// What to tell who has no scanout id and could borrow none.
+pub(super) fn not_lent(error: &LeaseError) -> String {
+    format!(
+        "which scanout? Set scanout-id or the environment's HELIX_SCANOUT_ID, have the session \
+         write $XDG_RUNTIME_DIR/helix-scanout-id, or have one lent: {error}"
+    )
+}
 
 /// The property, else the environment, else the file that a desktop's session has left; `None`
 /// where one has to be borrowed. `environment` is `std::env::var_os`.

@@ -186,9 +186,9 @@ impl Settings {
         }
     }
 
-    /// Borrows a scanout.
-    pub fn lease(&self) -> Result<Lease, LeaseError> {
+    /// Asks for a scanout to borrow.
+    pub fn ask_for_lease(&self) -> Result<Lease, LeaseError> {
         let socket = self.drm_socket.as_deref().map(Path::new);
-        Lease::take(socket, self.width, self.height, self.connection.timeout())
+        Lease::ask(socket, self.width, self.height)
     }
 }

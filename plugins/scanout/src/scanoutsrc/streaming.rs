@@ -13,15 +13,21 @@ use zerocopy_plugin_common::{Backoff, ConnectionState, connection_message};
 
 use super::imp::{CAT, ScanoutSrc, lock};
 use super::output::Output;
+use super::scanout_id::not_lent;
 use super::settings::Settings;
+use crate::lease::LeaseError;
 use crate::subscription::{Subscription, SubscriptionError, Target};
 
 /// What lives from `start()` to `stop()`.
 pub(super) struct Streaming {
     waiter: Waiter,
-    target: Target,
+    address: Address,
     settings: Settings,
+    /// `None` until it is known which one was lent.
+    scanout_id: Option<u16>,
     subscription: Option<Subscription>,
+    /// There has been one.
+    connected: bool,
     /// Runs from the loss of a host until another has pushed a frame.
     backoff: Option<Backoff>,
     /// Bytes of the subscription, sent and received, that are in the figures.
@@ -31,21 +37,18 @@ pub(super) struct Streaming {
 
 impl Streaming {
     /// Nobody has been called yet.
-    pub fn new(settings: Settings, scanout_id: u16, waiter: Waiter) -> Self {
+    pub fn new(settings: Settings, scanout_id: Option<u16>, waiter: Waiter) -> Self {
         Self {
             waiter,
-            target: settings.target(scanout_id),
+            address: settings.connection.address(),
+            scanout_id,
             output: Output::new(settings.low_delay_vui),
             settings,
             subscription: None,
+            connected: false,
             backoff: None,
             bytes: (0, 0),
         }
-    }
-
-    /// The host.
-    pub fn address(&self) -> &Address {
-        &self.target.address
     }
 
     /// Says what there is to say at the end, and closes.
@@ -65,12 +68,17 @@ impl ScanoutSrc {
         streaming: &mut Streaming,
     ) -> Result<gst::Buffer, gst::FlowError> {
         if streaming.subscription.is_none() {
-            match Subscription::start(streaming.target.clone(), &mut streaming.waiter) {
+            let target = self.target(streaming)?;
+            match Subscription::start(target, &mut streaming.waiter) {
                 Ok(subscription) => self.subscribed(streaming, subscription),
                 Err(SubscriptionError::Cancelled) => return Err(gst::FlowError::Flushing),
                 Err(SubscriptionError::Unwanted(error)) => {
                     let reason = streaming.settings.connection.refusal(&error);
                     return Err(self.fail(streaming, &reason));
+                }
+                Err(SubscriptionError::Full(error)) => {
+                    let reason = streaming.settings.connection.refusal(&error);
+                    self.call_again(streaming, &reason)?;
                 }
                 Err(error) => return Err(self.fail(streaming, &error.to_string())),
             }
@@ -98,8 +106,63 @@ impl ScanoutSrc {
                             _ => {}
                         }
                     }
-                    self.resubscribe(streaming, &error.to_string())?;
+                    streaming.subscription = None;
+                    streaming.output.lost();
+                    let reason = format!("lost {}: {error}", streaming.address);
+                    self.call_again(streaming, &reason)?;
                 }
+            }
+        }
+    }
+
+    /// What to subscribe to.
+    fn target(&self, streaming: &mut Streaming) -> Result<Target, gst::FlowError> {
+        let id = match streaming.scanout_id {
+            Some(id) => id,
+            None => self.borrowed_id(streaming)?,
+        };
+        streaming.scanout_id = Some(id);
+        Ok(streaming.settings.target(id))
+    }
+
+    /// Waits until it is known which scanout was lent.
+    fn borrowed_id(&self, streaming: &mut Streaming) -> Result<u16, gst::FlowError> {
+        match self.borrow(streaming) {
+            Ok(id) => Ok(id),
+            Err(LeaseError::Cancelled) => Err(gst::FlowError::Flushing),
+            Err(error) => {
+                lock(&self.figures).errors += 1;
+                let reason = not_lent(&error);
+                gst::element_imp_error!(self, gst::ResourceError::OpenRead, ("{reason}"));
+                Err(gst::FlowError::Error)
+            }
+        }
+    }
+
+    fn borrow(&self, streaming: &mut Streaming) -> Result<u16, LeaseError> {
+        let timeout = streaming.settings.connection.timeout();
+        // One that has ended before its answer was read is asked for once more.
+        let mut again = true;
+        loop {
+            let held = lock(&self.lease).take();
+            let mut lease = match held {
+                Some(lease) => lease,
+                None => streaming.settings.ask_for_lease()?,
+            };
+            let deadline = timeout.map_or(Deadline::NEVER, Deadline::after);
+            match lease.scanout_id(&mut streaming.waiter, deadline) {
+                Ok(id) => {
+                    let connector = lease.connector();
+                    gst::info!(CAT, imp = self, "borrowed scanout {id} ({connector})");
+                    *lock(&self.lease) = Some(lease);
+                    return Ok(id);
+                }
+                Err(LeaseError::Cancelled) => {
+                    *lock(&self.lease) = Some(lease);
+                    return Err(LeaseError::Cancelled);
+                }
+                Err(LeaseError::Ended { .. }) if std::mem::take(&mut again) => {}
+                Err(error) => return Err(error),
             }
         }
     }
@@ -110,7 +173,7 @@ impl ScanoutSrc {
             CAT,
             imp = self,
             "subscribed at {} ({peer}), {:?}",
-            streaming.target.address,
+            streaming.address,
             subscription.host()
         );
         let deaf = !subscription.makes_keyframes();
@@ -122,23 +185,24 @@ impl ScanoutSrc {
             );
         }
         self.wishes.host_is_deaf.store(deaf, Ordering::Release);
+        if std::mem::replace(&mut streaming.connected, true) {
+            lock(&self.figures).reconnects += 1;
+        }
         streaming.output.connected(subscription.clock());
         streaming.subscription = Some(subscription);
         streaming.bytes = (0, 0);
         self.post(streaming, ConnectionState::Connected, &peer, "");
     }
 
-    /// Calls the host again until it pushes once more, or the time is up.
-    fn resubscribe(&self, streaming: &mut Streaming, reason: &str) -> Result<(), gst::FlowError> {
-        streaming.subscription = None;
-        streaming.output.lost();
+    /// Calls the host again until it lets this client subscribe, or the time is up. `why` is what
+    /// is wrong.
+    fn call_again(&self, streaming: &mut Streaming, why: &str) -> Result<(), gst::FlowError> {
         let limit = streaming.settings.connection.reconnect_timeout();
-        let lost = format!("lost {}: {reason}", streaming.target.address);
         if limit.is_zero() {
-            return Err(self.fail(streaming, &lost));
+            return Err(self.fail(streaming, why));
         }
-        gst::warning!(CAT, imp = self, "{lost}; calling again");
-        self.post(streaming, ConnectionState::Reconnecting, "", &lost);
+        gst::warning!(CAT, imp = self, "{why}; calling again");
+        self.post(streaming, ConnectionState::Reconnecting, "", why);
         let mut outcome = String::new();
         while let Some(at) = streaming
             .backoff
@@ -153,9 +217,9 @@ impl ScanoutSrc {
                     Err(error) => return Err(self.fail(streaming, &error.to_string())),
                 }
             }
-            match Subscription::start(streaming.target.clone(), &mut streaming.waiter) {
+            let target = self.target(streaming)?;
+            match Subscription::start(target, &mut streaming.waiter) {
                 Ok(subscription) => {
-                    lock(&self.figures).reconnects += 1;
                     self.wish_bitrate();
                     self.subscribed(streaming, subscription);
                     return Ok(());
@@ -171,7 +235,7 @@ impl ScanoutSrc {
         }
         let tried = limit.as_millis();
         let text =
-            format!("{lost}; not found again within {tried} ms (reconnect-timeout){outcome}");
+            format!("{why}; called again for {tried} ms (reconnect-timeout) in vain{outcome}");
         Err(self.fail(streaming, &text))
     }
 
@@ -195,7 +259,7 @@ impl ScanoutSrc {
 
     fn post(&self, streaming: &Streaming, state: ConnectionState, peer: &str, reason: &str) {
         let obj = self.obj();
-        let address = &streaming.target.address;
+        let address = &streaming.address;
         let message = connection_message(&*obj, state, address, peer, "", reason);
         // Fails where there is no bus: then nobody wants to know.
         let _ = obj.post_message(message);

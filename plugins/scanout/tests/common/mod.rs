@@ -34,6 +34,13 @@ impl Drop for Source {
 
 impl Source {
     pub fn new(port: u32, properties: &str) -> Self {
+        let mut source = Self::unstarted(port, properties);
+        source.harness.play();
+        source
+    }
+
+    /// One that does not play yet.
+    pub fn unstarted(port: u32, properties: &str) -> Self {
         init();
         let launch = format!("scanoutsrc tcp-host=127.0.0.1 tcp-port={port} {properties}");
         let bin = gst::parse::bin_from_description(&launch, true).unwrap();
@@ -41,7 +48,6 @@ impl Source {
         bin.set_bus(Some(&bus));
         let mut harness = Harness::with_element(&bin, None, Some("src"));
         harness.use_systemclock();
-        harness.play();
         Self { harness, bus }
     }
 

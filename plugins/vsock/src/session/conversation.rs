@@ -15,7 +15,7 @@ use helix_protocol::{Agreement, Connection, Payload, encode};
 use super::liveness::{Due, Liveness};
 use super::transfer::{Choice, Way};
 use super::worker::{End, Worker};
-use super::{Format, Item, Submitted};
+use super::{Format, Item};
 use crate::picture::Picture;
 use crate::pixels::Pixels;
 use crate::virtgpu::Resource;
@@ -41,22 +41,33 @@ pub(super) struct Open {
     /// What it was sent as; `None` = as pixels.
     pub resource: Option<Arc<Resource>>,
     pub forced: bool,
-    pub submitted: Submitted,
-    /// When its request was handed to the connection.
+    /// The session's, when the frame was submitted.
+    pub epoch: u32,
+    /// When its request was first handed to the connection.
     pub sent: Instant,
-    /// The frame was reported as dropped, or sent again; its reply, should it come, belongs to
-    /// nobody else.
-    pub abandoned: bool,
+    pub wait: Wait,
     /// What the host calls it, where that was agreed.
     pub tag: RequestTag,
     /// The reply, which came before that to an older request.
     pub reply: Option<(FrameResponse, Payload)>,
 }
 
+/// What is still expected of an open request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Wait {
+    /// A reply for its frame.
+    ForFrame,
+    /// An end: its frame is sent again, but until it is answered it has a place at the host.
+    ForPlace,
+    /// Nothing: its frame was reported as dropped. Its reply, should it come, belongs to nobody
+    /// else.
+    Over,
+}
+
 impl Open {
-    /// Nobody waits for its reply any more.
-    pub fn abandon(&mut self) {
-        self.abandoned = true;
+    /// Its frame no longer waits for its reply.
+    pub fn abandon(&mut self, wait: Wait) {
+        self.wait = wait;
         if self.resource.is_none() {
             // What is still being sent of it holds its buffer itself.
             self.picture = None;
@@ -69,6 +80,9 @@ pub(super) struct Conversation {
     since: Instant,
     /// Oldest first.
     pub open: VecDeque<Open>,
+    /// Frames to be sent once more when the host has a place for them, oldest first: older than
+    /// those in the session's queue.
+    again: VecDeque<(Open, Picture)>,
     pub choice: Choice,
     host: Arc<Agreement>,
     last_id: u16,
@@ -105,6 +119,7 @@ impl Conversation {
         Self {
             since: Instant::now(),
             open: VecDeque::new(),
+            again: VecDeque::new(),
             choice,
             host,
             last_id: 0,
@@ -156,7 +171,7 @@ impl Conversation {
             let event = connection.next(&mut worker.waiter, deadline)?;
             self.count(worker, connection);
             match event {
-                Event::Message(envelope) => self.receive(worker, connection, envelope.message)?,
+                Event::Message(envelope) => self.receive(worker, envelope.message)?,
                 // The socket was read before these.
                 Event::Woken | Event::TimedOut => self.liveness.looked(),
                 Event::Drained => {}
@@ -167,32 +182,45 @@ impl Conversation {
 
     /// The connection takes its frames with it.
     pub fn lose_frames(self, worker: &Worker) {
-        for open in self.open.into_iter().filter(|open| !open.abandoned) {
-            worker.drop_frame(open.frame, open.submitted, "the host was lost");
+        let wanted = |open: &Open| open.wait == Wait::ForFrame;
+        let again = self.again.into_iter().map(|(open, _)| open);
+        for open in self.open.into_iter().filter(wanted).chain(again) {
+            worker.drop_frame(open.frame, open.epoch, "the host was lost");
         }
     }
 
+    /// Requests that the host has, as far as anybody can know: one that was given up may be
+    /// skipped, and would take its place for ever.
+    fn at_host(&self) -> u32 {
+        let at_host = |open: &&Open| open.wait != Wait::Over && open.reply.is_none();
+        self.open.iter().filter(at_host).count() as u32
+    }
+
+    /// Sends what the host has a place for, those first that are sent again.
     fn send_queued(
         &mut self,
         worker: &mut Worker,
         connection: &mut Connection<Pixels>,
     ) -> Result<(), End> {
-        loop {
-            let Some(item) = worker.shared.state().queue.pop_front() else {
-                return Ok(());
-            };
+        while let Some((mut open, picture)) = self.next_again(worker) {
+            self.liveness.spoke();
+            open.forced |= std::mem::take(&mut worker.force_keyframe);
+            open.resource = self.choice.choose(open.resource.as_ref());
+            self.send_frame(worker, connection, open, picture)?;
+        }
+        while let Some(item) = self.next_queued(worker) {
             self.liveness.spoke();
             match item {
                 Item::Format(format) => {
                     worker.format = Some(format);
                     self.send_format(worker, connection, format)?;
                 }
-                Item::Frame(request, submitted) => {
+                Item::Frame(request, epoch) => {
                     let interval = worker.settings.keyframe_interval;
                     let due = interval > 0 && worker.since_keyframe >= interval;
                     // After a flush nobody has what this frame could refer to.
-                    let flushed = worker.epoch != submitted.epoch;
-                    worker.epoch = submitted.epoch;
+                    let flushed = worker.epoch != epoch;
+                    worker.epoch = epoch;
                     let forced = request.force_keyframe || worker.force_keyframe || due || flushed;
                     worker.force_keyframe = false;
                     worker.since_keyframe = if forced { 1 } else { worker.since_keyframe + 1 };
@@ -204,15 +232,35 @@ impl Conversation {
                         picture: None,
                         resource,
                         forced,
-                        submitted,
+                        epoch,
                         sent: Instant::now(),
-                        abandoned: false,
+                        wait: Wait::ForFrame,
                         tag: RequestTag::default(),
                         reply: None,
                     };
                     self.send_frame(worker, connection, open, request.picture)?;
                 }
             }
+        }
+        Ok(())
+    }
+
+    fn next_again(&mut self, worker: &Worker) -> Option<(Open, Picture)> {
+        while let Some((open, _)) = self.again.front()
+            && worker.is_flushed(open.epoch)
+        {
+            self.again.pop_front();
+            worker.release();
+        }
+        let has_place = !self.again.is_empty() && self.at_host() < worker.shared.state().limit;
+        has_place.then(|| self.again.pop_front()).flatten()
+    }
+
+    fn next_queued(&self, worker: &Worker) -> Option<Item> {
+        let mut state = worker.shared.state();
+        match state.queue.front()? {
+            Item::Frame(..) if !self.again.is_empty() || self.at_host() >= state.limit => None,
+            _ => state.queue.pop_front(),
         }
     }
 
@@ -263,7 +311,7 @@ impl Conversation {
         mut open: Open,
         picture: Picture,
     ) -> Result<(), End> {
-        open.tag = self.next_tag(open.submitted.epoch);
+        open.tag = self.next_tag(open.epoch);
         let mut wire = FrameRequest {
             resource_id: 0,
             width: picture.width,
@@ -305,54 +353,48 @@ impl Conversation {
         Ok(())
     }
 
-    /// Sends an open frame again, which the host has just refused as a resource, and then those
-    /// that were sent behind it. They will be answered before it, and a stream in that order
-    /// would show the frames in that order; so those answers are not used, and it goes on from a
-    /// keyframe. For this moment there may be more requests open than `max-in-flight`.
-    pub fn send_again(
-        &mut self,
-        worker: &mut Worker,
-        connection: &mut Connection<Pixels>,
-        index: usize,
-    ) -> Result<(), End> {
+    /// Takes an open frame, which the host has just refused as a resource, to be sent again, and
+    /// then those that were sent behind it. They will be answered before it, and a stream in that
+    /// order would show the frames in that order; so those answers are not used, and it goes on
+    /// from a keyframe.
+    pub fn send_again(&mut self, worker: &mut Worker, index: usize) {
         self.liveness.start_waiting();
         // The ERROR was the answer to it.
         let Some(mut refused) = self.open.remove(index) else {
-            return Ok(());
+            return;
         };
-        if worker.is_flushed(refused.submitted) {
+        if worker.is_flushed(refused.epoch) {
             // What is behind it and not flushed begins with a keyframe, and so does without it.
             worker.release();
             self.finish_ready(worker);
-            return Ok(());
+            return;
         }
         let mut again = Vec::new();
         if let Some(picture) = refused.picture.take() {
             again.push((refused, picture));
         }
-        for open in self.open.range_mut(index..).filter(|open| !open.abandoned) {
+        let behind = self.open.range_mut(index..);
+        for open in behind.filter(|open| open.wait == Wait::ForFrame) {
             let Some(picture) = open.picture.clone() else {
                 continue;
             };
-            open.abandon();
-            let resource = open.resource.clone();
-            let open = Open {
+            open.abandon(Wait::ForPlace);
+            let once_more = Open {
                 picture: None,
-                resource,
-                abandoned: false,
+                resource: open.resource.clone(),
+                wait: Wait::ForFrame,
                 reply: None,
                 ..*open
             };
-            again.push((open, picture));
+            again.push((once_more, picture));
         }
+        // Some may have been answered early.
         self.open
-            .retain(|open| !open.abandoned || open.reply.is_none());
+            .retain(|open| open.wait != Wait::ForPlace || open.reply.is_none());
         again[0].0.forced |= again.len() > 1;
-        for (mut open, picture) in again {
-            open.resource = self.choice.choose(open.resource.as_ref());
-            self.send_frame(worker, connection, open, picture)?;
+        for frame in again.into_iter().rev() {
+            self.again.push_front(frame);
         }
-        Ok(())
     }
 
     fn send_ping(&mut self, connection: &mut Connection<Pixels>) {
@@ -361,7 +403,7 @@ impl Conversation {
     }
 
     pub fn is_waiting_for_reply(&self) -> bool {
-        self.open.iter().any(|open| !open.abandoned)
+        self.open.iter().any(|open| open.wait != Wait::Over)
     }
 
     fn count(&mut self, worker: &Worker, connection: &Connection<Pixels>) {
@@ -371,12 +413,12 @@ impl Conversation {
         }
         if bytes != self.bytes {
             self.liveness.progress();
-            let mut state = worker.shared.state();
-            state.counts.bytes_sent += bytes.0 - self.bytes.0;
-            state.counts.bytes_received += bytes.1 - self.bytes.1;
-            state.counts.pixel_bytes += std::mem::take(&mut self.pixel_bytes);
-            state.counts.resource_frames += std::mem::take(&mut self.resource_frames);
-            state.counts.way = self.way;
+            let mut counts = worker.shared.counts();
+            counts.bytes_sent += bytes.0 - self.bytes.0;
+            counts.bytes_received += bytes.1 - self.bytes.1;
+            counts.pixel_bytes += std::mem::take(&mut self.pixel_bytes);
+            counts.resource_frames += std::mem::take(&mut self.resource_frames);
+            counts.way = self.way;
             self.bytes = bytes;
         }
     }
@@ -409,7 +451,8 @@ impl Conversation {
                 self.unanswered += 1;
                 if self.unanswered >= UNANSWERED {
                     return Err(End::Lost(format!(
-                        "it is alive, but answers frames no more: {UNANSWERED} in a row were                          given up, each after {waited} ms (timeout)"
+                        "it is alive, but answers frames no more: {UNANSWERED} in a row were given \
+                         up, each after {waited} ms (timeout)"
                     )));
                 }
                 self.liveness.start_waiting();

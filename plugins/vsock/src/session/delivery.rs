@@ -7,39 +7,22 @@
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, PoisonError};
 
-use super::{AccessUnit, Client, Shared, Status};
+use super::{AccessUnit, Client, Shared};
 
-/// Something that the client is told in this order.
-pub(super) enum Delivery {
-    Encoded {
-        frame: u32,
-        epoch: u32,
-        access_unit: AccessUnit,
-    },
-    Dropped {
-        frame: u32,
-        epoch: u32,
-        reason: String,
-    },
-    Failed(String),
-}
-
-impl Delivery {
-    /// It belongs to a frame of this epoch.
-    fn epoch(&self) -> Option<u32> {
-        match self {
-            Self::Encoded { epoch, .. } | Self::Dropped { epoch, .. } => Some(*epoch),
-            Self::Failed(_) => None,
-        }
-    }
+/// What became of a frame.
+pub(super) struct Delivery {
+    pub frame: u32,
+    /// [`super::State::epoch`] at the time when it was submitted.
+    pub epoch: u32,
+    /// Its access unit, or why there is none.
+    pub outcome: Result<AccessUnit, String>,
 }
 
 /// Tells the client until the session ends.
 pub(super) fn run(shared: &Shared, client: &Arc<dyn Client>) {
     // A panic must not leave the pipeline waiting for a thread that is gone.
     if panic::catch_unwind(AssertUnwindSafe(|| deliver(shared, client.as_ref()))).is_err() {
-        fail(
-            shared,
+        shared.fail(
             client.as_ref(),
             "the thread that delivers access units panicked; please report this as a bug",
         );
@@ -47,17 +30,11 @@ pub(super) fn run(shared: &Shared, client: &Arc<dyn Client>) {
 }
 
 fn deliver(shared: &Shared, client: &dyn Client) {
-    while let Some((delivery, is_flushed)) = next(shared) {
-        match delivery {
-            Delivery::Failed(reason) => {
-                fail(shared, client, &reason);
-                continue;
-            }
+    while let Some((Delivery { frame, outcome, .. }, is_flushed)) = next(shared) {
+        match outcome {
             _ if is_flushed => {}
-            Delivery::Encoded {
-                frame, access_unit, ..
-            } => client.encoded(frame, access_unit),
-            Delivery::Dropped { frame, reason, .. } => client.dropped(frame, &reason),
+            Ok(access_unit) => client.encoded(frame, access_unit),
+            Err(reason) => client.dropped(frame, &reason),
         }
         shared.update(|state| {
             state.open -= 1;
@@ -74,7 +51,7 @@ fn next(shared: &Shared) -> Option<(Delivery, bool)> {
             return None;
         }
         if let Some(delivery) = state.deliveries.pop_front() {
-            let is_flushed = delivery.epoch().is_some_and(|epoch| epoch != state.epoch);
+            let is_flushed = delivery.epoch != state.epoch;
             return Some((delivery, is_flushed));
         }
         state = shared
@@ -84,22 +61,11 @@ fn next(shared: &Shared) -> Option<(Delivery, bool)> {
     }
 }
 
-fn fail(shared: &Shared, client: &dyn Client, reason: &str) {
-    // Told first, so that whoever is woken by the status finds the error on the bus.
-    client.failed(reason);
-    shared.update(|state| {
-        state.status = Status::Failed;
-        state.queue.clear();
-        state.open = 0;
-        state.answered = 0;
-    });
-}
-
 impl Shared {
     /// Leaves something for the thread that delivers.
     pub(super) fn deliver(&self, delivery: Delivery) {
         let mut state = self.state();
-        state.answered += u32::from(delivery.epoch().is_some());
+        state.answered += 1;
         state.deliveries.push_back(delivery);
         drop(state);
         self.to_deliver.notify_one();

@@ -45,9 +45,9 @@ mod tests;
 mod transfer;
 mod worker;
 
-/// Whom the session tells, with no lock of the session held. What becomes of frames, and that the
-/// session has failed, is told in order on a thread of its own (delivery.rs) and may take its time;
-/// the rest on the session's thread, which must not be kept.
+/// Whom the session tells, with no lock of the session held. What becomes of frames is told in
+/// order on a thread of its own (delivery.rs) and may take its time; the rest on the session's
+/// thread, which must not be kept.
 pub trait Client: Send + Sync + 'static {
     /// The host has accepted the connection, and this is what it said of itself.
     fn connected(&self, peer: &str, host: &Agreement);
@@ -138,7 +138,7 @@ pub enum Submission {
     Failed,
 }
 
-/// What the session counted.
+/// What sessions counted. They add to what their owner gives them, so it outlives them.
 #[derive(Clone, Debug, Default)]
 pub struct Counts {
     /// Bytes handed to the system.
@@ -173,14 +173,8 @@ enum Status {
 
 enum Item {
     Format(Format),
-    Frame(Request, Submitted),
-}
-
-/// When a frame was submitted.
-#[derive(Clone, Copy)]
-struct Submitted {
-    /// [`State::epoch`] at that time.
-    epoch: u32,
+    /// With [`State::epoch`] at the time when it was submitted.
+    Frame(Request, u32),
 }
 
 struct State {
@@ -192,15 +186,16 @@ struct State {
     open: u32,
     /// Those of them that were answered, or dropped, and not yet reported.
     answered: u32,
-    /// For the thread that delivers, oldest first; no more than `answered` and a failure.
+    /// For the thread that delivers, oldest first.
     deliveries: VecDeque<Delivery>,
+    /// Requests that may be open at the host at once, as of the last frame accepted.
+    limit: u32,
     /// The session is being dropped.
     ended: bool,
     /// Counts flushes: what is older than the last one is nobody's any more.
     epoch: u32,
     /// The streaming thread waits for `open` or `status` to change.
     waiting: bool,
-    counts: Counts,
 }
 
 impl State {
@@ -213,6 +208,7 @@ impl State {
 
 struct Shared {
     state: Mutex<State>,
+    counts: Arc<Mutex<Counts>>,
     /// Wakes the thread that submits.
     submitter: Waker,
     /// Wakes the thread that delivers.
@@ -224,6 +220,11 @@ impl Shared {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Never locked together with the state.
+    fn counts(&self) -> MutexGuard<'_, Counts> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Changes the state and wakes the submitter if it waits for that.
     fn update(&self, change: impl FnOnce(&mut State)) {
         let mut state = self.state();
@@ -231,6 +232,19 @@ impl Shared {
         if std::mem::take(&mut state.waiting) {
             self.submitter.wake();
         }
+    }
+
+    /// The end of it, on whichever thread finds out, and at once: what is still to be delivered
+    /// may wait for downstream as long as that likes.
+    fn fail(&self, client: &dyn Client, reason: &str) {
+        // Told first, so that whoever is woken by the status finds the error on the bus.
+        client.failed(reason);
+        self.update(|state| {
+            state.status = Status::Failed;
+            state.queue.clear();
+            // These are being delivered.
+            state.open = state.answered;
+        });
     }
 }
 
@@ -246,6 +260,8 @@ pub struct SessionSettings {
     pub max_in_flight: u16,
     /// An idle connection says something this often; [`SIGN_OF_LIFE`] but in tests.
     pub sign_of_life: Duration,
+    /// Where to count.
+    pub counts: Arc<Mutex<Counts>>,
 }
 
 /// A running session; dropping it ends the thread and closes the connection.
@@ -273,11 +289,12 @@ impl Session {
                 open: 0,
                 answered: 0,
                 deliveries: VecDeque::new(),
+                limit: 0,
                 ended: false,
                 epoch: 0,
                 waiting: false,
-                counts: Counts::default(),
             }),
+            counts: settings.counts.clone(),
             submitter,
             to_deliver: Condvar::new(),
         });
@@ -329,24 +346,25 @@ impl Session {
             state.queue.retain(|item| matches!(item, Item::Format(_)));
             state.open -= (before - state.queue.len()) as u32;
         });
+        // It may have frames that wait to be sent again.
+        self.waker.wake();
     }
 
     /// Hands a frame over once fewer than `max_open` are open, and fewer than the host takes.
     pub fn submit(&self, waiter: &mut Waiter, max_open: u32, request: Request) -> Submission {
+        let limit = |state: &State| max_open.min(state.host_max_open());
         let result = self.wait_until(waiter, |state| match state.status {
             Status::Failed => Some(Submission::Failed),
             Status::Reconnecting => Some(Submission::NoHost),
-            Status::Connected if state.open < max_open.min(state.host_max_open()) => {
-                Some(Submission::Accepted)
-            }
+            Status::Connected if state.open < limit(state) => Some(Submission::Accepted),
             Status::Connecting | Status::Connected => None,
         });
         match result {
             Ok(mut state) => {
                 state.open += 1;
+                state.limit = limit(&state);
                 let epoch = state.epoch;
-                let submitted = Submitted { epoch };
-                state.queue.push_back(Item::Frame(request, submitted));
+                state.queue.push_back(Item::Frame(request, epoch));
                 drop(state);
                 self.waker.wake();
                 Submission::Accepted
@@ -365,10 +383,10 @@ impl Session {
         result.map_or_else(|reason| reason, |_| Submission::Accepted)
     }
 
-    /// Frames accepted and not yet answered, and what was counted.
-    pub fn counts(&self) -> (u32, Counts) {
+    /// Frames accepted and not yet answered.
+    pub fn in_flight(&self) -> u32 {
         let state = self.shared.state();
-        (state.open - state.answered, state.counts.clone())
+        state.open - state.answered
     }
 
     /// Waits for `ready` to have an opinion. [`Submission::Accepted`] comes with the state, still

@@ -10,14 +10,13 @@
 //! and a decoder that gets them otherwise shows rubbish. A reply that comes early waits here.
 
 use helix_protocol::message::{Config, ErrorMessage, FrameResponse};
-use helix_protocol::{Connection, Message, Payload};
+use helix_protocol::{Message, Payload};
 
 use super::AccessUnit;
-use super::conversation::{Conversation, Open};
+use super::conversation::{Conversation, Open, Wait};
 use super::delivery::Delivery;
 use super::transfer::{Refusal, Way};
 use super::worker::{End, Worker};
-use crate::pixels::Pixels;
 
 /// Requests that were given up and whose late replies are still waited for. Older ones are
 /// forgotten.
@@ -34,18 +33,13 @@ const REFUSALS: u32 = 120;
 const PTS_TOLERANCE_NS: u64 = 1000;
 
 impl Conversation {
-    pub fn receive(
-        &mut self,
-        worker: &mut Worker,
-        connection: &mut Connection<Pixels>,
-        message: Message,
-    ) -> Result<(), End> {
+    pub fn receive(&mut self, worker: &mut Worker, message: Message) -> Result<(), End> {
         match message {
             Message::FrameResponse(response, data) if self.is_tagged() => {
                 self.reply_by_id(worker, response, data);
             }
             Message::FrameResponse(response, data) => self.reply_in_order(worker, response, data),
-            Message::Error(error) => return self.error(worker, connection, &error),
+            Message::Error(error) => return self.error(worker, &error),
             Message::Pong => self.liveness.pong(),
             Message::ConfigResp(in_force) if self.is_confirmed() => {
                 self.configured(worker, &in_force);
@@ -74,12 +68,12 @@ impl Conversation {
             .position(|open| open.tag == response.tag && open.reply.is_none());
         let Some(index) = index else {
             // Said twice, or never asked.
-            worker.shared.state().counts.unmatched += 1;
+            worker.shared.counts().unmatched += 1;
             return;
         };
         self.unanswered = 0;
-        if self.open[index].abandoned {
-            // Nobody waits for it, so it is nobody's turn.
+        if self.open[index].wait != Wait::ForFrame {
+            // No frame waits for it, so it is nobody's turn.
             if let Some(open) = self.open.remove(index) {
                 self.finish(worker, &open, response, data);
             }
@@ -92,7 +86,8 @@ impl Conversation {
     /// Finishes the oldest frames, as far as their replies are there.
     pub fn finish_ready(&mut self, worker: &mut Worker) {
         loop {
-            let oldest = self.open.iter().position(|open| !open.abandoned);
+            let wanted = |open: &Open| open.wait == Wait::ForFrame;
+            let oldest = self.open.iter().position(wanted);
             let ready = oldest.filter(|index| self.open[*index].reply.is_some());
             let Some(mut open) = ready.and_then(|index| self.open.remove(index)) else {
                 return;
@@ -111,7 +106,7 @@ impl Conversation {
             Some(skipped) => skipped,
             // The last reply once more.
             None if self.last_answered.is_some_and(near) => {
-                worker.shared.state().counts.unmatched += 1;
+                worker.shared.counts().unmatched += 1;
                 return;
             }
             None => 0,
@@ -122,7 +117,7 @@ impl Conversation {
         }
         match self.open.pop_front() {
             Some(open) => self.finish(worker, &open, response, data),
-            None => worker.shared.state().counts.unmatched += 1,
+            None => worker.shared.counts().unmatched += 1,
         }
     }
 
@@ -138,23 +133,34 @@ impl Conversation {
         worker.backoff = None;
         worker.encoded_any = true;
         self.liveness.start_waiting();
-        if open.abandoned {
+        match open.wait {
+            Wait::ForFrame => self.finish_frame(worker, open, response, data),
+            // What is sent instead begins with a keyframe.
+            Wait::ForPlace => {}
             // Too late. Later frames may refer to this one, which nobody has.
-            worker.force_keyframe = true;
-        } else if worker.is_flushed(open.submitted) {
+            Wait::Over => worker.force_keyframe = true,
+        }
+    }
+
+    /// The reply to a request whose frame waits for it.
+    fn finish_frame(
+        &mut self,
+        worker: &mut Worker,
+        open: &Open,
+        response: FrameResponse,
+        data: Payload,
+    ) {
+        if worker.is_flushed(open.epoch) {
             worker.release();
         } else if self.after_loss && !response.is_keyframe {
             // It refers to what was lost.
             worker.force_keyframe = true;
             let reason = "the host was lost, and this is no keyframe";
-            worker.report_dropped(open.frame, open.submitted, reason);
+            worker.report_dropped(open.frame, open.epoch, reason);
         } else if data.is_empty() {
             worker.force_keyframe |= open.forced;
-            worker.report_dropped(
-                open.frame,
-                open.submitted,
-                "the host sent an empty access unit",
-            );
+            let reason = "the host sent an empty access unit";
+            worker.report_dropped(open.frame, open.epoch, reason);
         } else {
             let took = open.sent.elapsed();
             let access_unit = AccessUnit {
@@ -163,23 +169,18 @@ impl Conversation {
                 after_loss: std::mem::take(&mut self.after_loss),
                 took,
             };
-            worker.shared.state().counts.reply.add(took);
-            worker.shared.deliver(Delivery::Encoded {
+            worker.shared.counts().reply.add(took);
+            worker.shared.deliver(Delivery {
                 frame: open.frame,
-                epoch: open.submitted.epoch,
-                access_unit,
+                epoch: open.epoch,
+                outcome: Ok(access_unit),
             });
         }
     }
 
     /// An ERROR belongs to the request that it names, or to the oldest open one.
-    fn error(
-        &mut self,
-        worker: &mut Worker,
-        connection: &mut Connection<Pixels>,
-        error: &ErrorMessage,
-    ) -> Result<(), End> {
-        worker.shared.state().counts.errors += 1;
+    fn error(&mut self, worker: &mut Worker, error: &ErrorMessage) -> Result<(), End> {
+        worker.shared.counts().errors += 1;
         let reason = format!("the host says: {}: {}", error.code, error.text);
         let unanswered = |open: &Open| open.reply.is_none();
         let index = match error.tag.filter(|_| self.is_tagged()) {
@@ -199,12 +200,13 @@ impl Conversation {
         };
         self.answered = true;
         self.unanswered = 0;
-        if self.open[index].abandoned {
+        if self.open[index].wait != Wait::ForFrame {
             self.open.remove(index);
             return Ok(());
         }
         if self.is_refusal_of_resource(worker, index, error)? {
-            return self.send_again(worker, connection, index);
+            self.send_again(worker, index);
+            return Ok(());
         }
         self.refusals += 1;
         if !std::mem::replace(&mut self.told_of_refusal, true) {
@@ -256,30 +258,34 @@ impl Conversation {
 
     fn drop_open(&mut self, worker: &mut Worker, index: usize, reason: &str) {
         if let Some(open) = self.open.remove(index)
-            && !open.abandoned
+            && open.wait == Wait::ForFrame
         {
             worker.force_keyframe |= open.forced;
-            worker.drop_frame(open.frame, open.submitted, reason);
+            worker.drop_frame(open.frame, open.epoch, reason);
         }
     }
 
-    /// Gives the oldest open frame up, but remembers its request: should the reply come late, it
-    /// must not be taken for another's. Fails where the host keeps too many buffers in this way;
+    /// Gives the oldest open request up, but remembers it: should the reply come late, it must not
+    /// be taken for another's. Fails where the host keeps too many buffers in this way;
     /// they are free when the connection has ended.
     pub fn abandon_oldest(&mut self, worker: &mut Worker) -> Result<(), End> {
-        if let Some(open) = self.open.iter_mut().find(|open| !open.abandoned) {
-            open.abandon();
-            worker.force_keyframe |= open.forced;
-            let reason = "the host did not answer it in time";
-            worker.drop_frame(open.frame, open.submitted, reason);
+        let over = |open: &Open| open.wait == Wait::Over;
+        if let Some(open) = self.open.iter_mut().find(|open| !over(open)) {
+            let had_frame = open.wait == Wait::ForFrame;
+            open.abandon(Wait::Over);
+            if had_frame {
+                worker.force_keyframe |= open.forced;
+                let reason = "the host did not answer it in time";
+                worker.drop_frame(open.frame, open.epoch, reason);
+            }
         }
-        if self.open.iter().filter(|open| open.abandoned).count() > ABANDONED
-            && let Some(oldest) = self.open.iter().position(|open| open.abandoned)
+        if self.open.iter().filter(|open| over(open)).count() > ABANDONED
+            && let Some(oldest) = self.open.iter().position(over)
         {
             self.open.remove(oldest);
         }
         self.finish_ready(worker);
-        let abandoned = self.open.iter().filter(|open| open.abandoned);
+        let abandoned = self.open.iter().filter(|open| over(open));
         let held = abandoned.filter(|open| open.picture.is_some()).count();
         if held >= HELD {
             return Err(End::Lost(format!(

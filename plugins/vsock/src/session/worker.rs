@@ -15,7 +15,7 @@ use zerocopy_plugin_common::Backoff;
 use super::conversation::{Conversation, SESSION_ID};
 use super::delivery::Delivery;
 use super::transfer::Choice;
-use super::{Client, Format, Item, SessionSettings, Shared, Status, Submitted};
+use super::{Client, Format, Item, SessionSettings, Shared, Status};
 use crate::pixels::Pixels;
 
 /// What this side can make use of.
@@ -106,10 +106,10 @@ impl Worker {
             self.client.connected(&connection.stream().peer(), &host);
             let host = Arc::new(host);
             let mut conversation = Conversation::new(self, choice, host.clone(), again);
+            self.shared.counts().reconnects += u64::from(again);
             self.shared.update(|state| {
                 state.status = Status::Connected;
                 state.host = Some(host);
-                state.counts.reconnects += u64::from(again);
             });
             let end = conversation.run(self, &mut connection);
             drop(connection);
@@ -247,24 +247,24 @@ impl Worker {
         for item in queue {
             match item {
                 Item::Format(format) => self.format = Some(format),
-                Item::Frame(request, submitted) => {
-                    self.drop_frame(request.frame, submitted, "the host was lost");
+                Item::Frame(request, epoch) => {
+                    self.drop_frame(request.frame, epoch, "the host was lost");
                 }
             }
         }
     }
 
-    pub fn report_dropped(&self, frame: u32, submitted: Submitted, reason: &str) {
-        self.shared.deliver(Delivery::Dropped {
+    pub fn report_dropped(&self, frame: u32, epoch: u32, reason: &str) {
+        self.shared.deliver(Delivery {
             frame,
-            epoch: submitted.epoch,
-            reason: reason.to_owned(),
+            epoch,
+            outcome: Err(reason.to_owned()),
         });
     }
 
-    /// Whether a frame is nobody's any more.
-    pub fn is_flushed(&self, submitted: Submitted) -> bool {
-        self.shared.state().epoch != submitted.epoch
+    /// Whether a frame that was submitted in this epoch is nobody's any more.
+    pub fn is_flushed(&self, epoch: u32) -> bool {
+        self.shared.state().epoch != epoch
     }
 
     /// Gives the place of a frame that nobody wants reported back.
@@ -273,16 +273,17 @@ impl Worker {
     }
 
     /// Reports a frame as dropped if somebody still wants to know.
-    pub fn drop_frame(&self, frame: u32, submitted: Submitted, reason: &str) {
-        if self.is_flushed(submitted) {
+    pub fn drop_frame(&self, frame: u32, epoch: u32, reason: &str) {
+        if self.is_flushed(epoch) {
             self.release();
         } else {
-            self.report_dropped(frame, submitted, reason);
+            self.report_dropped(frame, epoch, reason);
         }
     }
 
     pub fn fail(&mut self, reason: &str) {
-        self.shared.deliver(Delivery::Failed(reason.to_owned()));
+        self.drop_queued_frames();
+        self.shared.fail(self.client.as_ref(), reason);
     }
 
     pub fn timeout(&self) -> Option<Duration> {

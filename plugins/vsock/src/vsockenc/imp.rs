@@ -37,11 +37,12 @@ use helix_protocol::wait::{Waiter, Waker};
 use super::Transfer;
 use super::formats;
 use super::latency::Latency;
+use super::metas;
 use super::output::{Handle, Output};
 use super::settings::Settings;
 use super::stream_lock::StreamUnlocked;
 use crate::picture::Picture;
-use crate::session::{Counts, Format, Request, SIGN_OF_LIFE, Session, SessionSettings, Submission};
+use crate::session::{Format, Request, SIGN_OF_LIFE, Session, SessionSettings, Submission};
 use crate::virtgpu::Resources;
 
 pub(super) static CAT: LazyLock<gst::DebugCategory> = LazyLock::new(|| {
@@ -65,7 +66,7 @@ const LOW_BITRATE: u32 = 100_000;
 pub(super) struct Streaming {
     session: Arc<Session>,
     /// The streaming thread's waiter, taken out while it waits.
-    waiter: Option<Waiter>,
+    pub waiter: Option<Waiter>,
     pub input: Option<Input>,
     /// Who tells the resources behind DMA-BUFs; `None` = all pictures go as pixels.
     pub resources: Option<Arc<dyn Resources>>,
@@ -85,7 +86,7 @@ pub struct VsockEnc {
     pub(super) streaming: Mutex<Option<Streaming>>,
     pub(super) output: Mutex<Output>,
     /// Ends the streaming thread's waits; apart from the rest, so that it never waits itself.
-    waker: Mutex<Option<Waker>>,
+    pub(super) waker: Mutex<Option<Waker>>,
     /// Instead of a device, in tests.
     #[cfg(test)]
     pub(super) fake_resources: Mutex<Option<Arc<dyn Resources>>>,
@@ -101,6 +102,10 @@ impl ObjectSubclass for VsockEnc {
     const NAME: &'static str = "GstVsockEnc";
     type Type = super::VsockEnc;
     type ParentType = gst_video::VideoEncoder;
+
+    fn class_init(class: &mut Self::Class) {
+        metas::leave_crops_behind(class.upcast_ref_mut());
+    }
 }
 
 impl ObjectImpl for VsockEnc {
@@ -201,7 +206,9 @@ impl VideoEncoderImpl for VsockEnc {
             settings.bitrate / 1000
         );
         warn_of_low_bitrate(self, settings.bitrate);
-        *lock(&self.output) = Output::default();
+        let output = Output::default();
+        let counts = output.counts.clone();
+        *lock(&self.output) = output;
         *lock(&self.waker) = Some(waiter.waker());
         let session = Session::start(
             SessionSettings {
@@ -211,6 +218,7 @@ impl VideoEncoderImpl for VsockEnc {
                 // The property may change while playing.
                 max_in_flight: MOST_IN_FLIGHT,
                 sign_of_life: SIGN_OF_LIFE,
+                counts,
             },
             waiter.waker(),
             Handle::new(&self.obj(), address),
@@ -251,10 +259,9 @@ impl VideoEncoderImpl for VsockEnc {
                 state.caps()
             ));
         };
-        // What is under way belongs to the format before.
-        if self.drain() == Submission::Cancelled {
-            return Err(gst::loggable_error!(CAT, "flushing"));
-        }
+        // What is under way belongs to the format before. Where a flush or a state change ends
+        // this wait, or the next one, that is no error: upstream would take it for one.
+        self.drain();
         let (num, den) = framerate(state);
         let config = Config {
             width: info.width(),
@@ -268,19 +275,15 @@ impl VideoEncoderImpl for VsockEnc {
         };
         let pixels = self.pixels_of(&info);
         let format = Format { config, pixels };
-        match self.check_limits(&info, &format) {
-            None => return Err(gst::loggable_error!(CAT, "flushing")),
-            Some(Ok(())) => {}
-            Some(Err(text)) => {
-                gst::element_imp_error!(self, gst::StreamError::Format, ("{text}"));
-                return Err(gst::loggable_error!(CAT, "{text}"));
-            }
-        }
+        self.check_limits(&info, &format).map_err(|text| {
+            gst::element_imp_error!(self, gst::StreamError::Format, ("{text}"));
+            gst::loggable_error!(CAT, "{text}")
+        })?;
         let duration = gst::ClockTime::SECOND
             .mul_div_ceil(den.into(), num.into())
             .unwrap_or(gst::ClockTime::ZERO);
         self.obj().set_latency(duration, gst::ClockTime::NONE);
-        lock(&self.output).latency = Latency::new(duration.into());
+        lock(&self.output).input_changed(Latency::new(duration.into()));
         gst::debug!(CAT, imp = self, "{config:?}");
         if let Some(streaming) = &mut *lock(&self.streaming) {
             streaming.session.configure(format);
@@ -470,14 +473,12 @@ impl VsockEnc {
     }
 
     fn stats(&self) -> gst::Structure {
-        let (in_flight, counts) = lock(&self.streaming)
+        let in_flight = lock(&self.streaming)
             .as_ref()
-            .map_or((0, Counts::default()), |streaming| {
-                streaming.session.counts()
-            });
-        let (frames, dropped) = {
+            .map_or(0, |streaming| streaming.session.in_flight());
+        let (frames, dropped, counts) = {
             let output = lock(&self.output);
-            (output.frames, output.dropped)
+            (output.frames, output.dropped, lock(&output.counts).clone())
         };
         let (p50, p99) = counts.reply.p50_p99_us();
         gst::Structure::builder("vsockenc-stats")

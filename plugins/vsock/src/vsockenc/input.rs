@@ -16,7 +16,7 @@ use super::imp::{CAT, VsockEnc, lock};
 use super::settings::Settings;
 use crate::dmabuf;
 use crate::picture::{Picture, pixel_format};
-use crate::session::{Format, Session, Submission};
+use crate::session::{Format, Session};
 use crate::virtgpu::{Node, Resource, Resources};
 
 /// What draws into a DMA-BUF is done by then, or never will be: a display's worst frame takes some
@@ -150,25 +150,23 @@ impl VsockEnc {
         }
     }
 
-    /// Waits for the host and compares a frame with its limits. `None` = cancelled.
+    /// Waits for the host and compares a frame with its limits. Where there is no host, the
+    /// session says why, and compares with the next one.
     pub(super) fn check_limits(
         &self,
         info: &gst_video::VideoInfo,
         format: &Format,
-    ) -> Option<Result<(), String>> {
-        let host = match self.wait(Session::host)? {
-            Ok(host) => host,
-            Err(Submission::Cancelled) => return None,
-            // The session has said why; the next frame returns the error.
-            Err(_) => return Some(Ok(())),
+    ) -> Result<(), String> {
+        let Some(Ok(host)) = self.wait(Session::host) else {
+            return Ok(());
         };
         let Some(mut reason) = format.refused_by(&host) else {
-            return Some(Ok(()));
+            return Ok(());
         };
         if format.pixels > nv12_size(info) && nv12_size(info) <= host.max_pixels() as usize {
             reason.push_str(", or send NV12");
         }
-        Some(Err(reason))
+        Err(reason)
     }
 }
 

@@ -7,6 +7,7 @@ mod formats;
 mod imp;
 mod input;
 mod latency;
+mod metas;
 mod output;
 mod settings;
 mod stream_lock;

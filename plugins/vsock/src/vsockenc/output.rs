@@ -3,6 +3,7 @@
 //! What comes back from the session: frames to finish, on a thread that may wait for downstream;
 //! things to tell, on the session's.
 
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use gst::glib;
@@ -15,7 +16,7 @@ use zerocopy_plugin_common::{ConnectionState, H264Caps, accepted_downstream, con
 
 use super::imp::{CAT, VsockEnc, lock};
 use super::latency::Latency;
-use crate::session::{AccessUnit, Client, Way};
+use crate::session::{AccessUnit, Client, Counts, Way};
 
 /// A bitrate that differs by more than a tenth is worth a warning (L28).
 const NOTABLE: u32 = 10;
@@ -24,6 +25,10 @@ const NOTABLE: u32 = 10;
 #[derive(Default)]
 pub(super) struct Output {
     caps: H264Caps,
+    /// What those of the stream were last.
+    stream_caps: Option<gst::Caps>,
+    /// Downstream is to be told them again, with what the input's new caps say.
+    caps_due: bool,
     /// What downstream said, for the next frame.
     pub flow: Option<gst::FlowError>,
     /// Frames that were dropped before there were caps; the base class still holds them.
@@ -34,10 +39,28 @@ pub(super) struct Output {
     pub resolves: bool,
     pub frames: u64,
     pub dropped: u64,
-    pub latency: Latency,
+    /// What the session counts. It stays, as all of this, until the element is started again.
+    pub counts: Arc<Mutex<Counts>>,
+    latency: Latency,
 }
 
 impl Output {
+    /// The input has other caps from now on.
+    pub fn input_changed(&mut self, latency: Latency) {
+        self.latency = latency;
+        self.caps_due = true;
+    }
+
+    /// The caps to be set before this access unit, if any.
+    fn caps_before(&mut self, is_keyframe: bool, access_unit: &[u8]) -> Option<gst::Caps> {
+        if is_keyframe && let Some(caps) = self.caps.update(access_unit) {
+            self.stream_caps = Some(caps);
+            self.caps_due = true;
+        }
+        let due = self.stream_caps.is_some() && std::mem::take(&mut self.caps_due);
+        due.then(|| self.stream_caps.clone()).flatten()
+    }
+
     /// Forgets what belongs to frames that were flushed.
     pub fn flush(&mut self) {
         self.flow = None;
@@ -159,7 +182,7 @@ impl VsockEnc {
         };
         let mut output = lock(&self.output);
         output.dropped += 1;
-        if output.caps.is_known() {
+        if output.stream_caps.is_some() {
             drop(output);
             // Downstream has no part in a frame that does not come.
             let _ = obj.finish_frame(frame);
@@ -189,11 +212,8 @@ impl VsockEnc {
         let discont;
         let caps = {
             let mut output = lock(&self.output);
-            let caps = response
-                .is_keyframe
-                .then(|| output.caps.update(&data))
-                .flatten();
-            if caps.is_none() && !output.caps.is_known() {
+            let caps = output.caps_before(response.is_keyframe, &data);
+            if output.stream_caps.is_none() {
                 drop(output);
                 drop(frame);
                 self.finish_without_output(number, "no keyframe with parameter sets came yet");

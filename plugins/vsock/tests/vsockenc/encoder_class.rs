@@ -2,14 +2,14 @@
 
 //! What GstVideoEncoder asks of its subclasses: flushes, states, caps, the end, keyframes.
 
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
 use gst_check::Harness;
 use helix_protocol::Message;
 use helix_protocol::message::{Capabilities, FrameRequest};
-use zerocopy_test_support::peer::{Greets, Peer, Seen, Then, hello};
+use zerocopy_test_support::peer::{Greets, KEYFRAME, Peer, Seen, Then, hello};
 
 use super::*;
 
@@ -67,6 +67,90 @@ fn a_change_of_size_drains_and_tells_the_host() {
         (request.width, request.stride, request.format),
         (32, 32, 0x3231_564e)
     );
+}
+
+/// [`KEYFRAME`] with another parameter set: level 3.2.
+fn other_keyframe() -> Vec<u8> {
+    let mut bytes = KEYFRAME.to_vec();
+    assert_eq!(std::mem::replace(&mut bytes[7], 32), 31);
+    bytes
+}
+
+#[test]
+fn frames_from_before_a_change_of_caps_leave_before_it() {
+    // Answers the first frame when it is asked for a sign of life: until then the caps wait.
+    let (tell, told) = channel();
+    let mut first: Option<FrameRequest> = None;
+    let peer = Peer::new(move |link, envelope| {
+        match &envelope.message {
+            Message::ConfigReq(config) => tell.send(format!("config {}", config.width)).unwrap(),
+            Message::FrameRequest(request, _) if request.width == 64 => first = Some(*request),
+            Message::FrameRequest(request, _) => {
+                link.respond(1, request.pts, true, &other_keyframe());
+            }
+            _ => {}
+        }
+        if link.pong(envelope)
+            && let Some(request) = first.take()
+        {
+            tell.send("answer".to_owned()).unwrap();
+            link.answer(&request);
+        }
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "timeout=1000");
+    let pad = encoder.element().static_pad("src").unwrap();
+    let (tell_level, levels) = channel();
+    pad.add_probe(gst::PadProbeType::BUFFER, move |pad, _| {
+        let caps = pad.current_caps().unwrap();
+        let level = caps.structure(0).unwrap().get::<String>("level").unwrap();
+        tell_level.send(level).unwrap();
+        gst::PadProbeReturn::Ok
+    });
+    encoder.push().unwrap();
+    encoder
+        .harness
+        .set_src_caps_str("video/x-raw,format=NV12,width=32,height=32,framerate=60/1");
+    let buffer = encoder.buffer(32 * 32 * 3 / 2, 9);
+    encoder.harness.push(buffer).unwrap();
+    assert_eq!(encoder.pull().pts(), Some(gst::ClockTime::ZERO));
+    assert_eq!(encoder.pull().pts(), Some(FRAME));
+    let order: Vec<_> = told.try_iter().collect();
+    assert_eq!(order, ["config 64", "answer", "config 32"]);
+    let levels: Vec<_> = levels.try_iter().collect();
+    assert_eq!(levels, ["3.1", "3.2"]);
+}
+
+#[test]
+fn a_change_of_framerate_alone_reaches_both_sides() {
+    // The parameter sets stay the same.
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(peer.port(), "");
+    for (rate, wanted) in [
+        ("60/1", (60, 1)),
+        ("30/1", (30, 1)),
+        ("24000/1001", (24_000, 1001)),
+    ] {
+        encoder.harness.set_src_caps_str(&format!(
+            "video/x-raw,format=BGRx,width=64,height=48,framerate={rate}"
+        ));
+        encoder.push().unwrap();
+        encoder.pull();
+        let config = peer.wait_for(config);
+        assert_eq!((config.framerate_num, config.framerate_den), wanted);
+        let caps = encoder.harness.sinkpad().unwrap().current_caps().unwrap();
+        let caps = caps.structure(0).unwrap();
+        let (num, den) = wanted;
+        let wanted = gst::Fraction::new(num as i32, den as i32);
+        assert_eq!(caps.get::<gst::Fraction>("framerate").unwrap(), wanted);
+        // As the stream says, whatever the caps were before.
+        assert_eq!(caps.get::<i32>("width").unwrap(), 1280);
+    }
+}
+
+#[test]
+fn an_end_downstream_ends_the_stream_and_is_no_error() {
+    assert_eq!(negotiation::with_filter(1000, "identity eos-after=3"), None);
 }
 
 /// Runs `end` while a frame waits for a silent host, and expects that it is over soon.
@@ -289,19 +373,6 @@ fn latency_is_not_what_downstream_takes() {
     assert_eq!(latency(&encoder).0, gst::ClockTime::from_mseconds(50));
 }
 
-/// Blocks what is downstream of an encoder, and says when something waits there.
-fn block(encoder: &Encoder) -> (gst::Pad, gst::PadProbeId, Receiver<()>) {
-    let pad = encoder.element().static_pad("src").unwrap();
-    let (tell, blocked) = channel();
-    let types = gst::PadProbeType::BLOCK | gst::PadProbeType::BUFFER;
-    let id = pad.add_probe(types, move |_, _| {
-        // The test may have heard enough.
-        let _ = tell.send(());
-        gst::PadProbeReturn::Ok
-    });
-    (pad, id.unwrap(), blocked)
-}
-
 #[test]
 fn the_host_is_talked_to_while_downstream_is_blocked() {
     // Answers the first frame when it has the second, and that when it is asked for a sign of
@@ -322,7 +393,7 @@ fn the_host_is_talked_to_while_downstream_is_blocked() {
         Then::GoOn
     });
     let mut encoder = Encoder::new(peer.port(), "max-in-flight=2 timeout=1000");
-    let (pad, probe, blocked) = block(&encoder);
+    let (pad, probe, blocked) = encoder.block();
     encoder.push().unwrap();
     encoder.push().unwrap();
     assert_eq!(peer.wait_for(config).bitrate, 4_000_000);
@@ -354,15 +425,19 @@ fn the_host_is_talked_to_while_downstream_is_blocked() {
 fn a_blocked_downstream_does_not_hold_up_stopping() {
     let peer = Peer::answering();
     let mut encoder = Encoder::new(peer.port(), "");
-    let (_pad, _probe, blocked) = block(&encoder);
+    let (_pad, _probe, blocked) = encoder.block();
     encoder.push().unwrap();
     blocked.recv_timeout(LONG).unwrap();
     encoder.element().set_state(gst::State::Null).unwrap();
 }
 
 /// Flushes a pipeline whose host does what it does to it, and stops it, and expects that both are
-/// over soon.
+/// over soon and no error.
 fn flushes_and_stops_at_once(peer: &Peer, properties: &str, when: impl FnOnce(&Peer)) {
+    stops_at_once(peer, properties, when, true);
+}
+
+fn stops_at_once(peer: &Peer, properties: &str, when: impl FnOnce(&Peer), flush: bool) {
     init();
     let pipeline = gst::parse::launch(&format!(
         "videotestsrc ! video/x-raw,format=NV12,width=64,height=48 ! \
@@ -372,25 +447,46 @@ fn flushes_and_stops_at_once(peer: &Peer, properties: &str, when: impl FnOnce(&P
     .unwrap()
     .downcast::<gst::Pipeline>()
     .unwrap();
-    pipeline.set_state(gst::State::Playing).unwrap();
-    let bus = pipeline.bus().unwrap();
-    when(peer);
     let pad = pipeline.by_name("e").unwrap().static_pad("sink").unwrap();
+    let (tell, caps) = channel();
+    pad.add_probe(gst::PadProbeType::EVENT_DOWNSTREAM, move |_, info| {
+        if info.event().unwrap().type_() == gst::EventType::Caps {
+            tell.send(()).unwrap();
+        }
+        gst::PadProbeReturn::Ok
+    });
+    let bus = pipeline.bus().unwrap();
+    let (tell, errors) = channel();
+    bus.set_sync_handler(move |_, message| {
+        if let gst::MessageView::Error(error) = message.view() {
+            // The test may be over.
+            let _ = tell.send(format!("{error:?}"));
+        }
+        gst::BusSyncReply::Drop
+    });
+    pipeline.set_state(gst::State::Playing).unwrap();
+    caps.recv_timeout(LONG).unwrap();
+    when(peer);
     let start = Instant::now();
-    assert!(pad.send_event(gst::event::FlushStart::new()));
-    // Comes through once the streaming thread has left.
-    assert!(pad.send_event(gst::event::FlushStop::new(true)));
+    if flush {
+        assert!(pad.send_event(gst::event::FlushStart::new()));
+        // Comes through once the streaming thread has left.
+        assert!(pad.send_event(gst::event::FlushStop::new(true)));
+    }
     pipeline.set_state(gst::State::Null).unwrap();
     assert!(start.elapsed() < Duration::from_secs(5));
-    bus.set_flushing(true);
+    assert_eq!(errors.try_iter().collect::<Vec<_>>(), [""; 0]);
 }
 
 #[test]
 fn flushes_and_states_are_immediate_while_the_host_is_greeted() {
-    let peer = Peer::greeting(Greets::Script, |_, _| Then::GoOn);
-    flushes_and_stops_at_once(&peer, "timeout=0", |peer| {
-        peer.wait_for(|seen| matches!(seen, Seen::Message(_)).then_some(()));
-    });
+    for flush in [true, false] {
+        let peer = Peer::greeting(Greets::Script, |_, _| Then::GoOn);
+        let greeted = |peer: &Peer| {
+            peer.wait_for(|seen| matches!(seen, Seen::Message(_)).then_some(()));
+        };
+        stops_at_once(&peer, "timeout=0", greeted, flush);
+    }
 }
 
 #[test]

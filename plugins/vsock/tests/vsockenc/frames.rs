@@ -5,7 +5,7 @@
 use std::time::Duration;
 
 use gst::prelude::*;
-use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, FrameRequest};
+use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, FrameRequest, FrameResponse};
 use helix_protocol::{Agreement, Message, encode};
 use zerocopy_test_support::peer::{DELTA, Greets, KEYFRAME, LONG, Peer, Seen, Then, hello};
 
@@ -142,6 +142,82 @@ fn a_reply_that_fits_a_later_request_says_that_others_were_skipped() {
         .collect();
     assert_eq!(numbers, [0, 2, 3, 5, 6, 8]);
     assert_eq!(encoder.stat("dropped"), 3);
+}
+
+#[test]
+fn what_a_host_says_of_dts_is_not_believed() {
+    let mut nonsense = [0, i64::MIN, i64::MAX, -1].into_iter().cycle();
+    let peer = Peer::new(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            let response = FrameResponse {
+                pts: request.pts,
+                dts: nonsense.next().unwrap(),
+                is_keyframe: request.force_keyframe,
+                ..FrameResponse::default()
+            };
+            link.reply(1, &response, KEYFRAME);
+        }
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "");
+    for number in 0..8 {
+        encoder.push().unwrap();
+        let buffer = encoder.pull();
+        let time = Some(FRAME * number);
+        assert_eq!((buffer.pts(), buffer.dts()), (time, time));
+    }
+}
+
+#[test]
+fn frames_without_times_come_back_in_order() {
+    let mut number = 0;
+    let peer = Peer::new(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            number += 1;
+            link.respond(1, request.pts, number == 1, &[KEYFRAME, &[number]].concat());
+        }
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=4");
+    for _ in 0..9 {
+        let buffer = gst::Buffer::from_slice([0; 64 * 48 * 4]);
+        encoder.harness.push(buffer).unwrap();
+    }
+    for number in 1..=9 {
+        assert_eq!(encoder.pull().map_readable().unwrap().last(), Some(&number));
+    }
+}
+
+#[test]
+fn a_legacy_hosts_second_reply_to_a_request_is_nobodys() {
+    // Answers a request twice when the next one is open.
+    let mut last: Option<FrameRequest> = None;
+    let peer = Peer::new(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message
+            && let Some(last) = last.replace(*request)
+        {
+            let number = last.pts as u64 / FRAME.nseconds();
+            let data = [KEYFRAME, &[number as u8 + 1]].concat();
+            for _ in 0..2 {
+                link.respond(1, last.pts, true, &data);
+            }
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=2");
+    for _ in 0..20 {
+        encoder.push().unwrap();
+    }
+    for number in 0..19 {
+        let buffer = encoder.pull();
+        assert_eq!(buffer.pts(), Some(FRAME * number));
+        let data = buffer.map_readable().unwrap();
+        assert_eq!(data.last(), Some(&(number as u8 + 1)));
+    }
+    assert_eq!(encoder.stat("dropped"), 0);
+    // The last one may still be on its way.
+    assert!(encoder.stat("unmatched") >= 18);
 }
 
 #[test]

@@ -154,6 +154,30 @@ fn without_reconnecting_a_lost_host_is_an_error_at_once() {
 }
 
 #[test]
+fn an_error_is_told_though_downstream_is_blocked() {
+    let peer = Peer::new(|link, envelope| match &envelope.message {
+        Message::FrameRequest(request, _) if request.pts == 0 => {
+            link.answer(request);
+            Then::GoOn
+        }
+        Message::FrameRequest(..) => Then::Close,
+        _ => Then::GoOn,
+    });
+    let mut encoder = Encoder::new(peer.port(), "reconnect-timeout=0");
+    let (pad, probe, blocked) = encoder.block();
+    encoder.push().unwrap();
+    blocked.recv_timeout(LONG).unwrap();
+    encoder.push().unwrap();
+    assert!(encoder.error().contains("lost tcp:127.0.0.1"));
+    assert_eq!(encoder.connection_states(), ["connected", "lost"]);
+    // The error is told first; the flow follows.
+    while encoder.push().is_ok() {}
+    // What came before still leaves.
+    pad.remove_probe(probe);
+    assert_eq!(encoder.pull().pts(), Some(gst::ClockTime::ZERO));
+}
+
+#[test]
 fn a_host_that_falls_silent_is_lost_within_the_timeout() {
     let peer = Peer::new(|link, envelope| {
         if let Message::FrameRequest(request, _) = &envelope.message {

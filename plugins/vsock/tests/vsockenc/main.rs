@@ -4,6 +4,7 @@
 //! requests is tested by ci/demo and tests/peers.
 
 use std::sync::Once;
+use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
 use gst::prelude::*;
@@ -17,6 +18,7 @@ mod encoder_class;
 mod frames;
 mod loss;
 mod negotiation;
+mod stats;
 
 const FRAME: gst::ClockTime = gst::ClockTime::from_nseconds(16_666_667);
 
@@ -137,11 +139,25 @@ impl Encoder {
         &self.states
     }
 
+    fn stats(&self) -> gst::Structure {
+        self.element().property("stats")
+    }
+
     fn stat(&self, name: &str) -> u64 {
-        self.element()
-            .property::<gst::Structure>("stats")
-            .get(name)
-            .unwrap()
+        self.stats().get(name).unwrap()
+    }
+
+    /// Blocks what is downstream, and says when something waits there.
+    fn block(&self) -> (gst::Pad, gst::PadProbeId, Receiver<()>) {
+        let pad = self.element().static_pad("src").unwrap();
+        let (tell, blocked) = channel();
+        let types = gst::PadProbeType::BLOCK | gst::PadProbeType::BUFFER;
+        let id = pad.add_probe(types, move |_, _| {
+            // The test may have heard enough.
+            let _ = tell.send(());
+            gst::PadProbeReturn::Ok
+        });
+        (pad, id.unwrap(), blocked)
     }
 }
 

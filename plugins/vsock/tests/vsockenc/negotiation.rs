@@ -37,6 +37,48 @@ fn caps_say_what_the_stream_says() {
 }
 
 #[test]
+fn the_host_is_told_the_rate_that_the_caps_promise() {
+    for (rates, num, den) in [
+        ("framerate=30000/1001", 30_000, 1001),
+        ("framerate=0/1", 60, 1),
+        ("framerate=0/1,max-framerate=50/1", 50, 1),
+        ("framerate=30/1,max-framerate=50/1", 50, 1),
+        ("framerate=30/1,max-framerate=0/1", 30, 1),
+    ] {
+        let peer = Peer::answering();
+        let mut encoder = Encoder::new(peer.port(), "");
+        peer.wait_for(config);
+        encoder.harness.set_src_caps_str(&format!(
+            "video/x-raw,format=BGRx,width=32,height=16,{rates}"
+        ));
+        let config = peer.wait_for(config);
+        assert_eq!(
+            (config.framerate_num, config.framerate_den),
+            (num, den),
+            "{rates}"
+        );
+    }
+}
+
+#[test]
+fn the_host_is_told_the_profile_that_downstream_takes() {
+    for (filter, profile) in [
+        ("video/x-h264", 77),
+        ("video/x-h264,profile=constrained-baseline", 66),
+        ("video/x-h264,profile=(string){main,high}", 77),
+        ("video/x-h264,profile=high", 100),
+    ] {
+        let peer = Peer::answering();
+        let mut harness = Harness::new_parse(&format!(
+            "vsockenc tcp-host=127.0.0.1 tcp-port={} ! capsfilter caps=\"{filter}\"",
+            peer.port()
+        ));
+        harness.set_src_caps_str("video/x-raw,format=BGRx,width=64,height=48,framerate=60/1");
+        assert_eq!(peer.wait_for(config).profile, profile, "{filter}");
+    }
+}
+
+#[test]
 fn a_frame_over_the_limit_is_refused_by_name() {
     let peer = Peer::answering();
     let mut encoder = Encoder::new(peer.port(), "");

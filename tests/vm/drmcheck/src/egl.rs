@@ -55,7 +55,12 @@ pub fn show() -> Outcome<()> {
 }
 
 /// Imports the memory in several ways.
-fn look(display: &Display, reader: &mut Reader, name: &str, memory: &(OwnedFd, u32)) -> Outcome<()> {
+fn look(
+    display: &Display,
+    reader: &mut Reader,
+    name: &str,
+    memory: &(OwnedFd, u32),
+) -> Outcome<()> {
     let (fd, stride) = memory;
     let stride = *stride;
     paint(fd, stride, 0)?;

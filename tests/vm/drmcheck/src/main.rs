@@ -14,11 +14,13 @@ use clap::{Parser, Subcommand};
 mod buffers;
 mod cuda;
 mod dmabuf;
+mod draw;
 mod egl;
 mod foreign;
 mod node;
 mod outputs;
 mod pool;
+mod screen;
 mod send;
 mod virtgpu;
 
@@ -46,14 +48,25 @@ enum Command {
     Cuda,
     /// Draws pictures into DMA-BUFs of one kind, sends them through vsockenc and records what comes back.
     Send(send::Options),
-    /// Waits until an output is connected with a size, and says which outputs there are.
+    /// Has qemudisplaysrc show DMA-BUFs of each kind and compares: "screen KIND HOW: right", or what is
+    /// wrong.
+    Screen,
+    /// Shows a known picture on each output, in its preferred mode, and says "drawn". Stays until it
+    /// is killed.
+    Draw {
+        /// The connectors' names; the first one is output 0 in the picture.
+        names: Vec<String>,
+    },
+    /// Waits until an output is connected with a size, or not connected without one, and says which
+    /// outputs there are.
     Output {
         /// The connector's name, for example Virtual-2.
         name: String,
         /// Its preferred mode must have this width, in pixels.
-        width: u16,
+        #[arg(requires = "height")]
+        width: Option<u16>,
         /// And this height.
-        height: u16,
+        height: Option<u16>,
         /// How long to wait, in seconds.
         #[arg(long, default_value_t = 20)]
         limit: u64,
@@ -72,7 +85,9 @@ fn main() -> ExitCode {
             width,
             height,
             limit,
-        } => outputs::wait_for(&name, (width, height), Duration::from_secs(limit)),
+        } => outputs::wait_for(&name, width.zip(height), Duration::from_secs(limit)),
+        Command::Draw { names } => draw::show(&names),
+        Command::Screen => screen::show(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

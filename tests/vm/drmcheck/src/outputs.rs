@@ -18,8 +18,9 @@ use crate::node::{Kind, Node, VIRTIO_GPU};
 /// The kernel's own events; group 2 would be udev's (linux/netlink.h).
 const KERNEL_EVENTS: u32 = 1;
 
-/// Returns when the connector `name` is connected and prefers `size`, in pixels.
-pub fn wait_for(name: &str, size: (u16, u16), limit: Duration) -> Outcome<()> {
+/// Returns when the connector `name` is connected and prefers `size`, in pixels; without a size, when
+/// it is not connected.
+pub fn wait_for(name: &str, size: Option<(u16, u16)>, limit: Duration) -> Outcome<()> {
     let deadline = Instant::now() + limit;
     let node = Node::open(VIRTIO_GPU, Kind::Primary)?;
     // Listens before it looks, so that no change falls between.
@@ -33,7 +34,11 @@ pub fn wait_for(name: &str, size: (u16, u16), limit: Duration) -> Outcome<()> {
     loop {
         let outputs = outputs(&node)?;
         let there = outputs.iter().any(|output| {
-            output.name == name && output.connected && output.preferred == Some(size)
+            output.name == name
+                && match size {
+                    Some(size) => output.connected && output.preferred == Some(size),
+                    None => !output.connected,
+                }
         });
         let left = deadline.saturating_duration_since(Instant::now());
         if there || left.is_zero() {
@@ -45,10 +50,7 @@ pub fn wait_for(name: &str, size: (u16, u16), limit: Duration) -> Outcome<()> {
             return Ok(());
         }
         if left.is_zero() {
-            let (width, height) = size;
-            return Err(
-                format!("{name} is not connected with {width}x{height} after {limit:?}").into(),
-            );
+            return Err(format!("{name}, wanted with {size:?}, is not so after {limit:?}").into());
         }
         let timeout = PollTimeout::try_from(left).unwrap_or(PollTimeout::MAX);
         let mut wanted = [PollFd::new(events.as_fd(), PollFlags::POLLIN)];

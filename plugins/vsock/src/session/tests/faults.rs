@@ -334,6 +334,48 @@ fn numbers_that_lie_cost_neither_memory_nor_the_session() {
 }
 
 #[test]
+fn an_access_unit_of_many_nal_units_arrives_whole_or_is_over_a_limit() {
+    let peer = Peer::new(|link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            let count = if number(request) == 0 { 1024 } else { 4096 };
+            let response = FrameResponse {
+                pts: request.pts,
+                is_keyframe: true,
+                ..FrameResponse::default()
+            };
+            let (head, nals) = encode::frame_response_parts(1, &response, &vec![KEYFRAME; count]);
+            let bytes = [&head[..], &nals].concat();
+            let mut sent = 0;
+            while sent < bytes.len() {
+                match link.raw(&bytes[sent..]) {
+                    Ok(count) => sent += count,
+                    Err(error) if error.kind() == io::ErrorKind::WouldBlock => thread::yield_now(),
+                    // The client has had enough.
+                    Err(_) => return Then::Close,
+                }
+            }
+        }
+        Then::GoOn
+    });
+    let mut run = Run::new(&[
+        ("tcp-host", &"127.0.0.1"),
+        ("tcp-port", &peer.port()),
+        ("reconnect-timeout", &0u32),
+    ]);
+    run.configure();
+    run.submit(0);
+    let data = run.wait_for(|told| match told {
+        Told::Encoded { data, .. } => Some(data),
+        _ => None,
+    });
+    assert_eq!(data, KEYFRAME.repeat(1024));
+    run.submit(1);
+    let reason = run.failure();
+    assert!(reason.contains("nal_count is 4096"), "{reason}");
+    assert!(reason.contains("1024"), "{reason}");
+}
+
+#[test]
 fn an_access_unit_of_no_nal_units_drops_its_frame() {
     let peer = Peer::new(|link, envelope| {
         if let Message::FrameRequest(request, _) = &envelope.message {

@@ -87,6 +87,7 @@ struct Run {
     session: Session,
     waiter: Waiter,
     told: Receiver<Told>,
+    counts: Arc<Mutex<Counts>>,
 }
 
 /// Settings in the form in which an application gives them.
@@ -109,18 +110,21 @@ impl Run {
         gst::init().unwrap();
         let waiter = Waiter::new().unwrap();
         let (tell, told) = channel();
+        let counts = Arc::default();
         let settings = SessionSettings {
             connection: connection(properties),
             keyframe_interval: 0,
             transfer: Transfer::Auto,
             max_in_flight: 16,
             sign_of_life,
+            counts: Arc::clone(&counts),
         };
         let session = Session::start(settings, waiter.waker(), Recorder(tell)).unwrap();
         Self {
             session,
             waiter,
             told,
+            counts,
         }
     }
 

@@ -3,6 +3,7 @@
 //! Pictures as resource ids, with descriptors and a device that are not real.
 
 use std::os::fd::OwnedFd;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
@@ -14,8 +15,12 @@ use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, FrameReques
 use helix_protocol::{Envelope, Message, Payload, encode};
 use zerocopy_test_support::peer::{Greets, KEYFRAME, Link, Peer, Seen, Then, hello};
 
+use super::imp::lock;
 use super::{Transfer, VsockEnc};
 use crate::fake::{self, Device};
+
+mod fallback;
+mod writers;
 
 const SIZE: usize = 64 * 48 * 4;
 const FRAME: gst::ClockTime = gst::ClockTime::from_nseconds(16_666_667);
@@ -37,20 +42,31 @@ impl Drop for Encoder {
 
 impl Encoder {
     fn new(peer: &Peer, transfer: Transfer) -> Self {
+        Self::with_timeout(peer, transfer, 20_000)
+    }
+
+    /// `timeout` in ms.
+    fn with_timeout(peer: &Peer, transfer: Transfer, timeout: u32) -> Self {
+        let mut encoder = Self::without_caps(peer, transfer, timeout);
+        encoder.harness.set_src_caps_str(
+            "video/x-raw(memory:DMABuf),format=BGRx,width=64,height=48,framerate=60/1",
+        );
+        encoder
+    }
+
+    fn without_caps(peer: &Peer, transfer: Transfer, timeout: u32) -> Self {
         gst::init().unwrap();
         let element: VsockEnc = glib::Object::builder()
             .property("tcp-host", "127.0.0.1")
             .property("tcp-port", peer.port())
             .property("transfer", transfer)
+            .property("timeout", timeout)
             .build();
         let device = Arc::new(Device::new(1));
-        *super::imp::lock(&element.imp().fake_resources) = Some(device.clone());
+        *lock(&element.imp().fake_resources) = Some(device.clone());
         let bus = gst::Bus::new();
         element.set_bus(Some(&bus));
-        let mut harness = Harness::with_element(&element, Some("sink"), Some("src"));
-        harness.set_src_caps_str(
-            "video/x-raw(memory:DMABuf),format=BGRx,width=64,height=48,framerate=60/1",
-        );
+        let harness = Harness::with_element(&element, Some("sink"), Some("src"));
         Self {
             element,
             harness,
@@ -318,231 +334,6 @@ fn dmabufs_are_preferred_where_their_ids_are_of_use() {
 }
 
 #[test]
-fn a_host_that_refuses_ids_gets_each_picture_as_pixels() {
-    for code in [
-        ErrorCode::RESOURCE_NOT_FOUND,
-        ErrorCode::NO_NATIVE_TEXTURE,
-        ErrorCode::NO_NATIVE_SURFACE,
-    ] {
-        let peer = resolving_host(move |link, envelope| {
-            match &envelope.message {
-                Message::FrameRequest(_, None) => refuse(link, code),
-                Message::FrameRequest(request, Some(_)) => link.answer(request),
-                _ => {}
-            }
-            link.pong(envelope);
-            Then::GoOn
-        });
-        let mut encoder = Encoder::new(&peer, Transfer::Auto);
-        let buffers = [encoder.known(1), encoder.known(2), encoder.known(3)];
-        for number in 0..8 {
-            encoder.push(&buffers[number % 3]).unwrap();
-        }
-        let numbers: Vec<_> = (0..8).map(|_| encoder.pull()).collect();
-        assert_eq!(numbers, [0, 1, 2, 3, 4, 5, 6, 7]);
-        assert_eq!(encoder.stat::<u64>("dropped"), 0);
-        assert_eq!(encoder.stat::<String>("transfer"), "pixels");
-        assert_eq!(encoder.ways(), ["pixels", "resource-id", "pixels"]);
-        assert!(
-            encoder
-                .bus
-                .pop_filtered(&[gst::MessageType::Warning])
-                .is_none()
-        );
-    }
-}
-
-/// Two resources, of which the host can use one.
-const GOOD: u32 = 1;
-const BAD: u32 = 2;
-
-#[test]
-fn what_was_sent_behind_a_refused_picture_comes_after_it() {
-    let mut refused = false;
-    behind_a_refused_picture(&resolving_host(move |link, envelope| {
-        if let Message::FrameRequest(request, _) = &envelope.message {
-            // Refuses the bad one when the next has come too.
-            if std::mem::take(&mut refused) {
-                refuse(link, ErrorCode::NO_NATIVE_SURFACE);
-            }
-            if request.resource_id == BAD {
-                refused = true;
-            } else {
-                link.answer(request);
-            }
-        }
-        link.pong(envelope);
-        Then::GoOn
-    }));
-}
-
-#[test]
-fn what_was_answered_before_the_refusal_comes_after_it_too() {
-    let mut refused = None;
-    behind_a_refused_picture(&naming_host(move |link, envelope| {
-        if let Message::FrameRequest(request, _) = &envelope.message {
-            if request.resource_id == BAD {
-                refused = Some(request.tag);
-            } else {
-                link.answer(request);
-                if let Some(tag) = refused.take() {
-                    refuse_named(link, ErrorCode::NO_NATIVE_SURFACE, Some(tag));
-                }
-            }
-        }
-        link.pong(envelope);
-        Then::GoOn
-    }));
-}
-
-fn behind_a_refused_picture(peer: &Peer) {
-    let mut encoder = Encoder::new(peer, Transfer::Auto);
-    let (good, bad) = (encoder.known(GOOD), encoder.known(BAD));
-    encoder.push(&good).unwrap();
-    assert_eq!(encoder.pull(), 0);
-    for buffer in [&bad, &good, &bad, &good] {
-        encoder.push(buffer).unwrap();
-    }
-    let numbers: Vec<_> = (0..4).map(|_| encoder.pull()).collect();
-    assert_eq!(numbers, [1, 2, 3, 4]);
-    assert_eq!(encoder.stat::<u64>("dropped"), 0);
-    let sent: Vec<_> = (0..7)
-        .map(|_| {
-            let (request, _) = peer.wait_for(request);
-            (request.pts as u64 / FRAME.nseconds(), request.resource_id)
-        })
-        .collect();
-    let again = [(1, 0), (2, GOOD)];
-    assert_eq!(
-        sent[..5],
-        [&[(0, GOOD), (1, BAD), (2, GOOD)][..], &again].concat()
-    );
-    // The bad one is known for it now; the good one is not.
-    assert_eq!(sent[5..], [(3, 0), (4, GOOD)]);
-}
-
-#[test]
-fn a_host_that_keeps_resources_without_an_answer_is_called_anew() {
-    // Answers good ones only.
-    let mut unanswered = 0;
-    let peer = naming_host(move |link, envelope| {
-        if let Message::FrameRequest(request, _) = &envelope.message {
-            if request.resource_id == GOOD {
-                link.answer(request);
-            } else {
-                unanswered += 1;
-                assert!(unanswered < 8, "it goes on for ever");
-            }
-        }
-        link.pong(envelope);
-        Then::GoOn
-    });
-    let mut encoder = Encoder::new(&peer, Transfer::Auto);
-    encoder.element.set_property("max-in-flight", 1u32);
-    encoder.element.set_property("timeout", 200u32);
-    let (good, bad) = (encoder.known(GOOD), encoder.known(BAD));
-    while encoder.stat::<u64>("reconnects") == 0 {
-        encoder.push(&good).unwrap();
-        encoder.push(&bad).unwrap();
-    }
-    let unanswered = std::iter::from_fn(|| Some(peer.next()))
-        .take_while(|seen| !matches!(seen, Seen::Closed))
-        .filter_map(request)
-        .filter(|(request, _)| request.resource_id == BAD);
-    assert_eq!(unanswered.count(), 4);
-}
-
-#[test]
-fn a_refused_picture_that_was_flushed_is_not_sent_again() {
-    let mut bad = None;
-    let peer = naming_host(move |link, envelope| {
-        if let Message::FrameRequest(request, _) = &envelope.message {
-            if request.resource_id == BAD {
-                bad = Some(request.tag);
-            } else {
-                // By now the other one is flushed.
-                if let Some(tag) = bad.take() {
-                    refuse_named(link, ErrorCode::NO_NATIVE_SURFACE, Some(tag));
-                }
-                link.answer(request);
-            }
-        }
-        link.pong(envelope);
-        Then::GoOn
-    });
-    let mut encoder = Encoder::new(&peer, Transfer::Auto);
-    let (good, bad) = (encoder.known(GOOD), encoder.known(BAD));
-    encoder.push(&good).unwrap();
-    assert_eq!(encoder.pull(), 0);
-    encoder.push(&bad).unwrap();
-    let mut sent: Vec<_> = (0..2)
-        .map(|_| peer.wait_for(request).0.resource_id)
-        .collect();
-    encoder.flush();
-    encoder.push(&good).unwrap();
-    assert_eq!(encoder.pull(), 2);
-    encoder.push(&good).unwrap();
-    assert_eq!(encoder.pull(), 3);
-    sent.extend((0..2).map(|_| peer.wait_for(request).0.resource_id));
-    assert_eq!(sent, [GOOD, BAD, GOOD, GOOD]);
-}
-
-#[test]
-fn a_stream_goes_on_from_a_keyframe_where_answers_are_not_used() {
-    let mut refused = false;
-    let peer = resolving_host(move |link, envelope| {
-        match &envelope.message {
-            Message::FrameRequest(request, _) if request.resource_id == BAD => refused = true,
-            Message::FrameRequest(request, _) => {
-                if std::mem::take(&mut refused) {
-                    refuse(link, ErrorCode::NO_NATIVE_SURFACE);
-                }
-                link.answer(request);
-            }
-            _ => {}
-        }
-        Then::GoOn
-    });
-    let mut encoder = Encoder::new(&peer, Transfer::Auto);
-    let (good, bad) = (encoder.known(GOOD), encoder.known(BAD));
-    for buffer in [&good, &bad, &good] {
-        encoder.push(buffer).unwrap();
-    }
-    for number in 0..3 {
-        assert_eq!(encoder.pull(), number);
-    }
-    let forced: Vec<_> = (0..5)
-        .map(|_| peer.wait_for(request).0.force_keyframe)
-        .collect();
-    assert_eq!(forced, [true, false, false, true, false]);
-}
-
-#[test]
-fn a_refused_picture_arrives_with_its_pixels() {
-    let peer = resolving_host(|link, envelope| {
-        match &envelope.message {
-            Message::FrameRequest(_, None) => refuse(link, ErrorCode::RESOURCE_NOT_FOUND),
-            Message::FrameRequest(request, Some(_)) => link.answer(request),
-            _ => {}
-        }
-        Then::GoOn
-    });
-    let mut encoder = Encoder::new(&peer, Transfer::Auto);
-    let fd = fake::memfd(SIZE);
-    let picture: Vec<u8> = (0..SIZE).map(|i| (i % 251) as u8).collect();
-    assert_eq!(nix::unistd::write(&fd, &picture), Ok(SIZE));
-    encoder.device.add(&fd, 4, SIZE);
-    let buffer = Encoder::dmabuf(fd);
-    encoder.push(&buffer).unwrap();
-    encoder.pull();
-    assert_eq!(peer.wait_for(request).0.resource_id, 4);
-    let (request, pixels) = peer.wait_for(request);
-    assert_eq!(request.resource_id, 0);
-    assert!(request.force_keyframe, "it still is the first one");
-    assert_eq!(*pixels.unwrap(), *picture);
-}
-
-#[test]
 fn memory_that_can_neither_be_named_nor_read_is_an_error() {
     let peer = Peer::answering();
     let mut encoder = Encoder::new(&peer, Transfer::Auto);
@@ -556,19 +347,28 @@ fn memory_that_can_neither_be_named_nor_read_is_an_error() {
 }
 
 #[test]
-fn a_picture_is_sent_when_what_draws_it_is_done() {
-    let peer = Peer::answering();
-    let mut encoder = Encoder::new(&peer, Transfer::ResourceId);
-    let (reader, writer) = nix::unistd::pipe().unwrap();
-    encoder.device.add(&reader, 3, SIZE);
-    let buffer = Encoder::dmabuf(reader);
-    let done = std::thread::spawn(move || {
-        assert_eq!(nix::unistd::write(&writer, b"!"), Ok(1));
-        writer
-    });
-    encoder.push(&buffer).unwrap();
-    assert_eq!(encoder.pull(), 0);
-    done.join().unwrap();
+fn caps_that_come_while_the_element_stops_are_no_error() {
+    let peer = Peer::greeting(Greets::Script, |_, _| Then::GoOn);
+    let mut encoder = Encoder::without_caps(&peer, Transfer::Auto, 0);
+    // As stopping does, and then, a moment later, ends the flow.
+    lock(&encoder.element.imp().waker)
+        .as_ref()
+        .unwrap()
+        .cancel();
+    let caps = "video/x-raw,format=BGRx,width=64,height=48,framerate=60/1";
+    encoder
+        .harness
+        .push_event(gst::event::StreamStart::new("stream"));
+    let caps = gst::event::Caps::new(&gst::Caps::from_str(caps).unwrap());
+    assert!(encoder.harness.push_event(caps));
+    let segment = gst::FormattedSegment::<gst::ClockTime>::new();
+    assert!(
+        encoder
+            .harness
+            .push_event(gst::event::Segment::new(&segment))
+    );
+    let buffer = gst::Buffer::from_slice([0; SIZE]);
+    assert_eq!(encoder.push(&buffer), Err(gst::FlowError::Flushing));
 }
 
 #[cfg(feature = "v1_24")]

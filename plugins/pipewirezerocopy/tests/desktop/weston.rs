@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! A second compositor: weston, whose PipeWire backend came with version 13. Debian 12 has an older
+//! one; there these tests say so.
+
+use std::time::Duration;
+
+use gst::prelude::*;
+use zerocopy_test_support::desktop::{Desktop, Victim};
+
+use super::content::run_on;
+use super::keepalive::still;
+use super::run::{Run, is_keepalive, pixels, pts};
+use super::screencast::{moving_pictures, opaque};
+use super::turn;
+
+const NODE: &str = "weston.pipewire";
+
+/// What `test` finds on a weston of its own, if there is one here.
+fn on_weston(test: impl FnOnce(&mut Desktop)) {
+    let _turn = turn();
+    match Desktop::weston(640, 480) {
+        Ok(mut desktop) => test(&mut desktop),
+        Err(reason) => eprintln!("not tested: {reason}"),
+    }
+}
+
+fn playing(desktop: &Desktop) -> Run {
+    let run = run_on(desktop, NODE, "video/x-raw");
+    run.play();
+    run
+}
+
+#[test]
+fn a_moving_weston_gives_its_frames_with_the_right_colours() {
+    on_weston(|desktop| {
+        let run = playing(desktop);
+        run.frame();
+        let client = desktop.moving_picture(30);
+        while run.frame_within(Duration::ZERO).is_some() {}
+        let samples: Vec<_> = std::iter::repeat_with(|| run.frame())
+            .filter(|sample| !is_keepalive(sample))
+            .take(10)
+            .collect();
+        desktop.stop(client);
+        assert!(samples.is_sorted_by(|a, b| pts(a) < pts(b)));
+        let got = opaque(&pixels(samples.last().unwrap()));
+        let mut drawn = moving_pictures(161).into_iter();
+        assert!(drawn.any(|picture| opaque(&picture) == got));
+        assert_eq!(run.stat("copies"), 0);
+    });
+}
+
+#[test]
+fn a_still_weston_is_kept_alive_and_a_killed_one_has_vanished() {
+    on_weston(|desktop| {
+        let run = playing(desktop);
+        let (frame, keepalives) = still(&run, 5);
+        assert_eq!(pixels(&frame).len(), 640 * 480 * 4);
+        assert_eq!(pixels(&frame), pixels(&keepalives[4]));
+        run.src.set_property_from_str("on-disconnect", "error");
+        desktop.kill(Victim::Compositor);
+        run.capture_message("vanished");
+        assert!(run.error().contains("vanished"));
+    });
+}
+
+#[test]
+fn two_consumers_of_a_weston_both_have_its_pictures() {
+    on_weston(|desktop| {
+        let runs = [playing(desktop), playing(desktop)];
+        let client = desktop.moving_picture(30);
+        for _ in 0..20 {
+            for run in &runs {
+                assert_eq!(pixels(&run.frame()).len(), 640 * 480 * 4);
+            }
+        }
+        desktop.stop(client);
+    });
+}

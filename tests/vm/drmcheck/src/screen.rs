@@ -1,0 +1,351 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What `qemudisplaysrc` makes of real DMA-BUFs. A QEMU of ours says that it shows them, as one with
+//! `gl=on` does.
+
+use std::fs;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::thread;
+
+use gst::prelude::*;
+use nix::sys::stat::fstat;
+use zerocopy_test_qemu::eventually;
+use zerocopy_test_qemu::fake::{FakeQemu, Listener};
+
+use crate::foreign::{self, Foreign};
+use crate::node::{Kind, Node, VIRTIO_GPU};
+use crate::{Outcome, buffers, dmabuf};
+
+/// Pixels.
+const SIZE: (u32, u32) = (256, 64);
+/// Of a part of it, and where that begins.
+const PART: ((u32, u32), (u32, u32)) = ((32, 8), (128, 32));
+/// `DRM_FORMAT_MOD_LINEAR` of drm_fourcc.h.
+const LINEAR: u64 = 0;
+/// `I915_FORMAT_MOD_X_TILED`: only its driver knows where pixels lie.
+const TILED: u64 = (1 << 56) | 1;
+/// For a frame, or an error, on an emulated processor.
+const LIMIT: gst::ClockTime = gst::ClockTime::from_seconds(30);
+
+const ON_GPU: &str = "video/x-raw(memory:DMABuf)";
+const IN_MEMORY: &str = "video/x-raw";
+
+/// Shows memory of each kind in each way.
+pub fn show() -> Outcome<()> {
+    gst::init()?;
+    let node = Node::open(VIRTIO_GPU, Kind::Primary)?;
+    for (name, memory) in [
+        ("dumb", buffers::dumb(&node, SIZE.0, SIZE.1)),
+        ("vgem", foreign::make(Foreign::Vgem, SIZE.0, SIZE.1)),
+        ("udmabuf", foreign::make(Foreign::Udmabuf, SIZE.0, SIZE.1)),
+        ("heap", foreign::make(Foreign::Heap, SIZE.0, SIZE.1)),
+    ] {
+        let (fd, stride) = memory?;
+        let buffer = Buffer { fd, stride };
+        let say = |how: &str, result: Outcome<()>| match result {
+            Ok(()) => println!("screen {name} {how}: right"),
+            Err(error) => println!("screen {name} {how}: WRONG: {error}"),
+        };
+        say("as it is", as_it_is(&buffer));
+        say("upside down", upside_down(&buffer));
+        say("part", part(&buffer));
+        say("copied", copied(&buffer));
+        say("let go", let_go(&buffer));
+        say("tiled", tiled(&buffer));
+    }
+    Ok(())
+}
+
+/// A DMA-BUF to show.
+struct Buffer {
+    fd: OwnedFd,
+    /// Bytes.
+    stride: u32,
+}
+
+impl Buffer {
+    fn layout(&self) -> (u32, u32, u32) {
+        (SIZE.0, SIZE.1, self.stride)
+    }
+
+    /// Fills it with a picture of which `blue` is the blue part.
+    fn paint(&self, blue: u8) -> Outcome<()> {
+        let row = |y| (0..self.stride / 4).flat_map(move |x| pixel(x, y, blue));
+        let bytes: Vec<u8> = (0..SIZE.1).flat_map(row).collect();
+        dmabuf::write(&self.fd, &bytes)
+    }
+}
+
+fn pixel(x: u32, y: u32, blue: u8) -> [u8; 4] {
+    [blue, y as u8, x as u8, 0xff]
+}
+
+/// The element, the QEMU that it is at, and a sink.
+struct Rig {
+    pipeline: gst::Pipeline,
+    sink: gst_app::AppSink,
+    listener: Listener,
+    _qemu: FakeQemu,
+}
+
+impl Rig {
+    /// Plays, with a sink that takes `caps`.
+    fn new(caps: &str) -> Outcome<Self> {
+        let qemu = FakeQemu::start(&[0]);
+        let line = format!(
+            "qemudisplaysrc qmp-socket={} max-framerate=0/1 ! {caps} ! appsink name=sink sync=false",
+            qemu.qmp().display()
+        );
+        let pipeline = gst::parse::launch(&line)?.downcast::<gst::Pipeline>();
+        let pipeline = pipeline.map_err(|_| "no pipeline")?;
+        let sink = pipeline.by_name("sink").and_downcast::<gst_app::AppSink>();
+        let sink = sink.ok_or("no appsink")?;
+        // What a sink keeps for whoever wants a snapshot is not let go.
+        sink.set_property("enable-last-sample", false);
+        pipeline.set_state(gst::State::Playing)?;
+        Ok(Self {
+            pipeline,
+            sink,
+            listener: qemu.listener(),
+            _qemu: qemu,
+        })
+    }
+
+    fn next(&self) -> Outcome<gst::Sample> {
+        let sample = self.sink.try_pull_sample(LIMIT);
+        sample.ok_or_else(|| self.error().into())
+    }
+
+    /// The error that is on the bus, or comes.
+    fn error(&self) -> String {
+        let bus = self.pipeline.bus();
+        let message = bus.and_then(|bus| bus.timed_pop_filtered(LIMIT, &[gst::MessageType::Error]));
+        match message.as_deref().map(gst::MessageRef::view) {
+            Some(gst::MessageView::Error(error)) => format!("{:?}", error.debug()),
+            _ => "no frame and no error".to_owned(),
+        }
+    }
+
+    /// The value of the tag `image-orientation` that has come last.
+    fn orientation(&self) -> Option<String> {
+        let pad = self.sink.static_pad("sink")?;
+        let tags = (0..).map_while(|index| pad.sticky_event::<gst::event::Tag>(index));
+        tags.filter_map(|event| {
+            let tag = event.tag().get::<gst::tags::ImageOrientation>();
+            tag.map(|value| value.get().to_owned())
+        })
+        .last()
+    }
+}
+
+impl Drop for Rig {
+    fn drop(&mut self) {
+        let _ = self.pipeline.set_state(gst::State::Null);
+    }
+}
+
+/// What a frame shows: bytes of a row, rows from the top of its memory.
+fn rows(sample: &gst::Sample) -> Outcome<Vec<Vec<u8>>> {
+    let (buffer, caps) = sample
+        .buffer()
+        .zip(sample.caps())
+        .ok_or("an empty sample")?;
+    let meta = buffer.meta::<gst_video::VideoMeta>();
+    let (width, height, offset, stride) = match meta {
+        Some(meta) => {
+            let (offset, stride) = (meta.offset()[0], meta.stride()[0] as usize);
+            (meta.width(), meta.height(), offset, stride)
+        }
+        None => {
+            let info = gst_video::VideoInfo::from_caps(caps)?;
+            let stride = info.stride()[0] as usize;
+            (info.width(), info.height(), 0, stride)
+        }
+    };
+    let bytes = match fd_of(buffer) {
+        // As a GPU's driver would see it: nothing here has mapped it.
+        Some(fd) => dmabuf::read(fd, buffer.size())?,
+        None => buffer.map_readable()?.to_vec(),
+    };
+    let row = |y: u32| {
+        let at = offset + y as usize * stride;
+        let row = bytes.get(at..at + width as usize * 4);
+        row.map(<[u8]>::to_vec)
+            .ok_or_else(|| "too few bytes".into())
+    };
+    (0..height).map(row).collect()
+}
+
+fn fd_of(buffer: &gst::BufferRef) -> Option<BorrowedFd<'_>> {
+    let memory = buffer.peek_memory(0);
+    let memory = memory.downcast_memory_ref::<gst_allocators::DmaBufMemory>()?;
+    // SAFETY: the descriptor is the memory's, which lives as long as the buffer is borrowed.
+    Some(unsafe { BorrowedFd::borrow_raw(memory.fd()) })
+}
+
+/// Compares with a painted picture, or with a part of it; `y` says which row of it lies where.
+fn compare(
+    sample: &gst::Sample,
+    (at, size): ((u32, u32), (u32, u32)),
+    blue: u8,
+    y: impl Fn(u32) -> u32,
+) -> Outcome<()> {
+    let rows = rows(sample)?;
+    if rows.len() != size.1 as usize || rows.iter().any(|row| row.len() != size.0 as usize * 4) {
+        return Err(format!("{} rows, caps {:?}", rows.len(), sample.caps()).into());
+    }
+    for (row, bytes) in (0..).zip(&rows) {
+        for (x, found) in (0..).zip(bytes.chunks_exact(4)) {
+            let expected = pixel(at.0 + x, at.1 + y(row), blue);
+            // The last byte means nothing.
+            if found[..3] != expected[..3] {
+                return Err(format!("{found:?} at {x}, {row} for {expected:?}").into());
+            }
+        }
+    }
+    Ok(())
+}
+
+const WHOLE: ((u32, u32), (u32, u32)) = ((0, 0), SIZE);
+
+/// Goes out as the same DMA-BUF; QEMU, which waits with drawing, goes on when the frame was let go.
+fn as_it_is(buffer: &Buffer) -> Outcome<()> {
+    let rig = Rig::new(ON_GPU)?;
+    buffer.paint(1)?;
+    rig.listener
+        .scanout_dmabuf(buffer.fd.as_fd(), buffer.layout(), LINEAR, false)?;
+    let sample = rig.next()?;
+    compare(&sample, WHOLE, 1, |y| y)?;
+    let fd = sample.buffer().and_then(fd_of).ok_or("no DMA-BUF")?;
+    if fstat(fd)?.st_ino != fstat(&buffer.fd)?.st_ino {
+        return Err("another DMA-BUF".into());
+    }
+    drop(sample);
+    buffer.paint(2)?;
+    thread::scope(|scope| {
+        let update = scope.spawn(|| rig.listener.update_dmabuf((0, 0), (16, 16)));
+        let sample = rig.next();
+        let compared = sample.and_then(|sample| compare(&sample, WHOLE, 2, |y| y));
+        update.join().map_err(|_| "the update panicked")??;
+        compared
+    })
+}
+
+/// QEMU's `y0_top`: the memory as it is, and a tag that says how to look at it.
+fn upside_down(buffer: &Buffer) -> Outcome<()> {
+    let rig = Rig::new(ON_GPU)?;
+    buffer.paint(3)?;
+    for (flipped, expected) in [(true, "flip-rotate-180"), (false, "rotate-0")] {
+        rig.listener
+            .scanout_dmabuf(buffer.fd.as_fd(), buffer.layout(), LINEAR, flipped)?;
+        compare(&rig.next()?, WHOLE, 3, |y| y)?;
+        let said = rig.orientation();
+        if said.as_deref() != Some(expected) {
+            return Err(format!("the tag says {said:?}").into());
+        }
+    }
+    Ok(())
+}
+
+/// A part of a larger one, counted from the top of the picture.
+fn part(buffer: &Buffer) -> Outcome<()> {
+    let (at, size) = PART;
+    buffer.paint(4)?;
+    let rig = Rig::new(ON_GPU)?;
+    rig.listener
+        .scanout_dmabuf2(buffer.fd.as_fd(), at, size, buffer.layout(), false)?;
+    compare(&rig.next()?, PART, 4, |y| y)?;
+    let rig = Rig::new(IN_MEMORY)?;
+    rig.listener
+        .scanout_dmabuf2(buffer.fd.as_fd(), at, size, buffer.layout(), true)?;
+    // The picture's row 0 is the memory's last one.
+    compare(&rig.next()?, ((at.0, 0), size), 4, |y| {
+        SIZE.1 - 1 - at.1 - y
+    })
+}
+
+/// For who takes no DMA-BUFs, a copy that is the right way up. QEMU goes on as soon as it is made.
+fn copied(buffer: &Buffer) -> Outcome<()> {
+    let rig = Rig::new(IN_MEMORY)?;
+    buffer.paint(5)?;
+    rig.listener
+        .scanout_dmabuf(buffer.fd.as_fd(), buffer.layout(), LINEAR, false)?;
+    compare(&rig.next()?, WHOLE, 5, |y| y)?;
+    rig.listener
+        .scanout_dmabuf(buffer.fd.as_fd(), buffer.layout(), LINEAR, true)?;
+    let kept = rig.next()?;
+    compare(&kept, WHOLE, 5, |y| SIZE.1 - 1 - y)?;
+    buffer.paint(6)?;
+    rig.listener.update_dmabuf((0, 0), (16, 16))?;
+    compare(&rig.next()?, WHOLE, 6, |y| SIZE.1 - 1 - y)?;
+    compare(&kept, WHOLE, 5, |y| SIZE.1 - 1 - y)
+}
+
+/// A DMA-BUF whose place another one has taken, or nothing, is QEMU's alone again.
+fn let_go(buffer: &Buffer) -> Outcome<()> {
+    let inode = fstat(&buffer.fd)?.st_ino;
+    let other = foreign::make(Foreign::Udmabuf, SIZE.0, SIZE.1)?;
+    let other = Buffer {
+        fd: other.0,
+        stride: other.1,
+    };
+    let rig = Rig::new(ON_GPU)?;
+    for replace in [true, false] {
+        rig.listener
+            .scanout_dmabuf(buffer.fd.as_fd(), buffer.layout(), LINEAR, false)?;
+        drop(rig.next()?);
+        if descriptors(inode)? < 2 {
+            return Err("nobody has it while it is shown".into());
+        }
+        if replace {
+            rig.listener
+                .scanout_dmabuf(other.fd.as_fd(), other.layout(), LINEAR, false)?;
+            // This is how QEMU lets go of the one before; the picture stays.
+            rig.listener.disable()?;
+            compare_inode(&rig.next()?, fstat(&other.fd)?.st_ino)?;
+        } else {
+            rig.listener.scanout(4, 4, &[0; 64])?;
+            rig.listener.disable()?;
+        }
+        eventually("the last descriptor of a DMA-BUF closed", || {
+            descriptors(inode).ok().filter(|count| *count == 1)
+        });
+    }
+    Ok(())
+}
+
+fn compare_inode(sample: &gst::Sample, inode: u64) -> Outcome<()> {
+    let fd = sample.buffer().and_then(fd_of).ok_or("no DMA-BUF")?;
+    if fstat(fd)?.st_ino == inode {
+        return Ok(());
+    }
+    Err("not the DMA-BUF that is shown".into())
+}
+
+/// How many descriptors this process has of the file with this inode.
+fn descriptors(inode: u64) -> Outcome<usize> {
+    let mut count = 0;
+    for entry in fs::read_dir("/proc/self/fd")? {
+        // What was closed meanwhile does not count.
+        let info = fs::metadata(entry?.path());
+        count += usize::from(info.is_ok_and(|info| {
+            use std::os::unix::fs::MetadataExt;
+            info.ino() == inode
+        }));
+    }
+    Ok(count)
+}
+
+/// Memory that no processor can read: as it is, where the caps can say so, or an error that does.
+fn tiled(buffer: &Buffer) -> Outcome<()> {
+    let rig = Rig::new(IN_MEMORY)?;
+    rig.listener
+        .scanout_dmabuf(buffer.fd.as_fd(), buffer.layout(), TILED, false)?;
+    let error = rig.error();
+    for part in ["DMA-BUF of XR24", "gl=on"] {
+        if !error.contains(part) {
+            return Err(format!("{part} is not in {error}").into());
+        }
+    }
+    Ok(())
+}
