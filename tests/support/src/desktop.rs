@@ -99,7 +99,15 @@ impl Desktop {
             .unwrap_or_else(|error| panic!("start {}: {error}", script.display()));
         let commands = process.stdin.take();
         let mut answers = BufReader::new(process.stdout.take().expect("its output is a pipe"));
-        let ready = read_answer(&mut answers)?;
+        let ready = match read_answer(&mut answers) {
+            Ok(ready) => ready,
+            Err(error) => {
+                // It ends with its input.
+                drop(commands);
+                let _ = process.wait();
+                return Err(error);
+            }
+        };
         let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
         Ok(Self {
             process,
