@@ -186,8 +186,9 @@ impl Waiter {
     }
 
     /// Registers `fd` for reading alone: a unix socket becomes writable anew whenever its peer has
-    /// read something, and each time somebody would wake up for nothing.
-    pub(crate) fn register_for_reading(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+    /// read something, and each time somebody would wake up for nothing. An eventfd is writable all
+    /// the time.
+    pub fn register_for_reading(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         self.register_for(fd, Interest::READABLE)
     }
 
@@ -292,6 +293,17 @@ mod tests {
     }
 
     #[test]
+    fn who_only_reads_is_not_woken_by_what_can_only_be_written() {
+        let (reader, mut writer) = UnixStream::pair().unwrap();
+        let mut waiter = Waiter::new().unwrap();
+        waiter.register_for_reading(reader.as_fd()).unwrap();
+        let now = Deadline::after(Duration::ZERO);
+        assert_eq!(waiter.wait(now).unwrap(), Wake::TimedOut);
+        writer.write_all(b"!").unwrap();
+        assert_eq!(waiter.wait(Deadline::after(LONG)).unwrap(), Wake::Ready);
+    }
+
+    #[test]
     fn wakes_before_a_wait_count_once() {
         let mut waiter = Waiter::new().unwrap();
         let waker = waiter.waker();
@@ -346,8 +358,8 @@ mod tests {
         let mut waiter = Waiter::new().unwrap();
         waiter.register_for_reading(here.as_fd()).unwrap();
         let pass_much = || {
-            while (&here).write(&[0; 1 << 16]).is_ok() {}
-            while (&there).read(&mut [0; 1 << 16]).is_ok() {}
+            while (&here).write(&[0; 4096]).is_ok() {}
+            while (&there).read(&mut [0; 4096]).is_ok() {}
         };
         pass_much();
         let now = Deadline::after(Duration::ZERO);

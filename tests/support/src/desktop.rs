@@ -102,7 +102,6 @@ impl Desktop {
         let ready = match read_answer(&mut answers) {
             Ok(ready) => ready,
             Err(error) => {
-                // It ends with its input.
                 drop(commands);
                 let _ = process.wait();
                 return Err(error);

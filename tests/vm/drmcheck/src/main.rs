@@ -44,12 +44,12 @@ enum Command {
     /// Imports memory of each kind with EGL, reads it back and says what was found: "egl KIND HOW: right",
     /// "egl KIND HOW: refused: REASON", or that it was wrong.
     Egl,
-    /// Plays scenes with a producer of PipeWire DMA-BUFs and pipewirezerocopysrc: "capture NAME: right", or
-    /// what is wrong.
-    Capture(capture::Options),
     /// Copies DMA-BUFs into CUDA memory by drawing them, with a libcuda that only looks like one, and
     /// compares what is there: "cuda WHAT: right", or what else it is.
     Cuda,
+    /// Plays scenes with a producer of PipeWire DMA-BUFs and pipewirezerocopysrc: "capture NAME: right", or
+    /// what is wrong.
+    Capture(capture::Options),
     /// Draws pictures into DMA-BUFs of one kind, sends them through vsockenc and records what comes back.
     Send(send::Options),
     /// Has qemudisplaysrc show DMA-BUFs of each kind and compares: "screen KIND HOW: right", or what is
@@ -82,8 +82,8 @@ fn main() -> ExitCode {
         Command::Buffers => buffers::show(),
         Command::Refusals => foreign::show(),
         Command::Egl => egl::show(),
-        Command::Capture(options) => capture::show(&options),
         Command::Cuda => cuda::show(),
+        Command::Capture(options) => capture::show(&options),
         Command::Send(options) => send::show(&options),
         Command::Output {
             name,
