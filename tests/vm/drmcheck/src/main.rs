@@ -12,8 +12,8 @@ use std::time::Duration;
 use clap::{Parser, Subcommand};
 
 mod buffers;
-mod cuda;
 mod capture;
+mod cuda;
 mod dmabuf;
 mod draw;
 mod egl;
