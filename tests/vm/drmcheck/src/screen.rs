@@ -151,16 +151,13 @@ fn rows(sample: &gst::Sample) -> Outcome<Vec<Vec<u8>>> {
         .zip(sample.caps())
         .ok_or("an empty sample")?;
     let meta = buffer.meta::<gst_video::VideoMeta>();
-    let (width, height, offset, stride) = match meta {
-        Some(meta) => {
-            let (offset, stride) = (meta.offset()[0], meta.stride()[0] as usize);
-            (meta.width(), meta.height(), offset, stride)
-        }
-        None => {
-            let info = gst_video::VideoInfo::from_caps(caps)?;
-            let stride = info.stride()[0] as usize;
-            (info.width(), info.height(), 0, stride)
-        }
+    let (width, height, offset, stride) = if let Some(meta) = meta {
+        let (offset, stride) = (meta.offset()[0], meta.stride()[0] as usize);
+        (meta.width(), meta.height(), offset, stride)
+    } else {
+        let info = gst_video::VideoInfo::from_caps(caps)?;
+        let stride = info.stride()[0] as usize;
+        (info.width(), info.height(), 0, stride)
     };
     let bytes = match fd_of(buffer) {
         // As a GPU's driver would see it: nothing here has mapped it.

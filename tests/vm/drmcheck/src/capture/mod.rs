@@ -33,7 +33,7 @@ const SIZE: (u32, u32) = (64, 48);
 /// What takes either memory.
 const ANY: &str = "video/x-raw(memory:DMABuf); video/x-raw";
 /// Catches a hang; nothing takes nearly as long, on a busy emulated processor either.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_mins(1);
 /// A picture that meets a busy machine is thrown away by PipeWire: shown again after this.
 const AGAIN: Duration = Duration::from_secs(1);
 /// A frame that comes within this has not waited for its picture.
