@@ -113,6 +113,14 @@ class Host:
                     raise DemoError(f"helix-host does not listen on {address}{self.tail()}")
                 time.sleep(0.05)
 
+    def wait_said(self, text, since):
+        """Returns when `text` is in the log behind its byte `since`."""
+        deadline = time.monotonic() + HOST_START_TIMEOUT
+        while text.encode() not in pathlib.Path(self.log).read_bytes()[since:]:
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise DemoError(f'helix-host did not say "{text}"{self.tail()}')
+            time.sleep(0.05)
+
     def cpu_ms(self):
         """CPU time so far, all threads, in ms (proc(5): utime and stime are fields 14 and 15)."""
         fields = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -159,11 +167,21 @@ def moving_client(desktop):
         desktop.stop_client(client)
 
 
+@contextlib.contextmanager
+def virtual_machine(host, output):
+    """A virtual machine that shows the known picture, and that the host sees."""
+    before = pathlib.Path(host.log).stat().st_size
+    with ScreenVm(WIDTH, HEIGHT, FPS, host.qmp, output):
+        # QEMU draws for whoever looks: the very first picture is the one from before that.
+        host.wait_said("connected to QEMU", before)
+        yield
+
+
 def stages(desktop, host, output):
     """The paths, in the order in which they are recorded."""
     node = desktop.screencast().node
     client = functools.partial(moving_client, desktop)
-    machine = functools.partial(ScreenVm, WIDTH, HEIGHT, FPS, host.qmp, output)
+    machine = functools.partial(virtual_machine, host, output)
     desktop = f"pipewirezerocopysrc pipewire-node-id={node} keepalive-time=100"
     return [
         Stage(

@@ -33,7 +33,7 @@ class Stages(unittest.TestCase):
             mock.patch.object(rig, "SOURCE", pathlib.Path(folder)),
             contextlib.redirect_stdout(printed),
         ):
-            passed = rig.run_stage("some", System(None, None, share, sockets), 0)
+            passed, _ = rig.run_stage("some", System(None, None, share, sockets), 0)
         return passed, printed.getvalue()
 
     def test_one_whose_checks_are_good_passes(self):

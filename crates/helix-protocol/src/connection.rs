@@ -124,12 +124,15 @@ impl<B: Body> Tail<B> {
     }
 }
 
-/// What the socket may be able to do: it has not said otherwise since it became ready.
-struct Ready {
-    /// There may be bytes to take.
-    read: bool,
-    /// There may be room for bytes.
-    write: bool,
+/// Whether the socket takes bytes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Room {
+    /// Nothing is known to the contrary.
+    Assumed,
+    /// It does not; the waiter tells when it does.
+    Awaited,
+    /// It may: the waiter has told so, and will again.
+    Announced,
 }
 
 /// A connection and its two directions' state.
@@ -144,9 +147,9 @@ pub struct Connection<B> {
     /// When bytes last came, or reading began.
     received_at: Instant,
     reading: bool,
-    ready: Ready,
-    /// The waiter tells when there is room again.
-    awaiting_room: bool,
+    /// There may be bytes to take: the socket has not said otherwise since it became ready.
+    readable: bool,
+    room: Room,
     /// Why nothing can be sent any more.
     send_error: Option<io::Error>,
     bytes_sent: u64,
@@ -165,11 +168,8 @@ impl<B: Body> Connection<B> {
             sent_at: Instant::now(),
             received_at: Instant::now(),
             reading: true,
-            ready: Ready {
-                read: true,
-                write: true,
-            },
-            awaiting_room: false,
+            readable: true,
+            room: Room::Assumed,
             send_error: None,
             bytes_sent: 0,
             bytes_received: 0,
@@ -277,8 +277,10 @@ impl<B: Body> Connection<B> {
                 return Err(ConnectionError::Cancelled);
             }
             if waiter.take_ready() {
-                self.ready.read = true;
-                self.ready.write = true;
+                self.readable = true;
+                if self.room == Room::Awaited {
+                    self.room = Room::Announced;
+                }
             }
             if self.flush(waiter, &waker)? {
                 return Ok(Event::Drained);
@@ -287,7 +289,7 @@ impl<B: Body> Connection<B> {
                 if let Some(envelope) = self.decoder.next()? {
                     return Ok(Event::Message(envelope));
                 }
-                if self.ready.read && self.receive()? {
+                if self.readable && self.receive()? {
                     // A peer that never stops sending must not keep the caller from its own
                     // deadline, nor from those who want it.
                     if deadline.has_passed() {
@@ -325,7 +327,7 @@ impl<B: Body> Connection<B> {
                 Ok(true)
             }
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                self.ready.read = false;
+                self.readable = false;
                 Ok(false)
             }
             Err(error) if error.kind() == io::ErrorKind::Interrupted => Ok(true),
@@ -336,7 +338,7 @@ impl<B: Body> Connection<B> {
     /// Sends until the socket is full; whether the outbox became empty by this.
     fn flush(&mut self, waiter: &Waiter, waker: &Waker) -> Result<bool, ConnectionError> {
         let mut progress = false;
-        while self.ready.write
+        while self.room != Room::Awaited
             && let Some(message) = self.outbox.front()
         {
             // A peer that takes all at once must not keep the caller either.
@@ -365,15 +367,18 @@ impl<B: Body> Connection<B> {
                     self.sent_at = Instant::now();
                 }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    self.ready.write = false;
-                    self.await_room(waiter, true)?;
+                    // Only now: see Waiter::register_for_reading.
+                    if self.room == Room::Assumed {
+                        waiter.set_writing(self.stream.as_fd(), true)?;
+                    }
+                    self.room = Room::Awaited;
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
                 Err(error) => {
                     self.outbox.clear();
                     self.sent = 0;
                     // The word of it may not have come here, and the peer's last words are there.
-                    self.ready.read = true;
+                    self.readable = true;
                     self.send_error = Some(error);
                     return Ok(false);
                 }
@@ -385,19 +390,11 @@ impl<B: Body> Connection<B> {
             }
         }
         let drained = progress && self.outbox.is_empty();
-        if drained {
-            self.await_room(waiter, false)?;
+        if drained && self.room != Room::Assumed {
+            waiter.set_writing(self.stream.as_fd(), false)?;
+            self.room = Room::Assumed;
         }
         Ok(drained)
-    }
-
-    /// Says whether the waiter shall tell when there is room in the socket.
-    fn await_room(&mut self, waiter: &Waiter, wanted: bool) -> io::Result<()> {
-        if self.awaiting_room != wanted {
-            waiter.set_writing(self.stream.as_fd(), wanted)?;
-            self.awaiting_room = wanted;
-        }
-        Ok(())
     }
 }
 

@@ -346,8 +346,8 @@ mod tests {
         let mut waiter = Waiter::new().unwrap();
         waiter.register_for_reading(here.as_fd()).unwrap();
         let pass_much = || {
-            while (&here).write(&[0; 1 << 16]).is_ok() {}
-            while (&there).read(&mut [0; 1 << 16]).is_ok() {}
+            while (&here).write(&[0; 4096]).is_ok() {}
+            while (&there).read(&mut [0; 4096]).is_ok() {}
         };
         pass_much();
         let now = Deadline::after(Duration::ZERO);

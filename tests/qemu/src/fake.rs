@@ -256,8 +256,14 @@ impl Listener {
     }
 
     /// Waits until the client has closed the connection.
+    ///
+    /// # Panics
+    ///
+    /// If it does not.
     pub fn wait_for_close(&self) {
-        self.handle.block_on(self.connection.closed());
+        let closed = async { tokio::time::timeout(LIMIT, self.connection.closed()).await };
+        let closed = self.handle.block_on(closed);
+        closed.expect("the client closes the connection");
     }
 }
 

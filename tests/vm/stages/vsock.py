@@ -75,7 +75,7 @@ def run(stage):
         ["vhost-device-vsock", "--vm", f"guest-cid={CID_GUEST},socket={device},uds-path={carried}"],
     )
     backend.wait_for_path(device, START_LIMIT)
-    # 6.12 sends packets of 64 KiB, of which vhost-device-vsock 0.3 takes 32 KiB and then waits for ever:
+    # 6.12 sends packets of 64 KiB, of which vhost-device-vsock 0.3 takes 32 KiB and loses the rest:
     # VSOCK_KERNEL=6.12 ci/vm vsock shows it.
     kernel = os.environ.get("VSOCK_KERNEL", "6.1")
     vhost = ["-chardev", f"socket,id=vsock,path={device}", "-device", "vhost-user-vsock-pci,chardev=vsock"]
@@ -258,6 +258,7 @@ def record(stage, guest, name, source):
     film, job = start_recording(stage, guest, name, source)
     if job.wait() != 0:
         raise Fault(f"{name} (in the guest) {job.ending()}")
+    stage.check(connections(job) == 1, f"it was connected once ({states(job)})")
     return film
 
 

@@ -23,6 +23,7 @@
 //! | [`inbox`] | from the loop thread to the consumer |
 //! | `stream` | one PipeWire stream and its callbacks |
 //! | `buffers` | the buffers of a stream |
+//! | `raw` | PipeWire's own structures for them |
 //! | `registry` | which nodes there are |
 //! | `worker` | the loop thread itself |
 
@@ -47,6 +48,7 @@ pub mod memory;
 pub mod meta;
 pub mod negotiate;
 pub mod offer;
+mod raw;
 mod registry;
 mod stream;
 pub mod timeline;

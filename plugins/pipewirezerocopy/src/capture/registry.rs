@@ -29,6 +29,14 @@ impl Node {
             .as_ref()
             .is_none_or(|class| class.contains("Video"))
     }
+
+    /// The node with that id, for people.
+    pub fn describe(&self, id: u32) -> String {
+        match &self.name {
+            Some(name) => format!("PipeWire node {id} ({name})"),
+            None => format!("PipeWire node {id}"),
+        }
+    }
 }
 
 #[derive(Debug, Default)]
@@ -186,6 +194,14 @@ mod tests {
         assert!(find(&known(), &Target::Id(30), Some(&other)).is_none());
         assert!(find(&known(), &Target::Id(30), None).is_some());
         assert!(find(&known(), &Target::Id(29), None).is_none());
+    }
+
+    #[test]
+    fn nodes_are_named_for_people() {
+        assert_eq!(Node::default().describe(3), "PipeWire node 3");
+        let mutter = node("mutter", "", "");
+        assert_eq!(mutter.describe(3), "PipeWire node 3 (mutter)");
+        assert_eq!(Target::Object("x".into()).to_string(), "PipeWire node 'x'");
     }
 
     #[test]

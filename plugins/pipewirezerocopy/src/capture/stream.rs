@@ -23,12 +23,13 @@ use pipewire::properties::properties;
 use pipewire::stream::{Stream, StreamFlags, StreamListener, StreamRc, StreamState};
 use pipewire::sys::pw_buffer;
 
-use super::buffers::{Buffer, Chunks, datas, metas};
+use super::buffers::Buffer;
 use super::damage::Damage;
 use super::frame::{Frame, Lease, Pool};
 use super::meta::{Cursor, Metas};
 use super::negotiate::{self, Fixed, PodBytes, StreamFormat};
 use super::offer::Offer;
+use super::raw::{Chunks, datas, metas};
 use super::registry::Node;
 use super::timeline;
 use super::worker::Link;

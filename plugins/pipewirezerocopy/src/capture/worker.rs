@@ -425,7 +425,7 @@ impl Worker {
         else {
             return;
         };
-        let reason = format!("{} has been removed", describe(*id, node));
+        let reason = format!("{} has been removed", node.describe(*id));
         self.vanish(reason, None);
     }
 
@@ -458,10 +458,11 @@ impl Worker {
         } else {
             return;
         };
-        let target = self.past.node.as_ref().map_or_else(
-            || self.config.target.to_string(),
-            |(id, n)| describe(*id, n),
-        );
+        let target = self
+            .past
+            .node
+            .as_ref()
+            .map_or_else(|| self.config.target.to_string(), |(id, n)| n.describe(*id));
         if known {
             let reason = match what {
                 Trouble::Error => format!("the stream from {target} broke off: {reason}"),
@@ -526,7 +527,7 @@ impl Worker {
         if !node.may_be_video() {
             self.link.inbox.put_failed(Failure::Target(format!(
                 "{} is a {}, not a source of video",
-                describe(id, &node),
+                node.describe(id),
                 node.class.as_deref().unwrap_or("thing")
             )));
             return;
@@ -543,7 +544,7 @@ impl Worker {
             offer,
             self.notes.knows_timelines.get(),
         );
-        let what = describe(id, &node);
+        let what = node.describe(id);
         match connected {
             Ok(stream) => {
                 self.log(Level::Info, format_args!("connecting to {what}"));
@@ -596,13 +597,6 @@ impl Worker {
     }
 }
 
-fn describe(id: u32, node: &Node) -> String {
-    match &node.name {
-        Some(name) => format!("PipeWire node {id} ({name})"),
-        None => format!("PipeWire node {id}"),
-    }
-}
-
 /// The daemon's socket as libpipewire finds it (`pipewire(1)`, "ENVIRONMENT VARIABLES").
 fn socket_name() -> String {
     let get = |key: &str| std::env::var_os(key).filter(|value| !value.is_empty());
@@ -617,20 +611,5 @@ fn socket_name() -> String {
             "{} (and neither PIPEWIRE_RUNTIME_DIR nor XDG_RUNTIME_DIR is set)",
             PathBuf::from(remote).display()
         ),
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::super::Target;
-    use super::*;
-
-    #[test]
-    fn nodes_are_named_for_people() {
-        let mut node = Node::default();
-        assert_eq!(describe(3, &node), "PipeWire node 3");
-        node.name = Some("mutter".into());
-        assert_eq!(describe(3, &node), "PipeWire node 3 (mutter)");
-        assert_eq!(Target::Object("x".into()).to_string(), "PipeWire node 'x'");
     }
 }

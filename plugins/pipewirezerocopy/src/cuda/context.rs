@@ -43,10 +43,11 @@ impl Context {
 
     /// The context that somebody shares, if that is what `shared` carries.
     pub fn from_shared(shared: &gst::ContextRef) -> Option<Self> {
-        let library = gstcuda::library().ok()?;
+        // Before anything is loaded: contexts of all kinds are handed around.
         if shared.context_type() != CONTEXT_TYPE {
             return None;
         }
+        let library = gstcuda::library().ok()?;
         let object: gst::Object = shared.structure().get(CONTEXT_TYPE).ok()?;
         // SAFETY: registering a type has no preconditions.
         let class: glib::Type = unsafe { from_glib((library.context_get_type)()) };

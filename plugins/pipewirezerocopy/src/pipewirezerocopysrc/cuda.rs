@@ -27,6 +27,8 @@ pub(super) struct CudaOutput {
     pool: Pool,
     stream: Arc<Stream>,
     context: cuda::Context,
+    /// The driver, NVIDIA's, puts no fences into DMA-BUFs (lesson L14).
+    pub without_fences: bool,
 }
 
 /// An import that is kept with its buffer.
@@ -60,11 +62,10 @@ impl PipeWireZeroCopySrc {
             .ok_or_else(|| Error::Unavailable("there is no GPU".into()))?;
         let obj = self.obj();
         let pad = obj.src_pad();
+        let by_driver = display.cuda_device();
         let own = || {
-            let by_driver = display
-                .cuda_device()
-                .map_or_else(|| cuda::of_node(display.node()), Ok);
-            by_driver.unwrap_or(0)
+            let by_node = || cuda::of_node(display.node()).unwrap_or(0);
+            by_driver.unwrap_or_else(by_node)
         };
         let context = cuda::ensure(obj.upcast_ref(), pad.upcast_ref(), &self.cuda, own)?;
         let before = lock(&self.streaming)
@@ -92,6 +93,7 @@ impl PipeWireZeroCopySrc {
                 pool,
                 stream,
                 context,
+                without_fences: by_driver.is_some(),
             });
         }
         Ok(())

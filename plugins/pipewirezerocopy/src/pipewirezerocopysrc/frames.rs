@@ -126,9 +126,8 @@ impl PipeWireZeroCopySrc {
         let mut changed = false;
         let mut latching = false;
         if let Some(streaming) = &mut *lock(&self.streaming) {
-            let display = streaming.display.as_ref();
-            // NVIDIA's driver has no fences of its own in DMA-BUFs.
-            latching = !explicit && display.is_some_and(|display| display.cuda_device().is_some());
+            let cuda = streaming.cuda.as_ref();
+            latching = !explicit && cuda.is_some_and(|cuda| cuda.without_fences);
             changed = streaming.latch.active != latching;
             streaming.latch.active = latching;
         }

@@ -187,6 +187,12 @@ impl Streaming {
         }
     }
 
+    /// What was given up before, for messages about what that may have led to.
+    fn given_up(&self) -> String {
+        let fallback = self.fallback.as_ref();
+        fallback.map_or_else(String::new, |text| format!("; before that: {text}"))
+    }
+
     /// What to do while no frame comes.
     fn idle_step(&mut self, settings: &LiveSettings, counters: &Counters, now: Instant) -> Step {
         if self.vanished {
@@ -211,10 +217,11 @@ impl Streaming {
                 gst::ResourceError::Read,
                 [
                     "no frame from {} within {limit} ms (first-frame-timeout): {} (what is \
-                     downstream takes {})",
+                     downstream takes {}){}",
                     self.target,
                     counters.stage().advice(),
-                    self.offer
+                    self.offer,
+                    self.given_up()
                 ]
             ));
         }
@@ -305,7 +312,7 @@ impl PipeWireZeroCopySrc {
                         Some(modifier) => format!(", {}", describe(format.format, modifier)),
                         None => " in system memory".into(),
                     },
-                    self.fallback()
+                    self.given_up()
                 ]
             );
             return Err(gst::FlowError::NotNegotiated);
@@ -335,7 +342,7 @@ impl PipeWireZeroCopySrc {
         match meaning {
             OnDisconnect::Error => self.fail(gst::error_msg!(
                 gst::ResourceError::NotFound,
-                ["the producer has vanished: {reason}{}", self.fallback()]
+                ["the producer has vanished: {reason}{}", self.given_up()]
             )),
             OnDisconnect::Eos => {
                 gst::info!(CAT, imp = self, "EOS: {reason}");
@@ -361,11 +368,13 @@ impl PipeWireZeroCopySrc {
         }
     }
 
-    /// What was given up before, for messages about what that may have led to.
-    fn fallback(&self) -> String {
+    /// See [`Streaming::given_up`].
+    fn given_up(&self) -> String {
         let streaming = lock(&self.streaming);
-        let fallback = streaming.as_ref().and_then(|s| s.fallback.as_deref());
-        fallback.map_or_else(String::new, |text| format!("; before that: {text}"))
+        streaming
+            .as_ref()
+            .map(Streaming::given_up)
+            .unwrap_or_default()
     }
 
     /// Posts an error and ends the stream.

@@ -12,6 +12,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use zerocopy_test_support::desktop::Desktop;
 
 mod content;
+mod dmabuf;
 mod hostile;
 mod keepalive;
 mod lifecycle;

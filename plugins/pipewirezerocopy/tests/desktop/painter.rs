@@ -17,8 +17,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use gstpipewirezerocopy::capture::negotiate::PodBytes;
-use gstpipewirezerocopy::capture::{Offer, OfferEntry, PixelFormat, Span};
+use gstpipewirezerocopy::capture::negotiate::{Color, PodBytes};
+use gstpipewirezerocopy::capture::{Offer, OfferEntry, PixelFormat, Span, StreamFormat};
 use libspa::param::ParamType;
 use libspa::pod::serialize::PodSerializer;
 use libspa::pod::{Object, Pod, Property, Value};
@@ -94,6 +94,8 @@ pub struct Canvas {
     pub buffers: u32,
     /// Whether they cannot shrink, as those of compositors.
     pub sealed: bool,
+    /// Whether it calls them DMA-BUFs with these modifiers. Real ones need a kernel that makes them.
+    pub modifiers: &'static [u64],
 }
 
 impl Default for Canvas {
@@ -102,6 +104,17 @@ impl Default for Canvas {
             announced: MEMORY,
             buffers: 8,
             sealed: true,
+            modifiers: &[],
+        }
+    }
+}
+
+impl Canvas {
+    fn memory(self) -> u32 {
+        if self.modifiers.is_empty() {
+            spa_sys::SPA_DATA_MemFd
+        } else {
+            spa_sys::SPA_DATA_DmaBuf
         }
     }
 }
@@ -153,7 +166,7 @@ impl Painter {
         let said = Arc::new(Said::default());
         let saying = said.clone();
         let thread = std::thread::spawn(move || {
-            let offered = offer(format, size);
+            let offered = offer(format, size, canvas);
             run(socket.into(), &name, &offered, canvas, &saying, receiver);
         });
         Self {
@@ -244,7 +257,7 @@ struct State {
 fn run(
     socket: std::os::fd::OwnedFd,
     name: &str,
-    offered: &Offer,
+    offered: &[PodBytes],
     canvas: Canvas,
     said: &Arc<Said>,
     receiver: Receiver<Command>,
@@ -314,8 +327,7 @@ fn run(
         .register()
         .unwrap();
 
-    let pods = offered.pods();
-    let mut params: Vec<&Pod> = pods.iter().map(PodBytes::pod).collect();
+    let mut params: Vec<&Pod> = offered.iter().map(PodBytes::pod).collect();
     stream
         .connect(
             Direction::Output,
@@ -342,7 +354,7 @@ fn run(
             state.still.replace(Some(picture));
         }
         Command::Change(format, size) => {
-            let pods = offer(format, size).pods();
+            let pods = offer(format, size, canvas);
             let mut params: Vec<&Pod> = pods.iter().map(PodBytes::pod).collect();
             stream.update_params(&mut params).unwrap();
         }
@@ -357,14 +369,29 @@ fn run(
     main_loop.run();
 }
 
-fn offer(format: PixelFormat, (width, height): (u32, u32)) -> Offer {
-    let fixed = |n| Span { min: n, max: n };
-    Offer(vec![OfferEntry {
-        formats: vec![format],
-        modifiers: Vec::new(),
-        width: fixed(width),
-        height: fixed(height),
-    }])
+fn offer(format: PixelFormat, (width, height): (u32, u32), canvas: Canvas) -> Vec<PodBytes> {
+    if canvas.modifiers.is_empty() {
+        let fixed = |n| Span { min: n, max: n };
+        let entry = OfferEntry {
+            formats: vec![format],
+            modifiers: Vec::new(),
+            width: fixed(width),
+            height: fixed(height),
+        };
+        return Offer(vec![entry]).pods();
+    }
+    // One by one: a list would be for the producer to choose from, and be asked for its choice.
+    let fixed = |modifier: &u64| StreamFormat {
+        format,
+        width,
+        height,
+        framerate: (0, 1),
+        max_framerate: None,
+        color: Color::default(),
+        modifier: Some(*modifier),
+    };
+    let formats = canvas.modifiers.iter().map(fixed);
+    formats.map(|format| format.pod()).collect()
 }
 
 impl State {
@@ -387,7 +414,7 @@ impl State {
                 int(spa_sys::SPA_PARAM_BUFFERS_size, self.canvas.announced),
                 int(
                     spa_sys::SPA_PARAM_BUFFERS_dataType,
-                    1 << spa_sys::SPA_DATA_MemFd,
+                    1 << self.canvas.memory(),
                 ),
             ],
         );
@@ -446,7 +473,7 @@ impl State {
         // SAFETY: PipeWire passes a buffer with one block, as was asked for, to be filled in.
         unsafe {
             let data = &mut *(*(*raw).buffer).datas;
-            data.type_ = spa_sys::SPA_DATA_MemFd;
+            data.type_ = self.canvas.memory();
             data.flags = spa_sys::SPA_DATA_FLAG_READWRITE;
             data.fd = memory.as_raw_fd().into();
             data.mapoffset = 0;

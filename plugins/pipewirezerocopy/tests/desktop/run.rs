@@ -135,15 +135,17 @@ impl Run {
 
     /// The text of the first error message, with its details; waits for it.
     pub fn error(&self) -> String {
+        self.error_within(LONG).expect("an error message")
+    }
+
+    /// The same, if one comes in time.
+    pub fn error_within(&self, limit: Duration) -> Option<String> {
+        let limit = gst::ClockTime::try_from(limit).unwrap();
         let message = self
             .bus
-            .timed_pop_filtered(
-                gst::ClockTime::try_from(LONG).unwrap(),
-                &[gst::MessageType::Error],
-            )
-            .expect("an error message");
+            .timed_pop_filtered(limit, &[gst::MessageType::Error])?;
         match message.view() {
-            gst::MessageView::Error(error) => describe(error),
+            gst::MessageView::Error(error) => Some(describe(error)),
             _ => unreachable!("filtered"),
         }
     }

@@ -132,7 +132,7 @@ pub fn run(case: &Case, served: &Served) -> Result<Outcome, Box<dyn Error>> {
     Ok(Outcome {
         host_us: (end.1.cpu_us - begin.1.cpu_us) / frames,
         client_us: (end.2.cpu_us - begin.2.cpu_us) / frames,
-        host_switches: (end.1.switches - begin.1.switches) as f64 / frames,
+        host_switches: end.1.switches.saturating_sub(begin.1.switches) as f64 / frames,
         expected,
         lost: expected.saturating_sub(latency_us.len() as u64),
         latency_us,

@@ -49,16 +49,24 @@ pub fn read(dmabuf: impl AsFd, length: usize) -> Outcome<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Writes `bytes` to its beginning.
+/// Writes `bytes` to its beginning, once nobody else uses it.
 pub fn write(dmabuf: impl AsFd, bytes: &[u8]) -> Outcome<()> {
     let fd = dmabuf.as_fd();
+    // SAFETY: the ioctl reads one u64, which lives through the call (struct dma_buf_sync).
+    unsafe { dma_buf_sync(fd.as_raw_fd(), &raw const SYNC_START_WRITE) }?;
+    fill(fd, bytes)?;
+    // SAFETY: as above.
+    unsafe { dma_buf_sync(fd.as_raw_fd(), &raw const SYNC_END_WRITE) }?;
+    Ok(())
+}
+
+/// Writes `bytes` to its beginning, whoever uses it, as the device would that draws there.
+pub fn fill(dmabuf: impl AsFd, bytes: &[u8]) -> Outcome<()> {
     let size = NonZeroUsize::new(bytes.len()).ok_or("nothing to write")?;
     let access = ProtFlags::PROT_READ | ProtFlags::PROT_WRITE;
     // SAFETY: a new mapping at an address that the kernel chooses; it is removed below.
-    let start = unsafe { mmap(None, size, access, MapFlags::MAP_SHARED, fd, 0) }
+    let start = unsafe { mmap(None, size, access, MapFlags::MAP_SHARED, dmabuf.as_fd(), 0) }
         .map_err(|error| format!("mmap a DMA-BUF: {error}"))?;
-    // SAFETY: the ioctl reads one u64, which lives through the call (struct dma_buf_sync).
-    unsafe { dma_buf_sync(fd.as_raw_fd(), &raw const SYNC_START_WRITE) }?;
     // SAFETY: that many bytes are mapped there until the munmap below, and `bytes` are elsewhere.
     unsafe {
         start
@@ -66,8 +74,6 @@ pub fn write(dmabuf: impl AsFd, bytes: &[u8]) -> Outcome<()> {
             .cast::<u8>()
             .copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
     }
-    // SAFETY: as for the first.
-    unsafe { dma_buf_sync(fd.as_raw_fd(), &raw const SYNC_END_WRITE) }?;
     // SAFETY: exactly the mapping from above, of which nothing is borrowed any more.
     unsafe { munmap(start, bytes.len()) }?;
     Ok(())

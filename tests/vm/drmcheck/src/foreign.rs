@@ -99,6 +99,15 @@ pub fn make(kind: Foreign, width: u32, height: u32) -> Outcome<(OwnedFd, u32)> {
     })
 }
 
+/// Shared memory that cannot shrink, as compositors have it.
+pub fn sealed_memfd(size: usize) -> Outcome<OwnedFd> {
+    let memory = from_memfd(size).map_err(|missing| match missing {
+        Missing::Absent(why) | Missing::Broken(why) => format!("a memfd: {why}"),
+    })?;
+    fcntl(&memory, FcntlArg::F_ADD_SEALS(SealFlag::F_SEAL_SHRINK))?;
+    Ok(memory)
+}
+
 fn try_to_make(kind: Foreign, width: u32, height: u32) -> Made {
     let stride = 4 * width;
     let size = (stride * height) as usize;

@@ -13,6 +13,7 @@ use clap::{Parser, Subcommand};
 
 mod buffers;
 mod cuda;
+mod capture;
 mod dmabuf;
 mod draw;
 mod egl;
@@ -46,6 +47,9 @@ enum Command {
     /// Copies DMA-BUFs into CUDA memory by drawing them, with a libcuda that only looks like one, and
     /// compares what is there: "cuda WHAT: right", or what else it is.
     Cuda,
+    /// Plays scenes with a producer of PipeWire DMA-BUFs and pipewirezerocopysrc: "capture NAME: right", or
+    /// what is wrong.
+    Capture(capture::Options),
     /// Draws pictures into DMA-BUFs of one kind, sends them through vsockenc and records what comes back.
     Send(send::Options),
     /// Has qemudisplaysrc show DMA-BUFs of each kind and compares: "screen KIND HOW: right", or what is
@@ -79,6 +83,7 @@ fn main() -> ExitCode {
         Command::Refusals => foreign::show(),
         Command::Egl => egl::show(),
         Command::Cuda => cuda::show(),
+        Command::Capture(options) => capture::show(&options),
         Command::Send(options) => send::show(&options),
         Command::Output {
             name,

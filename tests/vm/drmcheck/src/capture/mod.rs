@@ -1,0 +1,535 @@
+// SPDX-License-Identifier: MIT OR Apache-2.0
+
+//! What pipewirezerocopysrc makes of producers of DMA-BUFs: our own, which do what compositors do only
+//! with the right hardware, and what they should not do.
+//!
+//! Each scene is a producer and a pipeline, and says "capture NAME: right", or what is wrong. PipeWire
+//! and a session manager must run.
+
+use std::cell::Cell;
+use std::time::{Duration, Instant};
+
+mod canvas;
+mod pods;
+mod producer;
+mod run;
+mod sync;
+
+use canvas::{Memory, Pixels, Style};
+use pods::Offer;
+use producer::{Event, Producer, STALE, Shown, When};
+use run::{Frame, Run};
+
+use crate::Outcome;
+
+/// DRM_FORMAT_MOD_LINEAR.
+const LINEAR: u64 = 0;
+/// DRM_FORMAT_MOD_INVALID: whoever made the memory knows.
+const UNSAID: u64 = 0x00ff_ffff_ffff_ffff;
+/// I915_FORMAT_MOD_X_TILED: nobody here reads that.
+const TILED: u64 = (1 << 56) | 1;
+/// Pixels.
+const SIZE: (u32, u32) = (64, 48);
+/// What takes either memory.
+const ANY: &str = "video/x-raw(memory:DMABuf); video/x-raw";
+/// Catches a hang; nothing takes nearly as long, on a busy emulated processor either.
+const LIMIT: Duration = Duration::from_secs(60);
+/// A picture that meets a busy machine is thrown away by PipeWire: shown again after this.
+const AGAIN: Duration = Duration::from_secs(1);
+/// A frame that comes within this has not waited for its picture.
+const TOO_EARLY: Duration = Duration::from_millis(300);
+/// What comes later than this may have waited as long as the element ever does, on a busy machine.
+const GIVEN_UP: Duration = Duration::from_millis(900);
+
+/// Which scenes to play.
+#[derive(Debug, clap::Args)]
+pub struct Options {
+    /// Their names; all without one.
+    names: Vec<String>,
+}
+
+type Scene = fn(&str) -> Outcome<()>;
+
+const SCENES: &[(&str, Scene)] = &[
+    ("dumb", |node| {
+        passed_on(node, Pixels::Bgrx, padded(Memory::Dumb))
+    }),
+    ("vgem", |node| {
+        passed_on(node, Pixels::Bgrx, padded(Memory::Vgem))
+    }),
+    ("udmabuf", |node| {
+        passed_on(node, Pixels::Bgrx, Style::plain(Memory::Udmabuf))
+    }),
+    ("heap", |node| {
+        passed_on(node, Pixels::Bgrx, Style::plain(Memory::Heap))
+    }),
+    ("rgba", |node| {
+        passed_on(node, Pixels::Rgba, Style::plain(Memory::Dumb))
+    }),
+    ("offset", |node| {
+        let more_rows = (3, 2);
+        let no_sizes = true;
+        let style = Style {
+            more_rows,
+            no_sizes,
+            ..padded(Memory::Dumb)
+        };
+        passed_on(node, Pixels::Bgrx, style)
+    }),
+    ("nv12", |node| {
+        passed_on(node, Pixels::Nv12, padded(Memory::Dumb))
+    }),
+    ("nv12-apart", |node| {
+        let style = Style {
+            apart: true,
+            ..padded(Memory::Dumb)
+        };
+        passed_on(node, Pixels::Nv12, style)
+    }),
+    ("system", system),
+    ("read", read),
+    ("second-modifier", second_modifier),
+    ("no-modifier", no_modifier),
+    ("refused-modifier", refused_modifier),
+    ("refused-strict", refused_strict),
+    ("resized", resized),
+    ("reformatted", reformatted),
+    ("format-twice", format_twice),
+    ("modifier-dropped", modifier_dropped),
+    ("held", held),
+    ("hoarded", hoarded),
+    ("no-sync", no_sync),
+    ("implicit", implicit),
+    ("explicit", explicit),
+    ("explicit-dropped", explicit_dropped),
+    ("explicit-stopped", explicit_stopped),
+];
+
+/// Plays the scenes.
+pub fn show(options: &Options) -> Outcome<()> {
+    gst::init()?;
+    let known = |name: &String| SCENES.iter().any(|(scene, _)| scene == name);
+    if let Some(name) = options.names.iter().find(|name| !known(name)) {
+        return Err(format!("no scene {name}").into());
+    }
+    for (name, scene) in SCENES {
+        if !options.names.is_empty() && !options.names.iter().any(|wanted| wanted == name) {
+            continue;
+        }
+        let start = Instant::now();
+        match scene(&format!("scene-{name}")) {
+            Ok(()) => println!("capture {name}: right"),
+            Err(error) => println!("capture {name}: wrong: {error}"),
+        }
+        eprintln!("{name} took {:.1} s", start.elapsed().as_secs_f32());
+    }
+    Ok(())
+}
+
+/// Memory that is wider and higher than the picture.
+fn padded(memory: Memory) -> Style {
+    Style {
+        more_columns: 16,
+        more_rows: (0, 16),
+        ..Style::plain(memory)
+    }
+}
+
+fn offer(pixels: Pixels, modifiers: &[u64], shared: bool) -> Offer {
+    Offer {
+        pixels,
+        size: SIZE,
+        modifiers: modifiers.to_vec(),
+        shared,
+    }
+}
+
+/// A producer and who takes its frames.
+struct Stage {
+    producer: Producer,
+    run: Run,
+    pixels: Cell<Pixels>,
+    size: Cell<(u32, u32)>,
+}
+
+impl Stage {
+    fn start(node: &str, offer: Offer, style: Style, mode: &str) -> Outcome<Self> {
+        Self::with_sync(node, offer, style, mode, false)
+    }
+
+    fn with_sync(node: &str, offer: Offer, style: Style, mode: &str, sync: bool) -> Outcome<Self> {
+        let (pixels, size) = (offer.pixels, offer.size);
+        let producer = Producer::start(node, offer, style, sync)?;
+        let run = Run::start(node, mode, ANY)?;
+        Ok(Self {
+            producer,
+            run,
+            pixels: Cell::new(pixels),
+            size: Cell::new(size),
+        })
+    }
+
+    /// The modifier that is agreed on.
+    fn agreed(&self) -> Outcome<Option<u64>> {
+        self.producer.wait(LIMIT, |event| match event {
+            Event::Format(modifier) => Some(modifier),
+            _ => None,
+        })
+    }
+
+    fn compare(&self, frame: &Frame, number: u8) -> Outcome<()> {
+        frame.compare(self.pixels.get(), self.size.get(), number)
+    }
+
+    /// The frame with picture `number`, which is shown until it comes.
+    fn shown(&self, number: u8) -> Outcome<(Frame, Shown)> {
+        let end = Instant::now() + LIMIT;
+        let mut why = "nothing came".to_owned();
+        while Instant::now() < end {
+            let shown = self.show(number, When::Before)?;
+            while let Some(frame) = self.run.frame(AGAIN)? {
+                match self.compare(&frame, number) {
+                    Ok(()) => return Ok((frame, shown)),
+                    // What was shown before, or its caps, may come once more.
+                    Err(error) => why = error.to_string(),
+                }
+            }
+        }
+        Err(format!("picture {number} did not come: {why}").into())
+    }
+
+    /// Returns when the picture has left the producer.
+    fn show(&self, number: u8, when: When) -> Outcome<Shown> {
+        self.producer.show(number, when);
+        self.producer.wait(LIMIT, |event| match event {
+            Event::Shown(shown) => Some(shown),
+            _ => None,
+        })
+    }
+
+    fn finish(&self) -> Outcome<()> {
+        self.producer.finish();
+        let finished = |event| matches!(event, Event::Finished).then_some(());
+        self.producer.wait(LIMIT, finished)
+    }
+
+    /// Shows a picture that is not drawn yet, and then draws it, unless a frame with nothing in it has come
+    /// before. Returns what there is to know of its buffer; none where the machine was too busy to tell.
+    fn late(&self, number: u8) -> Outcome<Option<Shown>> {
+        let start = Instant::now();
+        let shown = self.show(number, When::After)?;
+        while let Some(frame) = self.run.frame(TOO_EARLY)? {
+            if self.compare(&frame, STALE).is_ok() {
+                return match start.elapsed() {
+                    early if early < GIVEN_UP => Err("it came before it was drawn".into()),
+                    _ => Ok(None),
+                };
+            }
+            // What was shown before may come once more.
+        }
+        Ok(Some(shown))
+    }
+
+    /// A frame that leaves undrawn must come when it is drawn, and not before.
+    fn waited_for(&self, number: u8) -> Outcome<()> {
+        let end = Instant::now() + LIMIT;
+        while Instant::now() < end {
+            let shown = self.late(number)?;
+            self.finish()?;
+            if shown.is_none() {
+                continue;
+            }
+            while let Some(frame) = self.run.frame(AGAIN)? {
+                if self.compare(&frame, number).is_ok() {
+                    return Ok(());
+                }
+            }
+        }
+        Err("a picture that was drawn late did not come".into())
+    }
+}
+
+fn expect(what: &str, seen: impl Into<String>, wanted: &str) -> Outcome<()> {
+    let seen = seen.into();
+    if seen == wanted {
+        return Ok(());
+    }
+    Err(format!("{what} is {seen}, not {wanted}").into())
+}
+
+fn expect_dmabuf(frame: &Frame, wanted: bool) -> Outcome<()> {
+    let words = |is: bool| if is { "DMA-BUF" } else { "system" };
+    expect("its memory", words(frame.is_dmabuf()?), words(wanted))
+}
+
+/// Frames are the producer's own DMA-BUFs, with the right picture in them.
+fn passed_on(node: &str, pixels: Pixels, style: Style) -> Outcome<()> {
+    let stage = Stage::start(node, offer(pixels, &[LINEAR], false), style, "dmabuf")?;
+    for number in 1..=8 {
+        let (frame, shown) = stage.shown(number)?;
+        expect_dmabuf(&frame, true)?;
+        if style.memory == Memory::Dumb && !style.apart && frame.resource()? == 0 {
+            return Err("a resource without a number".into());
+        }
+        if number == 1 && shown.resource.is_some() != (style.memory == Memory::Dumb) {
+            return Err("only dumb buffers are resources".into());
+        }
+    }
+    expect("memory", stage.run.stat("memory"), "dmabuf")?;
+    expect("copies", stage.run.stat("copies"), "0")
+}
+
+/// `output-mode=system` takes shared memory from who has both.
+fn system(node: &str) -> Outcome<()> {
+    let offer = offer(Pixels::Bgrx, &[LINEAR], true);
+    let stage = Stage::start(node, offer, padded(Memory::Dumb), "system")?;
+    expect("modifier", format!("{:?}", stage.agreed()?), "None")?;
+    let (frame, _) = stage.shown(1)?;
+    expect_dmabuf(&frame, false)
+}
+
+/// And reads DMA-BUFs of who has nothing else.
+fn read(node: &str) -> Outcome<()> {
+    let offer = offer(Pixels::Bgrx, &[LINEAR], false);
+    let stage = Stage::start(node, offer, padded(Memory::Dumb), "system")?;
+    for number in 1..=3 {
+        expect_dmabuf(&stage.shown(number)?.0, false)?;
+    }
+    expect("memory", stage.run.stat("memory"), "system")
+}
+
+/// Of a producer's modifiers, one that works here is taken, though it prefers another.
+fn second_modifier(node: &str) -> Outcome<()> {
+    let offer = offer(Pixels::Bgrx, &[TILED, LINEAR], false);
+    let stage = Stage::start(node, offer, padded(Memory::Dumb), "dmabuf")?;
+    expect("modifier", format!("{:?}", stage.agreed()?), "Some(0)")?;
+    expect_dmabuf(&stage.shown(1)?.0, true)
+}
+
+/// A producer that says nothing about modifiers, and then names one.
+fn no_modifier(node: &str) -> Outcome<()> {
+    let offer = |modifier| offer(Pixels::Bgrx, &[modifier], false);
+    let stage = Stage::start(node, offer(UNSAID), padded(Memory::Dumb), "dmabuf")?;
+    expect(
+        "modifier",
+        format!("{:x?}", stage.agreed()?),
+        "Some(ffffffffffffff)",
+    )?;
+    expect_dmabuf(&stage.shown(1)?.0, true)?;
+    stage.producer.offer(offer(LINEAR));
+    expect("modifier", format!("{:x?}", stage.agreed()?), "Some(0)")?;
+    expect_dmabuf(&stage.shown(2)?.0, true)
+}
+
+/// Where none works, `auto` takes shared memory.
+fn refused_modifier(node: &str) -> Outcome<()> {
+    let offer = offer(Pixels::Bgrx, &[TILED], true);
+    let stage = Stage::start(node, offer, padded(Memory::Dumb), "auto")?;
+    expect("modifier", format!("{:?}", stage.agreed()?), "None")?;
+    expect_dmabuf(&stage.shown(1)?.0, false)?;
+    expect("memory", stage.run.stat("memory"), "system")
+}
+
+/// And `dmabuf` is an error.
+fn refused_strict(node: &str) -> Outcome<()> {
+    let offer = offer(Pixels::Bgrx, &[TILED], true);
+    let stage = Stage::start(node, offer, padded(Memory::Dumb), "dmabuf")?;
+    let error = stage.run.error(LIMIT)?;
+    eprintln!("{error}");
+    Ok(())
+}
+
+/// Another size in mid-stream.
+fn resized(node: &str) -> Outcome<()> {
+    let mut offer = offer(Pixels::Bgrx, &[LINEAR], true);
+    let stage = Stage::start(node, offer.clone(), padded(Memory::Dumb), "dmabuf")?;
+    stage.shown(1)?;
+    for (number, size) in [(2, (96, 32)), (3, (16, 16)), (4, SIZE)] {
+        offer.size = size;
+        stage.size.set(size);
+        stage.producer.offer(offer.clone());
+        expect_dmabuf(&stage.shown(number)?.0, true)?;
+    }
+    Ok(())
+}
+
+/// Other pixels in mid-stream.
+fn reformatted(node: &str) -> Outcome<()> {
+    let mut offer = offer(Pixels::Bgrx, &[LINEAR], true);
+    let stage = Stage::start(node, offer.clone(), padded(Memory::Dumb), "dmabuf")?;
+    stage.shown(1)?;
+    for (number, pixels) in [(2, Pixels::Rgba), (3, Pixels::Nv12), (4, Pixels::Bgrx)] {
+        offer.pixels = pixels;
+        stage.pixels.set(pixels);
+        stage.producer.offer(offer.clone());
+        expect_dmabuf(&stage.shown(number)?.0, true)?;
+    }
+    Ok(())
+}
+
+/// The same format once more, after each picture (L5). It came twice already: when the producer was
+/// asked for a modifier, and when it had chosen.
+fn format_twice(node: &str) -> Outcome<()> {
+    let offer = offer(Pixels::Bgrx, &[LINEAR], true);
+    let stage = Stage::start(node, offer.clone(), padded(Memory::Dumb), "dmabuf")?;
+    for number in 1..=4 {
+        expect_dmabuf(&stage.shown(number)?.0, true)?;
+        stage.producer.offer(offer.clone());
+    }
+    Ok(())
+}
+
+/// A producer that can make no DMA-BUFs any more, and then again.
+fn modifier_dropped(node: &str) -> Outcome<()> {
+    let offer = |modifiers: &[u64]| offer(Pixels::Bgrx, modifiers, true);
+    let stage = Stage::start(node, offer(&[LINEAR]), padded(Memory::Dumb), "auto")?;
+    expect_dmabuf(&stage.shown(1)?.0, true)?;
+    stage.producer.offer(offer(&[]));
+    stage.agreed()?;
+    expect_dmabuf(&stage.shown(2)?.0, false)?;
+    stage.producer.offer(offer(&[LINEAR]));
+    stage.agreed()?;
+    expect_dmabuf(&stage.shown(3)?.0, true)
+}
+
+/// A frame that somebody keeps is not drawn over.
+fn held(node: &str) -> Outcome<()> {
+    let offer = offer(Pixels::Bgrx, &[LINEAR], false);
+    let stage = Stage::start(node, offer, padded(Memory::Dumb), "dmabuf")?;
+    let (first, _) = stage.shown(1)?;
+    for number in 2..=20 {
+        stage.shown(number)?;
+    }
+    stage.compare(&first, 1)
+}
+
+/// Somebody keeps all that comes: the producer goes on, and so does the stream once frames are let go.
+fn hoarded(node: &str) -> Outcome<()> {
+    let offer = offer(Pixels::Bgrx, &[LINEAR], false);
+    let stage = Stage::start(node, offer, padded(Memory::Dumb), "dmabuf")?;
+    let (first, _) = stage.shown(1)?;
+    let mut kept = vec![(1, first)];
+    for number in 2..=12 {
+        stage.show(number, When::Before)?;
+        if let Some(frame) = stage.run.frame(TOO_EARLY)? {
+            kept.push((number, frame));
+        }
+    }
+    if kept.len() < 2 {
+        return Err("nothing may be kept".into());
+    }
+    for (number, frame) in &kept {
+        stage.compare(frame, *number)?;
+    }
+    drop(kept);
+    stage.shown(13)?;
+    Ok(())
+}
+
+/// What the next scenes would see of somebody who does not wait: without a fence nobody can.
+fn no_sync(node: &str) -> Outcome<()> {
+    let offer = offer(Pixels::Bgrx, &[LINEAR], false);
+    let stage = Stage::start(node, offer, padded(Memory::Dumb), "dmabuf")?;
+    stage.shown(1)?;
+    let end = Instant::now() + LIMIT;
+    while Instant::now() < end {
+        stage.show(2, When::After)?;
+        if let Some(frame) = stage.run.frame(AGAIN)? {
+            return stage.compare(&frame, STALE);
+        }
+    }
+    Err("nothing came".into())
+}
+
+/// A fence on the DMA-BUF is waited for.
+fn implicit(node: &str) -> Outcome<()> {
+    let offer = offer(Pixels::Bgrx, &[LINEAR], false);
+    let stage = Stage::start(node, offer, padded(Memory::Vgem), "dmabuf")?;
+    stage.shown(1)?;
+    for number in 2..=4 {
+        stage.waited_for(number)?;
+    }
+    expect("sync", stage.run.stat("sync"), "implicit")
+}
+
+fn explicit_stage(node: &str) -> Outcome<Stage> {
+    let offer = offer(Pixels::Bgrx, &[LINEAR], true);
+    Stage::with_sync(node, offer, padded(Memory::Dumb), "dmabuf", true)
+}
+
+/// Acquire points are waited for; release points are signalled when a frame is done with, not before.
+fn explicit(node: &str) -> Outcome<()> {
+    let stage = explicit_stage(node)?;
+    let (frame, shown) = stage.shown(1)?;
+    let release = shown.release.ok_or("no explicit sync was agreed on")?;
+    expect("sync", stage.run.stat("sync"), "explicit")?;
+    for number in 2..=4 {
+        stage.waited_for(number)?;
+    }
+    if release.within(Duration::ZERO)? {
+        return Err("released while somebody had it".into());
+    }
+    stage.compare(&frame, 1)?;
+    drop(frame);
+    if !release.within(LIMIT)? {
+        return Err("never released".into());
+    }
+    // More than there are buffers: each is used again only when it was released.
+    for number in 5..=20 {
+        stage.shown(number)?;
+    }
+    Ok(())
+}
+
+/// Frames that nobody takes are released as well.
+fn explicit_dropped(node: &str) -> Outcome<()> {
+    let stage = explicit_stage(node)?;
+    let (_, first) = stage.shown(1)?;
+    let mut releases = vec![first.release];
+    for number in 2..=12 {
+        let before = stage.run.seen();
+        releases.push(stage.show(number, When::Before)?.release);
+        // One after another: what PipeWire throws away, because somebody is busy, nobody releases.
+        let end = Instant::now() + AGAIN;
+        while stage.run.seen() == before && Instant::now() < end {
+            // Nobody tells when a frame is dropped.
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+    let releases: Option<Vec<_>> = releases.into_iter().collect();
+    let releases = releases.ok_or("no explicit sync was agreed on")?;
+    while stage.run.frame(AGAIN)?.is_some() {}
+    stage.run.stop()?;
+    let dropped: usize = stage.run.stat("dropped").parse()?;
+    if dropped == 0 {
+        return Err("nothing was dropped".into());
+    }
+    for (index, release) in releases.iter().enumerate() {
+        if !release.within(LIMIT)? {
+            return Err(format!("frame {index} of {} was never released", releases.len()).into());
+        }
+    }
+    Ok(())
+}
+
+/// A picture that is never drawn does not keep the pipeline from ending, nor the next one from beginning.
+fn explicit_stopped(node: &str) -> Outcome<()> {
+    let stage = explicit_stage(node)?;
+    stage.shown(1)?;
+    stage.late(2)?;
+    let took = stage.run.stop()?;
+    eprintln!("stopped within {took:?}");
+    if took > LIMIT / 4 {
+        return Err(format!("stopping took {took:?}").into());
+    }
+    let Stage { producer, .. } = stage;
+    let run = Run::start(node, "dmabuf", ANY)?;
+    let stage = Stage {
+        producer,
+        run,
+        pixels: Cell::new(Pixels::Bgrx),
+        size: Cell::new(SIZE),
+    };
+    stage.shown(3)?;
+    Ok(())
+}
