@@ -14,6 +14,9 @@ use crate::{Outcome, virtgpu};
 /// An error that has ended the stream is on the bus already, behind other messages.
 const SAID: Duration = Duration::from_secs(1);
 
+/// The element gives a daemon 5 s to answer, which a busy emulated machine may take.
+const STARTS: u32 = 3;
+
 /// The pipeline. It ends with the value.
 pub struct Run {
     pipeline: gst::Pipeline,
@@ -53,6 +56,12 @@ impl Run {
             source,
             sink,
         };
+        for _ in 1..STARTS {
+            if run.pipeline.set_state(gst::State::Playing).is_ok() {
+                return Ok(run);
+            }
+            run.stop()?;
+        }
         if run.pipeline.set_state(gst::State::Playing).is_err() {
             return Err(run.error(SAID)?.into());
         }
