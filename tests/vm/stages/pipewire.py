@@ -20,6 +20,7 @@ from gi.repository import Gst, GstApp  # noqa: E402, F401
 import desktop  # noqa: E402
 import pattern  # noqa: E402
 from stages.drm import TRACED  # noqa: E402
+from stages.gl import NEWER  # noqa: E402
 from stages.resource import HOST, start_resolver, stop  # noqa: E402
 
 # Of weston's screen. Mesa's software renderer makes buffers in steps of 64 pixels.
@@ -68,11 +69,15 @@ SOURCE = (
 # DMA-BUFs are taken, but none that weston can make.
 REFUSED = "video/x-raw(memory:DMABuf),format=DMA_DRM,drm-format=XR24:0x0100000000000001;video/x-raw"
 SCENES = {
-    "dumb", "vgem", "udmabuf", "heap", "rgba", "offset", "nv12", "nv12-apart", "system", "read",
-    "second-modifier", "no-modifier", "refused-modifier", "refused-strict", "refused-caps", "read-by-gpu",
-    "modifier-dropped",
+    "dumb", "vgem", "udmabuf", "heap", "rgba", "offset", "nv12", "nv12-apart", "system", "read", "read-by-gpu",
+    "second-modifier", "no-modifier", "refused-modifier", "refused-strict", "refused-caps", "modifier-dropped",
     "resized", "reformatted", "format-twice", "held", "hoarded",
     "no-sync", "implicit", "explicit", "explicit-dropped", "explicit-stopped",
+}
+# Those in which caps matter, for what was built with GStreamer 1.24's DMA_DRM caps (see gl.py).
+NEWER_SCENES = {
+    "dumb", "rgba", "nv12", "second-modifier", "refused-modifier", "refused-caps", "reformatted",
+    "modifier-dropped",
 }
 
 
@@ -212,8 +217,21 @@ def draw():
 def play_scenes(stage, guest):
     """Each scene of drmcheck says of itself what is right."""
     guest.run("vgem", "modprobe vgem", START_LIMIT)
-    said = guest.run("scenes", "exec drmcheck capture", 4 * LIMIT)
+    with stage.part("plain caps, as before GStreamer 1.24"):
+        check_scenes(stage, guest, "plain", "drmcheck capture", SCENES)
+    if (stage.system.source / NEWER / "drmcheck").exists():
+        with stage.part("DMA_DRM caps"):
+            command = f"GST_PLUGIN_PATH=/src/{NEWER} GST_REGISTRY=/tmp/registry /src/{NEWER}/drmcheck capture"
+            command += f" {' '.join(sorted(NEWER_SCENES))}"
+            check_scenes(stage, guest, "dma-drm", command, NEWER_SCENES)
+    else:
+        stage.say(f"not run: DMA_DRM caps, which ci/debian13 builds in {NEWER}")
+
+
+def check_scenes(stage, guest, name, command, scenes):
+    """Runs the program, which must have played these and no others."""
+    said = guest.run(f"scenes-{name}", command, 4 * LIMIT)
     results = dict(re.findall(r"^capture ([\w-]+): (.*)$", said, re.MULTILINE))
-    stage.check(set(results) == SCENES, f"{len(results)} scenes")
-    for name, result in results.items():
-        stage.check(result == "right", f"{name}: {result}")
+    stage.check(set(results) == scenes, f"{name}: {len(results)} scenes")
+    for scene, result in results.items():
+        stage.check(result == "right", f"{name}: {scene}: {result}")

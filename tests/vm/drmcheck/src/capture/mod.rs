@@ -374,7 +374,7 @@ fn read_by_gpu(node: &str) -> Outcome<()> {
     Ok(())
 }
 
-/// And `dmabuf` is an error.
+/// Where none works, `dmabuf` is an error.
 fn refused_strict(node: &str) -> Outcome<()> {
     let offer = offer(Pixels::Bgrx, &[TILED], true);
     let stage = Stage::start(node, offer, padded(Memory::Dumb), "dmabuf")?;
