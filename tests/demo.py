@@ -30,7 +30,7 @@ from gi.repository import Gst  # noqa: E402
 
 import pattern  # noqa: E402
 import verify  # noqa: E402
-from desktop import Desktop, DesktopError  # noqa: E402
+from desktop import Child, Desktop, DesktopError  # noqa: E402
 from screen_vm import ScreenVm  # noqa: E402
 
 WIDTH, HEIGHT, FPS = 1280, 720, 30
@@ -113,14 +113,6 @@ class Host:
                     raise DemoError(f"helix-host does not listen on {address}{self.tail()}")
                 time.sleep(0.05)
 
-    def wait_said(self, text, since):
-        """Returns when `text` is in the log behind its byte `since`."""
-        deadline = time.monotonic() + HOST_START_TIMEOUT
-        while text.encode() not in pathlib.Path(self.log).read_bytes()[since:]:
-            if self.process.poll() is not None or time.monotonic() > deadline:
-                raise DemoError(f'helix-host did not say "{text}"{self.tail()}')
-            time.sleep(0.05)
-
     def cpu_ms(self):
         """CPU time so far, all threads, in ms (proc(5): utime and stime are fields 14 and 15)."""
         fields = pathlib.Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
@@ -169,12 +161,24 @@ def moving_client(desktop):
 
 @contextlib.contextmanager
 def virtual_machine(host, output):
-    """A virtual machine that shows the known picture, and that the host sees."""
-    before = pathlib.Path(host.log).stat().st_size
+    """A virtual machine that shows the known picture, and somebody who watches it already.
+
+    QEMU draws only while somebody watches: the very first picture is the one from before that.
+    """
+    viewer = f"gst-launch-1.0 -v scanoutsrc scanout-id=0 socket-path={host.socket} ! fakesink"
     with ScreenVm(WIDTH, HEIGHT, FPS, host.qmp, output):
-        # QEMU draws for whoever looks: the very first picture is the one from before that.
-        host.wait_said("connected to QEMU", before)
-        yield
+        # That of another attempt.
+        (output / "screen-viewer.log").unlink(missing_ok=True)
+        viewer = Child("screen-viewer", viewer.split(), os.environ, output)
+        try:
+            deadline = time.monotonic() + FIRST_FRAME_TIMEOUT
+            while f"width=(int){WIDTH}" not in viewer.log.read_text(errors="replace"):
+                if viewer.process.poll() is not None or time.monotonic() > deadline:
+                    raise DemoError(f"no picture of the virtual machine\n{viewer.tail()}")
+                time.sleep(0.05)
+            yield
+        finally:
+            viewer.stop()
 
 
 def stages(desktop, host, output):

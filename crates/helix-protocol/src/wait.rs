@@ -186,8 +186,9 @@ impl Waiter {
     }
 
     /// Registers `fd` for reading alone: a unix socket becomes writable anew whenever its peer has
-    /// read something, and each time somebody would wake up for nothing.
-    pub(crate) fn register_for_reading(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
+    /// read something, and each time somebody would wake up for nothing. An eventfd is writable all
+    /// the time.
+    pub fn register_for_reading(&self, fd: BorrowedFd<'_>) -> io::Result<()> {
         self.register_for(fd, Interest::READABLE)
     }
 
@@ -289,6 +290,17 @@ mod tests {
             waiter.wait(Deadline::after(Duration::ZERO)).unwrap(),
             Wake::TimedOut
         );
+    }
+
+    #[test]
+    fn who_only_reads_is_not_woken_by_what_can_only_be_written() {
+        let (reader, mut writer) = UnixStream::pair().unwrap();
+        let mut waiter = Waiter::new().unwrap();
+        waiter.register_for_reading(reader.as_fd()).unwrap();
+        let now = Deadline::after(Duration::ZERO);
+        assert_eq!(waiter.wait(now).unwrap(), Wake::TimedOut);
+        writer.write_all(b"!").unwrap();
+        assert_eq!(waiter.wait(Deadline::after(LONG)).unwrap(), Wake::Ready);
     }
 
     #[test]

@@ -20,7 +20,7 @@ NEWER = "target/debian13/release"
 def run(stage):
     with stage.guest("guest", "6.12", ["-device", "virtio-gpu-pci"]) as guest:
         stage.say(f"guest with Linux {guest.kernel} up after {guest.boot_seconds:.1f} s")
-        guest.run("modules", "modprobe --all virtio-gpu vgem", 20)
+        guest.run("modules", "modprobe --all virtio-gpu vgem", LIMIT)
         with stage.part("plain caps, as before GStreamer 1.24"):
             check(stage, guest, "plain", "drmcheck screen")
         if (stage.system.source / NEWER / "drmcheck").exists():

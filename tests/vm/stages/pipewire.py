@@ -69,8 +69,9 @@ SOURCE = (
 REFUSED = "video/x-raw(memory:DMABuf),format=DMA_DRM,drm-format=XR24:0x0100000000000001;video/x-raw"
 SCENES = {
     "dumb", "vgem", "udmabuf", "heap", "rgba", "offset", "nv12", "nv12-apart", "system", "read",
+    "second-modifier", "no-modifier", "refused-modifier", "refused-strict", "refused-caps", "read-by-gpu",
+    "modifier-dropped",
     "cuda", "cuda-rgba", "cuda-nv12", "cuda-lost", "cuda-exhausted", "cuda-strict",
-    "second-modifier", "no-modifier", "refused-modifier", "refused-strict", "modifier-dropped",
     "resized", "reformatted", "format-twice", "held", "hoarded",
     "no-sync", "implicit", "explicit", "explicit-dropped", "explicit-stopped",
 }

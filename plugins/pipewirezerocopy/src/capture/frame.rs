@@ -424,6 +424,25 @@ pub(super) mod tests {
         }
     }
 
+    /// Frames in DMA-BUFs of one pool of `buffers`.
+    pub fn frames_in_dmabufs(count: usize, buffers: usize, counters: &Arc<Counters>) -> Vec<Frame> {
+        let pool = Arc::new(Pool::default());
+        for _ in 0..buffers {
+            pool.add();
+        }
+        let frames = (0..count).map(|_| {
+            let mut frame = frame_of(&[0; 64], (2, 2), 8, 0, counters);
+            let file = dmabuf::tests::memory(&[0; 64]);
+            let (buffer, _) = dmabuf::DmaBuffer::new(&[file.as_fd()]).unwrap();
+            let plane = dmabuf::Plane::default();
+            let picture = DmaBufPicture::new(buffer.into(), dmabuf::LINEAR, (2, 2), &[plane]);
+            frame.pixels = Pixels::DmaBuf(picture.unwrap());
+            frame.lease.pool = pool.clone();
+            frame
+        });
+        frames.collect()
+    }
+
     fn frame(bytes: &[u8], width: u32, height: u32, stride: i32) -> (Frame, Arc<Counters>) {
         let counters = Arc::new(Counters::default());
         let frame = frame_of(bytes, (width, height), stride, 8, &counters);
@@ -495,6 +514,18 @@ pub(super) mod tests {
         drop(parts);
         assert_eq!(counters.held.load(Ordering::Relaxed), 0);
         assert_eq!(pool.passed.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_frame_in_dmabufs_is_read_by_rows_and_never_in_place() {
+        let counters = Arc::new(Counters::default());
+        let frame = frames_in_dmabufs(1, 8, &counters).remove(0);
+        assert!(!frame.is_mapped());
+        let access = frame.begin_cpu_access().unwrap();
+        assert!(frame.copy_plane(0, &mut [1; 16], 8, None));
+        drop(access);
+        assert!(frame.parts().is_empty());
+        assert_eq!(counters.held.load(Ordering::Relaxed), 0);
     }
 
     #[test]

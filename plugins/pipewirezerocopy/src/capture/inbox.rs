@@ -264,7 +264,7 @@ fn is_stuck(frame: &Frame) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::capture::frame::tests::frame_of;
+    use crate::capture::frame::tests::{frame_of, frames_in_dmabufs};
     use crate::capture::geometry::Region;
     use std::time::Duration;
     use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake};
@@ -341,6 +341,41 @@ mod tests {
         assert!(!woken(&mut waiter), "frames are not waited for");
         inbox.put_vanished("gone".into());
         assert!(woken(&mut waiter), "news are");
+    }
+
+    #[test]
+    fn a_frame_that_can_only_be_passed_on_waits_for_a_buffer() {
+        let Setup {
+            mut waiter,
+            counters,
+            inbox,
+        } = setup();
+        // One may be downstream.
+        let mut frames = frames_in_dmabufs(4, 4, &counters);
+        let mut show = || inbox.put_frame(frames.remove(0));
+        show();
+        let Look::Frame(format) = inbox.look(Interest::Buffer) else {
+            panic!("there is one to spare");
+        };
+        let downstream = inbox.take(&format, Frame::reserve).unwrap();
+        show();
+        assert!(inbox.take(&format, Frame::reserve).is_none());
+        assert!(matches!(inbox.look(Interest::Buffer), Look::Nothing));
+        show();
+        inbox.put_returned();
+        assert!(
+            !woken(&mut waiter),
+            "none has come back of those downstream"
+        );
+        drop(downstream);
+        inbox.put_returned();
+        assert!(woken(&mut waiter));
+        assert!(matches!(inbox.look(Interest::Buffer), Look::Frame(_)));
+        assert!(inbox.take(&format, Frame::reserve).is_some());
+        // What is not in DMA-BUFs can be copied.
+        assert!(matches!(inbox.look(Interest::Buffer), Look::Nothing));
+        inbox.put_frame(frame(1, &counters));
+        assert!(woken(&mut waiter));
     }
 
     #[test]

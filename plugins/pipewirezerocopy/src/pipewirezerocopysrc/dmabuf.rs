@@ -43,7 +43,10 @@ impl PipeWireZeroCopySrc {
                 );
                 break;
             }
-            let ended = waiter.register(fd).and_then(|()| waiter.wait(deadline));
+            // A timeline's eventfd is writable at any time.
+            let ended = waiter
+                .register_for_reading(fd)
+                .and_then(|()| waiter.wait(deadline));
             // Whatever came of it: the descriptor is not ours to watch any longer.
             let _ = waiter.deregister(fd);
             match ended {

@@ -177,12 +177,13 @@ impl PipeWireZeroCopySrc {
                 continue;
             }
             // Downstream is called: no lock is held.
-            if self.obj().set_caps(&caps).is_err() {
-                let what = match memory {
-                    OutputMemory::System => None,
-                    OutputMemory::DmaBuf => Some(Use::PassOn),
-                    OutputMemory::Cuda => Some(Use::Cuda),
-                };
+            let sent = self.obj().set_caps(&caps);
+            let what = match memory {
+                OutputMemory::System => None,
+                OutputMemory::DmaBuf => Some(Use::PassOn),
+                OutputMemory::Cuda => Some(Use::Cuda),
+            };
+            if sent.is_err() || (what.is_some() && !has_taken(&pad, &caps)) {
                 if let Some(what) = what.filter(|_| !self.is_flushing()) {
                     self.refuse(&wanted, what, &format!("downstream refused {caps}"));
                     continue;
@@ -291,4 +292,11 @@ impl PipeWireZeroCopySrc {
         }
         Ok(())
     }
+}
+
+/// Whether downstream has these caps now. Sending them succeeds also where it does not: GStreamer keeps
+/// them for later, and the next buffer fails.
+fn has_taken(pad: &gst::Pad, caps: &gst::Caps) -> bool {
+    let taken = pad.peer().and_then(|peer| peer.current_caps());
+    taken.is_some_and(|taken| taken == *caps)
 }

@@ -287,12 +287,13 @@ fn formats_that_follow_each_other_at_once_are_each_answered() {
     let painter = painter(&desktop, "undecided");
     let run = playing(&desktop, "undecided");
     shown(&painter, &run, &plain(1));
-    for colour in 2..6 {
+    let lasting = [PixelFormat::Rgba, PixelFormat::Xbgr, PixelFormat::Bgrx];
+    for (colour, last) in (2..).zip(lasting) {
         let before = painter.formats();
-        painter.change_format(PixelFormat::Rgba, (WIDTH * 2, HEIGHT));
+        painter.change_format(PixelFormat::Argb, (WIDTH * 2, HEIGHT));
         until(|| painter.formats() > before);
-        painter.change_format(PixelFormat::Bgrx, (WIDTH, HEIGHT));
-        let sample = shown_in(&painter, &run, &plain(colour), "BGRx");
+        painter.change_format(last, (WIDTH, HEIGHT));
+        let sample = shown_in(&painter, &run, &plain(colour), last.name());
         assert_eq!(size(&sample), (WIDTH as i32, HEIGHT as i32));
     }
     // Each has brought buffers of its own, and none of the old ones is held.

@@ -13,7 +13,7 @@ use zerocopy_test_support::process::{open_fds, threads};
 
 use super::content::run_on;
 use super::hostile::{painter, plain, shown};
-use super::painter::until;
+use super::painter::Painter;
 use super::run::{LONG, Run};
 use super::{desktop, turn};
 
@@ -51,6 +51,23 @@ fn resident() -> usize {
     kib.parse::<usize>().unwrap() * 1024
 }
 
+/// What this process has open beside the painter's files, and how many threads, once that is at rest:
+/// the producer takes note of a consumer's end in its own time.
+fn at_rest(painter: &Painter) -> (usize, usize) {
+    let now = || (open_fds() - painter.files(), threads());
+    let mut last = now();
+    let mut since = Instant::now();
+    let start = since;
+    while since.elapsed() < Duration::from_millis(300) {
+        assert!(start.elapsed() < LONG, "it never comes to rest");
+        std::thread::sleep(Duration::from_millis(10));
+        if now() != last {
+            (last, since) = (now(), Instant::now());
+        }
+    }
+    last
+}
+
 #[test]
 fn five_hundred_starts_and_stops_cost_nothing() {
     let desktop = desktop();
@@ -62,11 +79,11 @@ fn five_hundred_starts_and_stops_cost_nothing() {
         shown(&painter, &run, &plain(1));
         run.stop();
         if round == 50 {
-            before = Some((open_fds() - painter.files(), threads(), resident()));
+            before = Some((at_rest(&painter), resident()));
         }
     }
-    let (fds, threads_before, memory) = before.unwrap();
-    until(|| open_fds() - painter.files() == fds && threads() == threads_before);
+    let (open, memory) = before.unwrap();
+    assert_eq!(at_rest(&painter), open, "descriptors and threads");
     let grown = resident().saturating_sub(memory);
     assert!(grown < 4 << 20, "{grown} bytes more after 450 rounds");
 }
@@ -83,17 +100,14 @@ fn stopping_amid_the_start_leaves_nothing_behind() {
         std::thread::sleep(Duration::from_millis(round % 10));
         run.stop();
         if round == 50 {
-            before = Some((open_fds() - painter.files(), threads(), resident()));
+            before = Some((at_rest(&painter), resident()));
         }
     }
-    let (fds, threads_before, memory) = before.unwrap();
-    until(|| threads() == threads_before);
+    let ((fds, threads_before), memory) = before.unwrap();
+    let (fds_now, threads_now) = at_rest(&painter);
+    assert_eq!(threads_now, threads_before);
     // libpipewire before 0.3.72 loses those in what arrives for a stream that was just destroyed.
-    assert!(
-        open_fds() - painter.files() < fds + 50,
-        "{} after {fds}",
-        open_fds()
-    );
+    assert!(fds_now < fds + 50, "{fds_now} after {fds}");
     let grown = resident().saturating_sub(memory);
     assert!(grown < 4 << 20, "{grown} bytes more after 150 rounds");
 }

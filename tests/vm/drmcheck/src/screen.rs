@@ -213,10 +213,7 @@ fn as_it_is(buffer: &Buffer) -> Outcome<()> {
         .scanout_dmabuf(buffer.fd.as_fd(), buffer.layout(), LINEAR, false)?;
     let sample = rig.next()?;
     compare(&sample, WHOLE, 1, |y| y)?;
-    let fd = sample.buffer().and_then(fd_of).ok_or("no DMA-BUF")?;
-    if fstat(fd)?.st_ino != fstat(&buffer.fd)?.st_ino {
-        return Err("another DMA-BUF".into());
-    }
+    is_of(&sample, buffer)?;
     drop(sample);
     buffer.paint(2)?;
     thread::scope(|scope| {
@@ -280,7 +277,7 @@ fn copied(buffer: &Buffer) -> Outcome<()> {
 
 /// A DMA-BUF whose place another one has taken, or nothing, is QEMU's alone again.
 fn let_go(buffer: &Buffer) -> Outcome<()> {
-    let inode = fstat(&buffer.fd)?.st_ino;
+    let file = identity(&buffer.fd)?;
     let other = foreign::make(Foreign::Udmabuf, SIZE.0, SIZE.1)?;
     let other = Buffer {
         fd: other.0,
@@ -291,7 +288,8 @@ fn let_go(buffer: &Buffer) -> Outcome<()> {
         rig.listener
             .scanout_dmabuf(buffer.fd.as_fd(), buffer.layout(), LINEAR, false)?;
         drop(rig.next()?);
-        if descriptors(inode)? < 2 {
+        // Ours, the one that came, and the memory's.
+        if descriptors(file)? < 3 {
             return Err("nobody has it while it is shown".into());
         }
         if replace {
@@ -299,36 +297,45 @@ fn let_go(buffer: &Buffer) -> Outcome<()> {
                 .scanout_dmabuf(other.fd.as_fd(), other.layout(), LINEAR, false)?;
             // This is how QEMU lets go of the one before; the picture stays.
             rig.listener.disable()?;
-            compare_inode(&rig.next()?, fstat(&other.fd)?.st_ino)?;
+            is_of(&rig.next()?, &other)?;
         } else {
             // The first one is about the DMA-BUF before, see above.
             rig.listener.disable()?;
             rig.listener.disable()?;
         }
-        eventually("the last descriptor of a DMA-BUF closed", || {
-            descriptors(inode).ok().filter(|count| *count == 1)
+        // An appsink keeps the memory of the frame that it gave last.
+        let left = if replace { 1 } else { 2 };
+        eventually("descriptors of a DMA-BUF closed", || {
+            descriptors(file).ok().filter(|count| *count == left)
         });
     }
     Ok(())
 }
 
-fn compare_inode(sample: &gst::Sample, inode: u64) -> Outcome<()> {
+/// The frame must be in this very DMA-BUF.
+fn is_of(sample: &gst::Sample, buffer: &Buffer) -> Outcome<()> {
     let fd = sample.buffer().and_then(fd_of).ok_or("no DMA-BUF")?;
-    if fstat(fd)?.st_ino == inode {
+    if identity(fd)? == identity(&buffer.fd)? {
         return Ok(());
     }
     Err("not the DMA-BUF that is shown".into())
 }
 
-/// How many descriptors this process has of the file with this inode.
-fn descriptors(inode: u64) -> Outcome<usize> {
+/// What tells files apart: file system and inode.
+fn identity(fd: impl AsFd) -> Outcome<(u64, u64)> {
+    let info = fstat(fd)?;
+    Ok((info.st_dev, info.st_ino))
+}
+
+/// How many descriptors this process has of a file.
+fn descriptors(file: (u64, u64)) -> Outcome<usize> {
     let mut count = 0;
     for entry in fs::read_dir("/proc/self/fd")? {
         // What was closed meanwhile does not count.
         let info = fs::metadata(entry?.path());
         count += usize::from(info.is_ok_and(|info| {
             use std::os::unix::fs::MetadataExt;
-            info.ino() == inode
+            (info.dev(), info.ino()) == file
         }));
     }
     Ok(count)

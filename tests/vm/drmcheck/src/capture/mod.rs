@@ -99,6 +99,8 @@ const SCENES: &[(&str, Scene)] = &[
     ("no-modifier", no_modifier),
     ("refused-modifier", refused_modifier),
     ("refused-strict", refused_strict),
+    ("refused-caps", refused_caps),
+    ("read-by-gpu", read_by_gpu),
     ("resized", resized),
     ("reformatted", reformatted),
     ("format-twice", format_twice),
@@ -164,6 +166,13 @@ struct Stage {
 impl Stage {
     fn start(node: &str, offer: Offer, style: Style, mode: &str) -> Outcome<Self> {
         Self::with_sync(node, offer, style, mode, false)
+    }
+
+    /// With a sink that does not take what it says that it takes.
+    fn refused(node: &str, offer: Offer, style: Style) -> Outcome<Self> {
+        let stage = Self::start(node, offer, style, "auto")?;
+        stage.run.refuse_dmabufs()?;
+        Ok(stage)
     }
 
     fn with_sync(node: &str, offer: Offer, style: Style, mode: &str, sync: bool) -> Outcome<Self> {
@@ -349,6 +358,41 @@ fn refused_modifier(node: &str) -> Outcome<()> {
     expect("memory", stage.run.stat("memory"), "system")
 }
 
+/// Who says to take DMA-BUFs and refuses them when they come gets shared memory, and is told why.
+fn refused_caps(node: &str) -> Outcome<()> {
+    let offer = offer(Pixels::Bgrx, &[LINEAR], true);
+    let stage = Stage::refused(node, offer, padded(Memory::Dumb))?;
+    expect("modifier", format!("{:?}", stage.agreed()?), "Some(0)")?;
+    expect_dmabuf(&stage.shown(1)?.0, false)?;
+    // The first ones are copies of DMA-BUFs, until the producer has changed over.
+    let mut number = 1;
+    while stage.run.stat("sync") != "none" {
+        number += 1;
+        expect_dmabuf(&stage.shown(number)?.0, false)?;
+    }
+    expect("memory", stage.run.stat("memory"), "system")?;
+    let reason = stage.run.reason("system")?;
+    if !reason.contains("XR24 cannot be passed on: downstream refused") {
+        return Err(format!("the reason is {reason}").into());
+    }
+    Ok(())
+}
+
+/// What only the driver knows the layout of is read back through OpenGL ES.
+fn read_by_gpu(node: &str) -> Outcome<()> {
+    for pixels in [Pixels::Bgrx, Pixels::Rgba] {
+        let node = format!("{node}-{pixels:?}");
+        let offer = offer(pixels, &[UNSAID], false);
+        let stage = Stage::start(&node, offer, padded(Memory::Dumb), "system")?;
+        for number in 1..=12 {
+            expect_dmabuf(&stage.shown(number)?.0, false)?;
+        }
+        expect("memory", stage.run.stat("memory"), "system")?;
+        expect("transfer", stage.run.stat("transfer"), "copy")?;
+    }
+    Ok(())
+}
+
 /// And `dmabuf` is an error.
 fn refused_strict(node: &str) -> Outcome<()> {
     let offer = offer(Pixels::Bgrx, &[TILED], true);
@@ -453,11 +497,14 @@ fn no_sync(node: &str) -> Outcome<()> {
     let end = Instant::now() + LIMIT;
     while Instant::now() < end {
         stage.show(2, When::After)?;
-        if let Some(frame) = stage.run.frame(AGAIN)? {
-            return stage.compare(&frame, STALE);
+        while let Some(frame) = stage.run.frame(AGAIN)? {
+            // What was shown before may come once more.
+            if stage.compare(&frame, STALE).is_ok() {
+                return Ok(());
+            }
         }
     }
-    Err("nothing came".into())
+    Err("a buffer with nothing in it did not come".into())
 }
 
 /// A fence on the DMA-BUF is waited for.

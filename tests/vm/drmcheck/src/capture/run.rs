@@ -14,6 +14,9 @@ use crate::{Outcome, virtgpu};
 /// An error that has ended the stream is on the bus already, behind other messages.
 const SAID: Duration = Duration::from_secs(1);
 
+/// The element gives a daemon 5 s to answer, which a busy emulated machine may take.
+const STARTS: u32 = 3;
+
 /// The pipeline. It ends with the value.
 pub struct Run {
     pipeline: gst::Pipeline,
@@ -55,10 +58,50 @@ impl Run {
             source,
             sink,
         };
+        for _ in 1..STARTS {
+            if run.pipeline.set_state(gst::State::Playing).is_ok() {
+                return Ok(run);
+            }
+            run.stop()?;
+        }
         if run.pipeline.set_state(gst::State::Playing).is_err() {
             return Err(run.error(SAID)?.into());
         }
         Ok(run)
+    }
+
+    /// From now on the sink answers that it takes DMA-BUFs, and refuses their caps when they come.
+    pub fn refuse_dmabufs(&self) -> Outcome<()> {
+        let pad = self.sink.static_pad("sink").ok_or("a sink without a pad")?;
+        pad.add_probe(gst::PadProbeType::QUERY_DOWNSTREAM, |_, info| {
+            let Some(gst::QueryViewMut::AcceptCaps(query)) =
+                info.query_mut().map(gst::QueryRef::view_mut)
+            else {
+                return gst::PadProbeReturn::Ok;
+            };
+            let features = query.caps().features(0);
+            if !features.is_some_and(|all| all.contains(gst_allocators::CAPS_FEATURE_MEMORY_DMABUF))
+            {
+                return gst::PadProbeReturn::Ok;
+            }
+            query.set_result(false);
+            gst::PadProbeReturn::Handled
+        });
+        Ok(())
+    }
+
+    /// The reason that the element's message gives for frames in that memory, and not in another.
+    pub fn reason(&self, memory: &str) -> Outcome<String> {
+        let bus = self.pipeline.bus().ok_or("a pipeline without a bus")?;
+        while let Some(message) = bus.pop_filtered(&[gst::MessageType::Element]) {
+            let said = message
+                .structure()
+                .filter(|said| said.name() == "pipewire-capture");
+            if let Some(said) = said.filter(|said| said.get::<&str>("memory") == Ok(memory)) {
+                return Ok(said.get("reason")?);
+            }
+        }
+        Err(format!("no message with memory={memory}").into())
     }
 
     /// The next frame, if one comes in time. What the bus says of an error is one here.
