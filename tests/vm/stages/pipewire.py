@@ -71,6 +71,7 @@ REFUSED = "video/x-raw(memory:DMABuf),format=DMA_DRM,drm-format=XR24:0x010000000
 SCENES = {
     "dumb", "vgem", "udmabuf", "heap", "rgba", "offset", "nv12", "nv12-apart", "system", "read", "read-by-gpu",
     "second-modifier", "no-modifier", "refused-modifier", "refused-strict", "refused-caps", "modifier-dropped",
+    "cuda", "cuda-rgba", "cuda-nv12", "cuda-lost", "cuda-exhausted", "cuda-strict",
     "resized", "reformatted", "format-twice", "held", "hoarded",
     "no-sync", "implicit", "explicit", "explicit-dropped", "explicit-stopped",
 }

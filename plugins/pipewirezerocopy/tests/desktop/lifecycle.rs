@@ -29,13 +29,11 @@ fn starting_and_stopping_leaves_nothing_behind() {
         run.frame();
         run.stop();
         let now = (open_fds(), threads());
-        // The first rounds load plugins and fill caches.
+        // The first rounds load plugins and fill caches. A thread of the tests' own may end meanwhile.
         if round >= 2 {
-            assert_eq!(
-                *before.get_or_insert(now),
-                now,
-                "descriptors and threads after round {round}"
-            );
+            let (fds, threads_before) = *before.get_or_insert(now);
+            assert_eq!(now.0, fds, "descriptors after round {round}");
+            assert!(now.1 <= threads_before, "threads after round {round}");
         }
     }
     desktop.close(&cast);
@@ -83,7 +81,9 @@ fn five_hundred_starts_and_stops_cost_nothing() {
         }
     }
     let (open, memory) = before.unwrap();
-    assert_eq!(at_rest(&painter), open, "descriptors and threads");
+    let now = at_rest(&painter);
+    assert_eq!(now.0, open.0, "descriptors");
+    assert!(now.1 <= open.1, "{} threads after {}", now.1, open.1);
     let grown = resident().saturating_sub(memory);
     assert!(grown < 4 << 20, "{grown} bytes more after 450 rounds");
 }
@@ -105,7 +105,7 @@ fn stopping_amid_the_start_leaves_nothing_behind() {
     }
     let ((fds, threads_before), memory) = before.unwrap();
     let (fds_now, threads_now) = at_rest(&painter);
-    assert_eq!(threads_now, threads_before);
+    assert!(threads_now <= threads_before, "{threads_now} threads");
     // libpipewire before 0.3.72 loses those in what arrives for a stream that was just destroyed.
     assert!(fds_now < fds + 50, "{fds_now} after {fds}");
     let grown = resident().saturating_sub(memory);

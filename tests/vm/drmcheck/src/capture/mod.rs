@@ -10,6 +10,7 @@ use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 mod canvas;
+mod cuda;
 mod pods;
 mod producer;
 mod run;
@@ -86,6 +87,12 @@ const SCENES: &[(&str, Scene)] = &[
         };
         passed_on(node, Pixels::Nv12, style)
     }),
+    ("cuda", |node| cuda::copied(node, Pixels::Bgrx)),
+    ("cuda-rgba", |node| cuda::copied(node, Pixels::Rgba)),
+    ("cuda-nv12", |node| cuda::copied(node, Pixels::Nv12)),
+    ("cuda-lost", cuda::lost),
+    ("cuda-exhausted", cuda::exhausted),
+    ("cuda-strict", cuda::strict),
     ("system", system),
     ("read", read),
     ("second-modifier", second_modifier),
@@ -110,6 +117,8 @@ const SCENES: &[(&str, Scene)] = &[
 /// Plays the scenes.
 pub fn show(options: &Options) -> Outcome<()> {
     gst::init()?;
+    // Before anybody looks for libcuda.
+    cuda::fake();
     let known = |name: &String| SCENES.iter().any(|(scene, _)| scene == name);
     if let Some(name) = options.names.iter().find(|name| !known(name)) {
         return Err(format!("no scene {name}").into());
@@ -167,9 +176,19 @@ impl Stage {
     }
 
     fn with_sync(node: &str, offer: Offer, style: Style, mode: &str, sync: bool) -> Outcome<Self> {
+        Self::taking(node, offer, style, mode, (ANY, sync))
+    }
+
+    fn taking(
+        node: &str,
+        offer: Offer,
+        style: Style,
+        mode: &str,
+        (caps, sync): (&str, bool),
+    ) -> Outcome<Self> {
         let (pixels, size) = (offer.pixels, offer.size);
         let producer = Producer::start(node, offer, style, sync)?;
-        let run = Run::start(node, mode, ANY)?;
+        let run = Run::start(node, mode, caps)?;
         Ok(Self {
             producer,
             run,

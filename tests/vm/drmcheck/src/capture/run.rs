@@ -39,6 +39,8 @@ impl Run {
             // The waits here have limits of their own.
             .property("first-frame-timeout", 0_u32)
             .property_from_str("output-mode", mode)
+            // Without a GPU no node belongs to a CUDA device, so one is named.
+            .property("cuda-device-id", if caps.contains("CUDA") { 0 } else { -1 })
             // It may not have shown up in the registry yet.
             .property_from_str("on-disconnect", "none")
             .build()?;
