@@ -176,14 +176,18 @@ impl PipeWireZeroCopySrc {
                 self.give_up_cuda(&wanted, &error);
                 continue;
             }
-            // Downstream is called: no lock is held.
-            let sent = self.obj().set_caps(&caps);
             let what = match memory {
                 OutputMemory::System => None,
                 OutputMemory::DmaBuf => Some(Use::PassOn),
                 OutputMemory::Cuda => Some(Use::Cuda),
             };
-            if sent.is_err() || (what.is_some() && !has_taken(&pad, &caps)) {
+            // Downstream is called: no lock is held.
+            let taken = match what {
+                // Nothing is left to fall back on.
+                None => self.obj().set_caps(&caps).is_ok(),
+                Some(_) => give(&pad, &caps),
+            };
+            if !taken {
                 if let Some(what) = what.filter(|_| !self.is_flushing()) {
                     self.refuse(&wanted, what, &format!("downstream refused {caps}"));
                     continue;
@@ -294,9 +298,122 @@ impl PipeWireZeroCopySrc {
     }
 }
 
-/// Whether downstream has these caps now. Sending them succeeds also where it does not: GStreamer keeps
-/// them for later, and the next buffer fails.
-fn has_taken(pad: &gst::Pad, caps: &gst::Caps) -> bool {
-    let taken = pad.peer().and_then(|peer| peer.current_caps());
-    taken.is_some_and(|taken| taken == *caps)
+/// Sends caps, where downstream has not got them yet. False where it refuses them.
+///
+/// Asked first: the question passes a queue at once, the caps only when what is before them has left.
+/// Sending alone does not tell either: it succeeds also where the peer refuses, because GStreamer keeps
+/// the caps for later, and the next buffer fails.
+fn give(pad: &gst::Pad, caps: &gst::Caps) -> bool {
+    if !pad.peer_query_accept_caps(caps) {
+        return false;
+    }
+    // One that was linked since the caps were sent has none, or those of its last link.
+    let has = |peer: &gst::Pad| peer.current_caps().is_some_and(|had| had == *caps);
+    let before = pad.peer();
+    if pad.current_caps().is_some_and(|sent| sent == *caps) && before.as_ref().is_none_or(has) {
+        return true;
+    }
+    let sent = pad.push_event(gst::event::Caps::new(caps));
+    match before {
+        // A peer that is gone has refused nothing, and the next one is asked for itself.
+        Some(peer) if pad.peer().as_ref() == Some(&peer) => sent && has(&peer),
+        _ => true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::str::FromStr;
+
+    use super::*;
+
+    fn dmabufs(width: u32) -> gst::Caps {
+        gst::init().unwrap();
+        let text = format!("video/x-raw(memory:DMABuf),format=BGRx,width={width},height=8");
+        gst::Caps::from_str(&text).unwrap()
+    }
+
+    /// The pad of a source that has begun.
+    fn source() -> gst::Pad {
+        gst::init().unwrap();
+        let pad = gst::Pad::new(gst::PadDirection::Src);
+        pad.set_active(true).unwrap();
+        pad
+    }
+
+    fn link(source: &gst::Pad, sink: &gst::Pad) {
+        sink.set_active(true).unwrap();
+        // Pads without a template name the caps that they have for all that they can.
+        source.link_full(sink, gst::PadLinkCheck::empty()).unwrap();
+        source.push_event(gst::event::StreamStart::new("test"));
+    }
+
+    /// Answers whether it accepts caps, and does or does not when they come.
+    fn answering(says: bool, does: bool) -> gst::Pad {
+        gst::Pad::builder(gst::PadDirection::Sink)
+            .query_function(move |pad, parent, query| {
+                if let gst::QueryViewMut::AcceptCaps(query) = query.view_mut() {
+                    query.set_result(says);
+                    return true;
+                }
+                gst::Pad::query_default(pad, parent, query)
+            })
+            .event_function(move |_, _, event| does || event.type_() != gst::EventType::Caps)
+            .build()
+    }
+
+    fn sink() -> gst::Pad {
+        answering(true, true)
+    }
+
+    #[test]
+    fn caps_arrive() {
+        let (source, sink) = (source(), sink());
+        link(&source, &sink);
+        assert!(give(&source, &dmabufs(1)));
+        assert_eq!(sink.current_caps(), Some(dmabufs(1)));
+    }
+
+    #[test]
+    fn a_peer_that_was_linked_since_has_refused_nothing() {
+        let (source, first, second) = (source(), sink(), sink());
+        link(&source, &first);
+        assert!(give(&source, &dmabufs(1)));
+        source.unlink(&first).unwrap();
+        assert!(give(&source, &dmabufs(1)), "nobody has refused");
+        link(&source, &second);
+        assert!(give(&source, &dmabufs(1)));
+        assert_eq!(second.current_caps(), Some(dmabufs(1)));
+        // With other caps in between, the first one has old ones.
+        assert!(give(&source, &dmabufs(2)));
+        source.unlink(&second).unwrap();
+        link(&source, &first);
+        assert!(give(&source, &dmabufs(2)));
+        assert_eq!(first.current_caps(), Some(dmabufs(2)));
+    }
+
+    #[test]
+    fn a_refusal_is_seen_whether_it_is_announced_or_not() {
+        for says in [false, true] {
+            let (source, sink) = (source(), answering(says, false));
+            link(&source, &sink);
+            assert!(!give(&source, &dmabufs(1)), "says: {says}");
+        }
+    }
+
+    #[test]
+    fn a_refusal_behind_a_queue_is_seen() {
+        let (source, takes, refuses) = (source(), sink(), answering(false, false));
+        let queue = gst::ElementFactory::make("queue").build().unwrap();
+        queue.set_state(gst::State::Playing).unwrap();
+        let behind = queue.static_pad("src").unwrap();
+        link(&behind, &takes);
+        link(&source, &queue.static_pad("sink").unwrap());
+        assert!(give(&source, &dmabufs(1)));
+        behind.unlink(&takes).unwrap();
+        link(&behind, &refuses);
+        // The queue has them.
+        assert!(!give(&source, &dmabufs(1)));
+        queue.set_state(gst::State::Null).unwrap();
+    }
 }
