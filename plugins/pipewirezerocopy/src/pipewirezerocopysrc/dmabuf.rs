@@ -2,7 +2,8 @@
 
 //! DMA-BUFs on their way out: waited for, wrapped as they are, or read.
 
-use std::os::fd::AsFd;
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -27,38 +28,33 @@ const WRITERS_LIMIT: Duration = Duration::from_secs(1);
 
 impl PipeWireZeroCopySrc {
     /// Waits, cancellably, until what a frame needs has happened. Off the loop thread: the
-    /// compositor goes on meanwhile (lesson L20).
+    /// compositor goes on meanwhile (lesson L20). False where it has not happened in time: whoever
+    /// looked at such a frame would see it half drawn, or wait in the kernel, without a limit.
     pub(super) fn wait_for(
         &self,
         fence: &Fence,
         waiter: &mut Waiter,
-    ) -> Result<(), gst::FlowError> {
-        let deadline = Deadline::after(WRITERS_LIMIT);
-        while let Some(fd) = fence.pending() {
-            if deadline.has_passed() {
+    ) -> Result<bool, gst::FlowError> {
+        match until_none(|| fence.pending(), waiter, WRITERS_LIMIT) {
+            Ok(Waited::Done) => Ok(true),
+            Ok(Waited::Cancelled) => Err(gst::FlowError::Flushing),
+            Ok(Waited::TooLong) => {
                 gst::warning!(
                     CAT,
                     imp = self,
-                    "a frame was still being drawn after {WRITERS_LIMIT:?}"
+                    "a frame is dropped: it was still being drawn after {WRITERS_LIMIT:?}"
                 );
-                break;
+                Ok(false)
             }
-            // A timeline's eventfd is writable at any time.
-            let ended = waiter
-                .register_for_reading(fd)
-                .and_then(|()| waiter.wait(deadline));
-            // Whatever came of it: the descriptor is not ours to watch any longer.
-            let _ = waiter.deregister(fd);
-            match ended {
-                Ok(Wake::Cancelled) => return Err(gst::FlowError::Flushing),
-                Ok(_) => {}
-                Err(error) => {
-                    gst::debug!(CAT, imp = self, "waiting for what draws a frame: {error}");
-                    break;
-                }
+            Err(error) => {
+                gst::warning!(
+                    CAT,
+                    imp = self,
+                    "a frame is dropped: waiting for what draws it failed: {error}"
+                );
+                Ok(false)
             }
         }
-        Ok(())
     }
 
     /// Does without DMA-BUFs of that kind from now on, and negotiates again.
@@ -115,6 +111,38 @@ impl PipeWireZeroCopySrc {
         let rgba = result.map_err(|error| error.to_string())?;
         write_rgba(&rgba, buffer, info).map_err(|error| error.to_string())
     }
+}
+
+/// How a wait for descriptors has ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Waited {
+    Done,
+    TooLong,
+    Cancelled,
+}
+
+/// Waits until nothing is `pending`: descriptors that become readable.
+fn until_none<'fd>(
+    pending: impl Fn() -> Option<BorrowedFd<'fd>>,
+    waiter: &mut Waiter,
+    limit: Duration,
+) -> io::Result<Waited> {
+    let deadline = Deadline::after(limit);
+    while let Some(fd) = pending() {
+        if deadline.has_passed() {
+            return Ok(Waited::TooLong);
+        }
+        // A timeline's eventfd is writable at any time.
+        let ended = waiter
+            .register_for_reading(fd)
+            .and_then(|()| waiter.wait(deadline));
+        // Whatever came of it: the descriptor is not ours to watch any longer.
+        let _ = waiter.deregister(fd);
+        if ended? == Wake::Cancelled {
+            return Ok(Waited::Cancelled);
+        }
+    }
+    Ok(Waited::Done)
 }
 
 /// A format and a modifier for people.
@@ -266,4 +294,44 @@ pub(super) fn pass_on(
     let ticket = gst::Buffer::from_slice(Ticket(frame.into_lease()));
     gst::ParentBufferMeta::add(writable, &ticket);
     Ok(buffer)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    /// Waits for a pipe that has something in it, or not.
+    fn waited(drawn: bool, cancelled: bool, limit: Duration) -> Waited {
+        let (reader, mut writer) = io::pipe().unwrap();
+        if drawn {
+            writer.write_all(&[1]).unwrap();
+        }
+        let mut waiter = Waiter::new().unwrap();
+        if cancelled {
+            waiter.waker().cancel();
+        }
+        let pending = || {
+            let mut poll = [nix::poll::PollFd::new(
+                reader.as_fd(),
+                nix::poll::PollFlags::POLLIN,
+            )];
+            let ready = nix::poll::poll(&mut poll, nix::poll::PollTimeout::ZERO).unwrap();
+            (ready == 0).then(|| reader.as_fd())
+        };
+        until_none(pending, &mut waiter, limit).unwrap()
+    }
+
+    #[test]
+    fn what_is_not_drawn_in_time_is_told_from_what_is() {
+        let short = Duration::from_millis(1);
+        assert_eq!(waited(true, false, short), Waited::Done);
+        assert_eq!(waited(false, false, short), Waited::TooLong);
+    }
+
+    #[test]
+    fn a_wait_for_what_draws_can_be_cancelled() {
+        assert_eq!(waited(false, true, Duration::MAX), Waited::Cancelled);
+    }
 }

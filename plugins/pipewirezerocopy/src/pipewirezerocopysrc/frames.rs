@@ -164,8 +164,13 @@ impl PipeWireZeroCopySrc {
         let memory = *memory;
         let sync = match frame.fence() {
             Ok((sync, fence)) => {
-                self.wait_for(&fence, waiter)
-                    .inspect_err(|_| inbox.miss())?;
+                let drawn = self.wait_for(&fence, waiter);
+                if !drawn.inspect_err(|_| inbox.miss())? {
+                    inbox.miss();
+                    let figures = lock(&self.figures);
+                    figures.counters.corrupted.fetch_add(1, Ordering::Relaxed);
+                    return Ok(None);
+                }
                 sync
             }
             Err(error) => {
