@@ -24,11 +24,14 @@ use crate::capture::meta::Transform;
 use crate::capture::{Monotonic, StreamFormat};
 
 impl PipeWireZeroCopySrc {
-    pub(super) fn discard_stale(&self) {
-        let frame = lock(&self.streaming)
-            .as_ref()
-            .and_then(|streaming| streaming.capture.inbox().take(&streaming.stale?, |_| true));
-        if frame.is_some() {
+    /// Gives a frame that nobody wants back to the producer.
+    pub(super) fn discard(&self, format: &StreamFormat) {
+        let inbox = match &*lock(&self.streaming) {
+            Some(streaming) => streaming.capture.inbox().clone(),
+            None => return,
+        };
+        if inbox.take(format, |_| true).is_some() {
+            inbox.miss();
             let figures = lock(&self.figures);
             figures.counters.dropped.fetch_add(1, Ordering::Relaxed);
         }

@@ -97,7 +97,7 @@ enum Step {
     /// The frame that was kept leaves without another one having come.
     Flush,
     Negotiate(StreamFormat),
-    Discard,
+    Discard(StreamFormat),
     Resend,
     End,
     Vanished(String),
@@ -169,7 +169,7 @@ impl Streaming {
             (Look::Frame(_) | Look::Cursor | Look::Nothing, Some(due)) => {
                 Step::Wait(Deadline::at(due))
             }
-            (Look::Frame(format), None) if self.stale == Some(format) => Step::Discard,
+            (Look::Frame(format), None) if self.is_stale(&format) => Step::Discard(format),
             (Look::Frame(format), None) => match &self.negotiated {
                 Some(negotiated) if negotiated.source == format => Step::Push(format),
                 _ => Step::Negotiate(format),
@@ -185,6 +185,11 @@ impl Streaming {
             // Without a picture to draw it on, a pointer waits for the next one.
             (Look::Cursor | Look::Nothing, None) => self.idle_step(settings, counters, now),
         }
+    }
+
+    fn is_stale(&self, format: &StreamFormat) -> bool {
+        let stale = self.stale.as_ref();
+        stale.is_some_and(|stale| is_stale(stale, format, &self.offer))
     }
 
     /// What was given up before, for messages about what that may have led to.
@@ -237,6 +242,30 @@ impl Streaming {
     }
 }
 
+/// Whether frames of `format` are still those from before `offer`, when `stale` ones came. A crop may
+/// have changed since, and with it their size.
+fn is_stale(stale: &StreamFormat, format: &StreamFormat, offer: &Offer) -> bool {
+    if stale == format {
+        return true;
+    }
+    let offered = offer.0.iter().any(|entry| {
+        let memory = match format.modifier {
+            Some(modifier) => entry.modifiers.contains(&modifier),
+            None => entry.modifiers.is_empty(),
+        };
+        memory
+            && entry.formats.contains(&format.format)
+            && entry.width.contains(format.width)
+            && entry.height.contains(format.height)
+    });
+    let resized = StreamFormat {
+        width: stale.width,
+        height: stale.height,
+        ..*format
+    };
+    resized == *stale && !offered
+}
+
 impl PipeWireZeroCopySrc {
     /// Waits for the next thing to push. Nothing is locked while it waits.
     pub(super) fn next_buffer(&self, waiter: &mut Waiter) -> Result<gst::Buffer, gst::FlowError> {
@@ -266,7 +295,7 @@ impl PipeWireZeroCopySrc {
                     }
                 }
                 Step::Negotiate(format) => self.renegotiate(format)?,
-                Step::Discard => self.discard_stale(),
+                Step::Discard(format) => self.discard(&format),
                 Step::Resend => {
                     if let Some(buffer) = self.resend(&settings)? {
                         return Ok(buffer);
@@ -402,5 +431,54 @@ impl PipeWireZeroCopySrc {
             .build();
         // Fails only while the element is being disposed of.
         let _ = self.obj().post_message(message);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capture::negotiate::Color;
+    use crate::capture::{OfferEntry, PixelFormat, Span};
+
+    fn format(format: PixelFormat, width: u32) -> StreamFormat {
+        StreamFormat {
+            format,
+            width,
+            height: 8,
+            framerate: (0, 1),
+            max_framerate: None,
+            color: Color::default(),
+            modifier: None,
+        }
+    }
+
+    fn offer(format: PixelFormat, width: Span) -> Offer {
+        Offer(vec![OfferEntry {
+            formats: vec![format],
+            modifiers: Vec::new(),
+            width,
+            height: Span::ANY,
+        }])
+    }
+
+    #[test]
+    fn a_frame_of_the_old_format_is_stale_whatever_its_crop() {
+        let (old, new) = (PixelFormat::Bgrx, PixelFormat::Nv12);
+        let offer = offer(new, Span::ANY);
+        let stale = format(old, 16);
+        assert!(is_stale(&stale, &format(old, 16), &offer));
+        assert!(is_stale(&stale, &format(old, 12), &offer));
+        assert!(!is_stale(&stale, &format(new, 16), &offer));
+        // What was never asked for is another matter.
+        assert!(!is_stale(&stale, &format(PixelFormat::Rgb, 16), &offer));
+    }
+
+    #[test]
+    fn a_frame_of_the_size_that_was_asked_for_is_not_stale() {
+        let same = PixelFormat::Bgrx;
+        let offer = offer(same, Span { min: 32, max: 32 });
+        let stale = format(same, 16);
+        assert!(is_stale(&stale, &format(same, 12), &offer));
+        assert!(!is_stale(&stale, &format(same, 32), &offer));
     }
 }
