@@ -132,8 +132,8 @@ pub(super) fn video_info(caps: &gst::CapsRef) -> Option<(OutputMemory, VideoInfo
 
 /// Caps for frames of `format` as far as `allowed` lets them be, or none.
 ///
-/// DMA-BUFs leave in CUDA memory or as they are where they can, else as copies in system memory. Any framerate that
-/// downstream fixes is taken: capture follows the screen's changes whatever the caps say. Where
+/// DMA-BUFs leave in CUDA memory or as they are where they can, whichever comes first in `allowed`, else as
+/// copies in system memory. Any framerate that downstream fixes is taken: capture follows the screen's changes whatever the caps say. Where
 /// downstream leaves it open, it is the producer's.
 pub(super) fn caps_for(
     format: &StreamFormat,
@@ -177,16 +177,19 @@ pub(super) fn caps_for(
             let feature = gst::CapsFeatures::new([MEMORY_FEATURE]);
             fitting(format, name, (plain_fields(name).0, feature), allowed)
         });
-    if copied.is_some() {
-        return copied;
-    }
     let passed = can.passable(format.format).contains(&modifier);
     let passed = passed
         .then(dmabuf)
         .into_iter()
         .flatten()
         .find_map(|(name, fields)| fitting(format, name, fields, allowed));
-    passed.or_else(|| {
+    let place = |caps: &gst::Caps| {
+        let (kind, memory) = caps.structure(0).zip(caps.features(0))?;
+        let mut kinds = allowed.iter_with_features();
+        kinds.position(|(other, features)| features.is_equal(memory) && other.can_intersect(kind))
+    };
+    let as_dmabuf = copied.into_iter().chain(passed).min_by_key(place);
+    as_dmabuf.or_else(|| {
         let read = can.readable(format.format).contains(&modifier);
         names
             .filter(|_| read)
@@ -533,6 +536,29 @@ pub(super) mod tests {
         assert!(caps_for(&in_dmabufs(9), &plain, &can).is_none());
         let alpha = allowed("video/x-raw(memory:DMABuf),format=BGRA", &can);
         assert!(caps_for(&in_dmabufs(LINEAR), &alpha, &can).is_none());
+    }
+
+    #[test]
+    fn downstreams_order_decides_between_cuda_memory_and_dmabufs() {
+        let can = Abilities {
+            cuda: true,
+            ..with_gpu()
+        };
+        let (cuda, dmabuf) = (
+            "video/x-raw(memory:CUDAMemory),format=BGRx",
+            "video/x-raw(memory:DMABuf),format=BGRx",
+        );
+        for (text, first) in [
+            (format!("{cuda};{dmabuf}"), OutputMemory::Cuda),
+            (format!("{dmabuf};{cuda}"), OutputMemory::DmaBuf),
+        ] {
+            let got = caps_for(&in_dmabufs(LINEAR), &allowed(&text, &can), &can).unwrap();
+            assert_eq!(memory(&got), first, "{text}");
+        }
+        // What is first may be of another kind.
+        let text = format!("video/x-raw(memory:DMABuf),format=RGBA;{cuda}");
+        let got = caps_for(&in_dmabufs(LINEAR), &allowed(&text, &can), &can).unwrap();
+        assert_eq!(memory(&got), OutputMemory::Cuda);
     }
 
     #[test]
