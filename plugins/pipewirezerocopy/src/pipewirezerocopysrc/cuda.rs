@@ -27,8 +27,6 @@ pub(super) struct CudaOutput {
     pool: Pool,
     stream: Arc<Stream>,
     context: cuda::Context,
-    /// The driver, NVIDIA's, puts no fences into DMA-BUFs (lesson L14).
-    pub without_fences: bool,
 }
 
 /// An import that is kept with its buffer.
@@ -93,7 +91,6 @@ impl PipeWireZeroCopySrc {
                 pool,
                 stream,
                 context,
-                without_fences: by_driver.is_some(),
             });
         }
         Ok(())

@@ -90,9 +90,7 @@ impl PipeWireZeroCopySrc {
                 }
             }
         };
-        let explicit = frame.has_acquire_point();
-        if memory == OutputMemory::Cuda
-            && self.must_latch(explicit)
+        if self.must_latch(&frame, memory)
             && let Some(streaming) = &mut *lock(&self.streaming)
         {
             let time = Duration::from(Self::interval(Some(&negotiated)));
@@ -125,12 +123,16 @@ impl PipeWireZeroCopySrc {
 
     /// Whether frames must be kept because nothing says when they are drawn. Tells when that changes:
     /// it is a frame's time of latency.
-    fn must_latch(&self, explicit: bool) -> bool {
+    fn must_latch(&self, frame: &Frame, memory: OutputMemory) -> bool {
+        let sync = match frame.dmabuf() {
+            _ if frame.has_acquire_point() => Sync::Explicit,
+            Some(_) => Sync::Implicit,
+            None => Sync::None,
+        };
         let mut changed = false;
         let mut latching = false;
         if let Some(streaming) = &mut *lock(&self.streaming) {
-            let cuda = streaming.cuda.as_ref();
-            latching = !explicit && cuda.is_some_and(|cuda| cuda.without_fences);
+            latching = streaming.latch.is_needed(sync, memory);
             changed = streaming.latch.active != latching;
             streaming.latch.active = latching;
         }
@@ -151,11 +153,12 @@ impl PipeWireZeroCopySrc {
         settings: &LiveSettings,
         waiter: &mut Waiter,
     ) -> Result<Option<gst::Buffer>, gst::FlowError> {
-        let (inbox, takes, latching) = match &*lock(&self.streaming) {
+        let (inbox, takes, latching, without_fences) = match &*lock(&self.streaming) {
             Some(streaming) => (
                 streaming.capture.inbox().clone(),
                 streaming.takes,
                 streaming.latch.active,
+                streaming.latch.without_fences,
             ),
             None => return Err(gst::FlowError::Flushing),
         };
@@ -174,7 +177,10 @@ impl PipeWireZeroCopySrc {
                     figures.counters.corrupted.fetch_add(1, Ordering::Relaxed);
                     return Ok(None);
                 }
-                sync
+                match sync {
+                    Sync::Implicit if without_fences => Sync::None,
+                    sync => sync,
+                }
             }
             Err(error) => {
                 gst::warning!(CAT, imp = self, "a frame is taken as it is: {error}");
@@ -218,7 +224,7 @@ impl PipeWireZeroCopySrc {
             figures.add_transfer(copied);
             figures.memory = Some(memory);
             figures.sync = sync;
-            figures.latched = latching && memory == OutputMemory::Cuda;
+            figures.latched = latching;
         }
         let buffer = self.leave(&picture, damage, captured)?;
         let now = Instant::now();

@@ -5,24 +5,35 @@
 
 use std::time::{Duration, Instant};
 
+use super::caps::OutputMemory;
+use crate::capture::frame::Sync;
+
 /// Keeps one frame.
 #[derive(Debug)]
 pub(super) struct Latch<T> {
+    /// The driver puts no fences into DMA-BUFs.
+    pub without_fences: bool,
     /// The newest frame is to be kept, not given on at once.
     pub active: bool,
     kept: Option<(T, Instant)>,
 }
 
-impl<T> Default for Latch<T> {
-    fn default() -> Self {
+impl<T> Latch<T> {
+    /// Keeps nothing yet.
+    pub fn new(without_fences: bool) -> Self {
         Self {
+            without_fences,
             active: false,
             kept: None,
         }
     }
-}
 
-impl<T> Latch<T> {
+    /// Whether a frame must be kept. Not one that leaves as it is: of a small pool one alone may be out
+    /// of the producer's reach, and the one that is kept would be it.
+    pub fn is_needed(&self, sync: Sync, memory: OutputMemory) -> bool {
+        self.without_fences && sync == Sync::Implicit && memory != OutputMemory::DmaBuf
+    }
+
     /// Keeps a frame that has come at `now`, and gives the one that was kept.
     pub fn exchange(&mut self, frame: T, now: Instant, time: Duration) -> Option<T> {
         let before = self.kept.replace((frame, now + time));
@@ -44,11 +55,23 @@ impl<T> Latch<T> {
 mod tests {
     use super::*;
 
+    #[test]
+    fn what_is_read_without_a_fence_is_kept() {
+        let (latch, fences) = (Latch::<()>::new(true), Latch::<()>::new(false));
+        for memory in [OutputMemory::Cuda, OutputMemory::System] {
+            assert!(latch.is_needed(Sync::Implicit, memory));
+            assert!(!latch.is_needed(Sync::Explicit, memory));
+            assert!(!latch.is_needed(Sync::None, memory));
+            assert!(!fences.is_needed(Sync::Implicit, memory));
+        }
+        assert!(!latch.is_needed(Sync::Implicit, OutputMemory::DmaBuf));
+    }
+
     const TIME: Duration = Duration::from_millis(16);
 
     #[test]
     fn a_frame_leaves_when_the_next_one_comes() {
-        let (mut latch, now) = (Latch::default(), Instant::now());
+        let (mut latch, now) = (Latch::new(true), Instant::now());
         assert_eq!(latch.exchange(1, now, TIME), None);
         assert_eq!(latch.exchange(2, now, TIME), Some(1));
         assert_eq!(latch.exchange(3, now, TIME), Some(2));
@@ -56,7 +79,7 @@ mod tests {
 
     #[test]
     fn the_last_frame_leaves_when_the_screen_has_gone_still() {
-        let (mut latch, now) = (Latch::default(), Instant::now());
+        let (mut latch, now) = (Latch::new(true), Instant::now());
         assert_eq!(latch.due(), None);
         latch.exchange(1, now, TIME);
         latch.exchange(2, now + TIME, TIME);

@@ -114,6 +114,9 @@ impl Streaming {
         can: Abilities,
         display: Option<Display>,
     ) -> Self {
+        // NVIDIA's driver.
+        let cuda = display.as_ref().and_then(Display::cuda_device);
+        let without_fences = cuda.is_some();
         Self {
             capture,
             waiter: Some(waiter),
@@ -122,7 +125,7 @@ impl Streaming {
             display,
             reader: None,
             cuda: None,
-            latch: Latch::default(),
+            latch: Latch::new(without_fences),
             fallback: None,
             offer: Offer::default(),
             wanted: None,
