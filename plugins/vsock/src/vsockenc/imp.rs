@@ -38,7 +38,7 @@ use super::Transfer;
 use super::formats;
 use super::latency::Latency;
 use super::metas;
-use super::output::{Handle, Output};
+use super::output::{Handle, Output, leaving};
 use super::settings::Settings;
 use super::stream_lock::StreamUnlocked;
 use crate::picture::Picture;
@@ -383,6 +383,10 @@ impl VideoEncoderImpl for VsockEnc {
                 if let Some(waker) = &*lock(&self.waker) {
                     waker.reset();
                 }
+                let obj = self.obj();
+                // Free soon: FLUSH_START made downstream let go.
+                let _leaving = leaving(&obj);
+                return self.parent_sink_event(event);
             }
             _ => {}
         }

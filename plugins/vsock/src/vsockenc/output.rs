@@ -140,6 +140,7 @@ impl Client for Handle {
     fn encoded(&self, frame: u32, access_unit: AccessUnit) {
         if let Some(element) = self.element.upgrade() {
             element.imp().see_latency(access_unit.took);
+            let _leaving = leaving(&element);
             element.imp().finish_with_output(frame, access_unit);
         }
     }
@@ -147,6 +148,7 @@ impl Client for Handle {
     fn dropped(&self, frame: u32, reason: &str) {
         if let Some(element) = self.element.upgrade() {
             gst::warning!(CAT, obj = element, "frame {frame} is lost: {reason}");
+            let _leaving = leaving(&element);
             element.imp().finish_without_output(frame, reason);
         }
     }
@@ -316,6 +318,15 @@ impl VsockEnc {
         }
         obj.negotiate(state)
     }
+}
+
+/// Held from the look for a frame to what downstream said of it, so that a flush comes before or
+/// after, not between: it would let the frame out that it forgets, or miss downstream's answer. It
+/// is the lock that a task of the pad would hold, and which deactivating the pad waits for. Not the
+/// encoder's stream lock: that one has to be free while downstream is blocked, for frames to come.
+/// Whoever takes both takes this one first.
+pub(super) fn leaving(element: &super::VsockEnc) -> gst::StreamLock<'_> {
+    element.src_pad().stream_lock()
 }
 
 /// Takes the input buffer out of a frame that will have no output.
