@@ -300,9 +300,7 @@ impl VideoEncoderImpl for VsockEnc {
         &self,
         frame: gst_video::VideoCodecFrame,
     ) -> Result<gst::FlowSuccess, gst::FlowError> {
-        if let Some(error) = lock(&self.output).flow {
-            return Err(error);
-        }
+        lock(&self.output).take_flow()?;
         let number = frame.system_frame_number();
         let buffer = frame.input_buffer_owned().ok_or(gst::FlowError::Error)?;
         let nanos = |time: Option<gst::ClockTime>| time.map_or(0, |time| time.nseconds() as i64);
@@ -361,9 +359,7 @@ impl VideoEncoderImpl for VsockEnc {
         match self.drain() {
             Submission::Cancelled => Err(gst::FlowError::Flushing),
             Submission::Failed => Err(gst::FlowError::Error),
-            Submission::Accepted | Submission::NoHost => lock(&self.output)
-                .flow
-                .map_or(Ok(gst::FlowSuccess::Ok), Err),
+            Submission::Accepted | Submission::NoHost => lock(&self.output).take_flow(),
         }
     }
 

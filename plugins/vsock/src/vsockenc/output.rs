@@ -30,7 +30,7 @@ pub(super) struct Output {
     /// Downstream is to be told them again, with what the input's new caps say.
     caps_due: bool,
     /// What downstream said, for the next frame.
-    pub flow: Option<gst::FlowError>,
+    flow: Option<gst::FlowError>,
     /// Frames that were dropped before there were caps; the base class still holds them.
     unfinished: Vec<u32>,
     /// The next access unit that leaves follows a loss.
@@ -59,6 +59,16 @@ impl Output {
         }
         let due = self.stream_caps.is_some() && std::mem::take(&mut self.caps_due);
         due.then(|| self.stream_caps.clone()).flatten()
+    }
+
+    /// What upstream is to be told. An element that is not there, or flushing on its own, may be
+    /// replaced: that is said once and tried again.
+    pub fn take_flow(&mut self) -> Result<gst::FlowSuccess, gst::FlowError> {
+        use gst::FlowError::{Flushing, NotLinked};
+        let flow = self.flow;
+        self.flow
+            .take_if(|error| matches!(error, NotLinked | Flushing));
+        flow.map_or(Ok(gst::FlowSuccess::Ok), Err)
     }
 
     /// Forgets what belongs to frames that were flushed.
@@ -276,11 +286,12 @@ impl VsockEnc {
     }
 
     /// Downstream takes no more: upstream learns it with its next frame, or at the end; whoever
-    /// watches the bus, now.
+    /// watches the bus, now, if it is an error on its own.
     fn see_flow(&self, error: gst::FlowError) {
         gst::debug!(CAT, imp = self, "downstream says {error:?}");
+        use gst::FlowError::{Eos, Flushing, NotLinked};
         let first = lock(&self.output).flow.replace(error).is_none();
-        if first && !matches!(error, gst::FlowError::Flushing | gst::FlowError::Eos) {
+        if first && !matches!(error, Flushing | Eos | NotLinked) {
             gst::element_imp_error!(
                 self,
                 gst::StreamError::Failed,

@@ -2,7 +2,6 @@
 
 //! What GstVideoEncoder asks of its subclasses: flushes, states, caps, the end, keyframes.
 
-use std::sync::Mutex;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
@@ -249,43 +248,6 @@ fn a_flush_in_the_middle_leaves_nothing_behind() {
         assert!(encoder.harness.push_event(gst::event::Eos::new()));
         assert_eq!(encoder.harness.buffers_received(), 1);
         assert_eq!(encoder.stat("dropped"), 0);
-    }
-}
-
-#[test]
-fn a_flush_leaves_nothing_of_what_is_just_leaving() {
-    let peer = Peer::answering();
-    // What the push that a flush meets comes to, if the pad is asked after the flush only.
-    for late in [None, Some(gst::FlowError::Flushing)] {
-        let mut encoder = Encoder::new(peer.port(), "max-in-flight=1");
-        let pad = encoder.element().static_pad("src").unwrap();
-        let (tell, leaving) = channel();
-        let (go_on, flushed) = channel();
-        pad.add_probe(gst::PadProbeType::BUFFER, {
-            let state = Mutex::new((tell, flushed, true));
-            move |_, info| {
-                let (tell, flushed, first) = &mut *state.lock().unwrap();
-                if !std::mem::take(first) {
-                    return gst::PadProbeReturn::Ok;
-                }
-                tell.send(()).unwrap();
-                // A flush that waits for this comes to no end before it.
-                let _ = flushed.recv_timeout(Duration::from_millis(200));
-                late.map_or(gst::PadProbeReturn::Ok, |error| {
-                    info.flow_res = Err(error);
-                    gst::PadProbeReturn::Handled
-                })
-            }
-        });
-        encoder.push().unwrap();
-        leaving.recv_timeout(LONG).unwrap();
-        encoder.flush();
-        // It may have waited.
-        let _ = go_on.send(());
-        for number in 1..4 {
-            encoder.push().unwrap();
-            assert_eq!(encoder.pull().pts(), Some(FRAME * number), "{late:?}");
-        }
     }
 }
 
