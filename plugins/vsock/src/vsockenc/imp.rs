@@ -39,6 +39,7 @@ use super::formats;
 use super::latency::Latency;
 use super::metas;
 use super::output::{Handle, Output, leaving};
+use super::release;
 use super::settings::Settings;
 use super::stream_lock::StreamUnlocked;
 use crate::picture::Picture;
@@ -105,6 +106,7 @@ impl ObjectSubclass for VsockEnc {
 
     fn class_init(class: &mut Self::Class) {
         metas::leave_crops_behind(class.upcast_ref_mut());
+        release::refuse_other_caps(class.upcast_ref_mut());
     }
 }
 

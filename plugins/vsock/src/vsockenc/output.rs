@@ -16,6 +16,7 @@ use zerocopy_plugin_common::{ConnectionState, H264Caps, accepted_downstream, con
 
 use super::imp::{CAT, VsockEnc, lock};
 use super::latency::Latency;
+use super::release;
 use crate::session::{AccessUnit, Client, Counts, Way};
 
 /// A bitrate that differs by more than a tenth is worth a warning (L28).
@@ -31,7 +32,8 @@ pub(super) struct Output {
     caps_due: bool,
     /// What downstream said, for the next frame.
     flow: Option<gst::FlowError>,
-    /// Frames that were dropped before there were caps; the base class still holds them.
+    /// Frames with events that were dropped before there were caps; the base class still holds
+    /// them.
     unfinished: Vec<u32>,
     /// The next access unit that leaves follows a loss.
     discont: bool,
@@ -192,17 +194,20 @@ impl VsockEnc {
         let Some(mut frame) = obj.frame(number as i32) else {
             return;
         };
-        let mut output = lock(&self.output);
-        output.dropped += 1;
-        if output.stream_caps.is_some() {
-            drop(output);
+        let has_caps = {
+            let mut output = lock(&self.output);
+            output.dropped += 1;
+            output.stream_caps.is_some()
+        };
+        if has_caps {
             // Downstream has no part in a frame that does not come.
             let _ = obj.finish_frame(frame);
+        } else if release::has_events(&frame) {
+            // They wait for the caps. What is large in it need not.
+            release::input(&mut frame);
+            lock(&self.output).unfinished.push(number);
         } else {
-            // The base class takes it as an error that a frame is finished without caps. What is
-            // large in it need not wait for them.
-            release_input(&mut frame);
-            output.unfinished.push(number);
+            release::without_caps(obj.upcast_ref(), frame);
         }
     }
 
@@ -288,8 +293,8 @@ impl VsockEnc {
     /// Downstream takes no more: upstream learns it with its next frame, or at the end; whoever
     /// watches the bus, now, if it is an error on its own.
     fn see_flow(&self, error: gst::FlowError) {
-        gst::debug!(CAT, imp = self, "downstream says {error:?}");
         use gst::FlowError::{Eos, Flushing, NotLinked};
+        gst::debug!(CAT, imp = self, "downstream says {error:?}");
         let first = lock(&self.output).flow.replace(error).is_none();
         if first && !matches!(error, Flushing | Eos | NotLinked) {
             gst::element_imp_error!(
@@ -338,17 +343,4 @@ impl VsockEnc {
 /// Whoever takes both takes this one first.
 pub(super) fn leaving(element: &super::VsockEnc) -> gst::StreamLock<'_> {
     element.src_pad().stream_lock()
-}
-
-/// Takes the input buffer out of a frame that will have no output.
-fn release_input(frame: &mut gst_video::VideoCodecFrame) {
-    use gst::glib::translate::ToGlibPtr;
-    let frame: *mut gst_video::ffi::GstVideoCodecFrame = frame.to_glib_none().0;
-    // SAFETY: the frame is alive, and the guard holds the stream lock, under which alone the base
-    // class looks at this field. A frame may have no input buffer; the reference moves out of it.
-    let buffer: Option<gst::Buffer> = unsafe {
-        let buffer = std::mem::replace(&mut (*frame).input_buffer, std::ptr::null_mut());
-        glib::translate::from_glib_full(buffer)
-    };
-    drop(buffer);
 }
