@@ -115,13 +115,9 @@ impl ObjectImpl for VsockEnc {
     }
 
     fn set_property(&self, _id: usize, value: &glib::Value, pspec: &glib::ParamSpec) {
-        let bitrate = {
-            let mut settings = lock(&self.settings);
-            settings.set(value, pspec);
-            settings.bitrate
-        };
+        lock(&self.settings).set(value, pspec);
         if pspec.name() == "bitrate" {
-            self.change_bitrate(bitrate);
+            self.change_bitrate();
         }
     }
 
@@ -274,7 +270,7 @@ impl VideoEncoderImpl for VsockEnc {
             realtime: true,
         };
         let pixels = self.pixels_of(&info);
-        let format = Format { config, pixels };
+        let mut format = Format { config, pixels };
         self.check_limits(&info, &format).map_err(|text| {
             gst::element_imp_error!(self, gst::StreamError::Format, ("{text}"));
             gst::loggable_error!(CAT, "{text}")
@@ -284,8 +280,9 @@ impl VideoEncoderImpl for VsockEnc {
             .unwrap_or(gst::ClockTime::ZERO);
         self.obj().set_latency(duration, gst::ClockTime::NONE);
         lock(&self.output).input_changed(Latency::new(duration.into()));
-        gst::debug!(CAT, imp = self, "{config:?}");
         if let Some(streaming) = &mut *lock(&self.streaming) {
+            // The host was waited for since it was read, and change_bitrate() found no input.
+            format.config.bitrate = lock(&self.settings).bitrate;
             streaming.session.configure(format);
             streaming.input = Some(Input {
                 info,
@@ -293,6 +290,7 @@ impl VideoEncoderImpl for VsockEnc {
                 format,
             });
         }
+        gst::debug!(CAT, imp = self, "{:?}", format.config);
         Ok(())
     }
 
@@ -440,15 +438,19 @@ impl VsockEnc {
         self.wait(Session::drain).unwrap_or(Submission::Cancelled)
     }
 
-    fn change_bitrate(&self, bitrate: u32) {
-        warn_of_low_bitrate(self, bitrate);
-        if let Some(streaming) = &mut *lock(&self.streaming)
+    fn change_bitrate(&self) {
+        let mut streaming = lock(&self.streaming);
+        // Read under that lock: of two changes at once, the host is told the last one last.
+        let bitrate = lock(&self.settings).bitrate;
+        if let Some(streaming) = &mut *streaming
             && let Some(input) = &mut streaming.input
         {
             input.format.config.bitrate = bitrate;
             streaming.session.configure(input.format);
-            gst::info!(CAT, imp = self, "bitrate is now {bitrate} bit/s");
         }
+        drop(streaming);
+        gst::info!(CAT, imp = self, "bitrate is now {bitrate} bit/s");
+        warn_of_low_bitrate(self, bitrate);
     }
 
     /// The profile that downstream asks for, as `profile_idc`; main where it does not care.
