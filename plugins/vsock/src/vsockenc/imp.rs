@@ -278,8 +278,10 @@ impl VideoEncoderImpl for VsockEnc {
         let duration = gst::ClockTime::SECOND
             .mul_div_ceil(den.into(), num.into())
             .unwrap_or(gst::ClockTime::ZERO);
-        self.obj().set_latency(duration, gst::ClockTime::NONE);
-        lock(&self.output).input_changed(Latency::new(duration.into()));
+        let latency = Latency::new(duration.into());
+        let least = gst::ClockTime::from_nseconds(latency.reported().as_nanos() as u64);
+        self.obj().set_latency(least, gst::ClockTime::NONE);
+        lock(&self.output).input_changed(latency);
         if let Some(streaming) = &mut *lock(&self.streaming) {
             // The host was waited for since it was read, and change_bitrate() found no input.
             format.config.bitrate = lock(&self.settings).bitrate;

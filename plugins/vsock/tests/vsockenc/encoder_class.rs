@@ -370,7 +370,10 @@ fn latency_is_not_what_downstream_takes() {
     for _ in 0..20 {
         encoder.pull();
     }
-    assert_eq!(latency(&encoder).0, gst::ClockTime::from_mseconds(50));
+    assert_eq!(
+        latency(&encoder).0,
+        gst::ClockTime::from_nseconds(33_333_334)
+    );
 }
 
 #[test]
