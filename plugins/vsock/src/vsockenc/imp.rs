@@ -86,6 +86,7 @@ pub struct VsockEnc {
     pub(super) streaming: Mutex<Option<Streaming>>,
     pub(super) output: Mutex<Output>,
     /// Ends the streaming thread's waits; apart from the rest, so that it never waits itself.
+    /// `None` where they are to stay ended, or there are none.
     pub(super) waker: Mutex<Option<Waker>>,
     /// Instead of a device, in tests.
     #[cfg(test)]
@@ -170,7 +171,7 @@ impl ElementImpl for VsockEnc {
     ) -> Result<gst::StateChangeSuccess, gst::StateChangeError> {
         if transition == gst::StateChange::PausedToReady {
             // The base class deactivates the pads first, and that waits for the streaming thread.
-            self.cancel();
+            self.cancel_for_good();
         }
         self.parent_change_state(transition)
     }
@@ -230,11 +231,10 @@ impl VideoEncoderImpl for VsockEnc {
     }
 
     fn stop(&self) -> Result<(), gst::ErrorMessage> {
-        self.cancel();
+        self.cancel_for_good();
         // Dropped with no lock held: it joins a thread that may be calling us.
         let streaming = lock(&self.streaming).take();
         drop(streaming);
-        *lock(&self.waker) = None;
         Ok(())
     }
 
@@ -403,8 +403,16 @@ impl VideoEncoderImpl for VsockEnc {
 }
 
 impl VsockEnc {
+    /// Ends what waits, until a flush ends.
     fn cancel(&self) {
         if let Some(waker) = &*lock(&self.waker) {
+            waker.cancel();
+        }
+    }
+
+    /// Ends what waits until the element is started again: a flush that ends now must not undo it.
+    fn cancel_for_good(&self) {
+        if let Some(waker) = lock(&self.waker).take() {
             waker.cancel();
         }
     }
