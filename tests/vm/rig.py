@@ -8,7 +8,6 @@ through the `Stage` that it is given, and says what it found with `stage.check`.
 
 import argparse
 import contextlib
-import fcntl
 import importlib
 import os
 import pathlib
@@ -138,23 +137,15 @@ def summary(name):
 def sockets_folder(lock):
     """A short path for sockets: that of one may have 107 bytes, and a source tree may lie deep.
 
-    `lock` is a file beside the share. It is locked while the rig runs, and names the folder, so that one
-    that was left by a rig that was killed goes with the next run.
+    `lock` is the file that ci/vm has locked. It names the folder, so that one that was left by a rig that was
+    killed goes with the next run.
     """
-    with open(lock, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            sys.exit(f"ci/vm: another one runs in this source tree ({lock} is locked)")
-        file.seek(0)
-        if left := file.read():
-            shutil.rmtree(left, ignore_errors=True)
-        with tempfile.TemporaryDirectory(prefix="vm-") as folder:
-            file.truncate(0)
-            file.write(folder)
-            file.flush()
-            yield pathlib.Path(folder)
-        file.truncate(0)
+    if left := lock.read_text():
+        shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="vm-") as folder:
+        lock.write_text(folder)
+        yield pathlib.Path(folder)
+    lock.write_text("")
 
 
 def shell(system, kernel):

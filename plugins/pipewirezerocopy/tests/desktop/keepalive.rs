@@ -194,8 +194,9 @@ fn a_new_frame_goes_before_a_keepalive_that_is_due() {
         run.frame();
         let new = run.frame();
         pulled += 3;
-        assert_eq!(pixels(&new)[0], colour);
         assert!(!is_keepalive(&new));
+        // Of the last colour some may have been on their way, and have dropped each other.
+        assert!([colour - 1, colour].contains(&pixels(&new)[0]));
     }
 }
 

@@ -429,6 +429,47 @@ fn a_bitrate_set_while_playing_reaches_the_host() {
 }
 
 #[test]
+fn a_bitrate_set_while_the_host_is_greeted_reaches_it() {
+    init();
+    let (go, gone) = channel();
+    let peer = Peer::greeting(Greets::Script, move |link, envelope| {
+        if matches!(envelope.message, Message::Ping) {
+            gone.recv_timeout(LONG).unwrap();
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let pipeline = gst::parse::launch(&format!(
+        "videotestsrc num-buffers=1 ! video/x-raw,format=NV12,width=64,height=48 ! \
+         vsockenc name=e tcp-host=127.0.0.1 tcp-port={} ! fakesink",
+        peer.port()
+    ))
+    .unwrap()
+    .downcast::<gst::Pipeline>()
+    .unwrap();
+    let element = pipeline.by_name("e").unwrap();
+    // With the format comes the question for the profile, the only one without a filter; behind it
+    // the host is waited for.
+    let (tell, format) = channel();
+    let pad = element.static_pad("src").unwrap();
+    pad.add_probe(gst::PadProbeType::QUERY_DOWNSTREAM, move |_, info| {
+        if let gst::QueryView::Caps(query) = info.query().unwrap().view()
+            && query.filter().is_none()
+        {
+            // The test may have heard enough.
+            let _ = tell.send(());
+        }
+        gst::PadProbeReturn::Ok
+    });
+    pipeline.set_state(gst::State::Playing).unwrap();
+    format.recv_timeout(LONG).unwrap();
+    element.set_property("bitrate", 500_000);
+    go.send(()).unwrap();
+    assert_eq!(peer.wait_for(config).bitrate, 500_000);
+    pipeline.set_state(gst::State::Null).unwrap();
+}
+
+#[test]
 fn transfers_that_are_not_built_are_refused() {
     init();
     for transfer in ["fd", "resource-id"] {

@@ -247,8 +247,10 @@ impl Stage {
         let start = Instant::now();
         let shown = self.show(number, When::After)?;
         while let Some(frame) = self.run.frame(TOO_EARLY)? {
+            // Before it is looked at: reading a DMA-BUF waits for fences on it.
+            let came = start.elapsed();
             if self.compare(&frame, STALE).is_ok() {
-                return match start.elapsed() {
+                return match came {
                     early if early < GIVEN_UP => Err("it came before it was drawn".into()),
                     _ => Ok(None),
                 };
