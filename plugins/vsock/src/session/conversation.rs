@@ -161,8 +161,9 @@ impl Conversation {
         connection: &mut Connection<Pixels>,
     ) -> Result<Infallible, End> {
         // Frames come only after set_format(), and its settings with them; after a loss they are
-        // known already.
-        if let Some(format) = worker.format {
+        // known already, unless others were given meanwhile.
+        let others = matches!(worker.shared.state().queue.front(), Some(Item::Format(_)));
+        if let Some(format) = worker.format.filter(|_| !others) {
             self.send_format(worker, connection, format)?;
         }
         loop {

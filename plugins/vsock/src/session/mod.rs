@@ -331,9 +331,15 @@ impl Session {
         state.host.clone().ok_or(Submission::NoHost)
     }
 
-    /// Gives new settings to the host, after the frames submitted before.
+    /// Gives new settings to the host, after the frames submitted before. Those that no frame
+    /// was submitted with are forgotten.
     pub fn configure(&self, format: Format) {
-        self.shared.state().queue.push_back(Item::Format(format));
+        let mut state = self.shared.state();
+        match state.queue.back_mut() {
+            Some(Item::Format(last)) => *last = format,
+            _ => state.queue.push_back(Item::Format(format)),
+        }
+        drop(state);
         self.waker.wake();
     }
 

@@ -38,7 +38,8 @@ use super::Transfer;
 use super::formats;
 use super::latency::Latency;
 use super::metas;
-use super::output::{Handle, Output};
+use super::output::{Handle, Output, leaving};
+use super::release;
 use super::settings::Settings;
 use super::stream_lock::StreamUnlocked;
 use crate::picture::Picture;
@@ -86,6 +87,7 @@ pub struct VsockEnc {
     pub(super) streaming: Mutex<Option<Streaming>>,
     pub(super) output: Mutex<Output>,
     /// Ends the streaming thread's waits; apart from the rest, so that it never waits itself.
+    /// `None` where they are to stay ended, or there are none.
     pub(super) waker: Mutex<Option<Waker>>,
     /// Instead of a device, in tests.
     #[cfg(test)]
@@ -105,6 +107,7 @@ impl ObjectSubclass for VsockEnc {
 
     fn class_init(class: &mut Self::Class) {
         metas::leave_crops_behind(class.upcast_ref_mut());
+        release::refuse_other_caps(class.upcast_ref_mut());
     }
 }
 
@@ -115,13 +118,9 @@ impl ObjectImpl for VsockEnc {
     }
 
     fn set_property(&self, _id: usize, value: &glib::Value, pspec: &glib::ParamSpec) {
-        let bitrate = {
-            let mut settings = lock(&self.settings);
-            settings.set(value, pspec);
-            settings.bitrate
-        };
+        lock(&self.settings).set(value, pspec);
         if pspec.name() == "bitrate" {
-            self.change_bitrate(bitrate);
+            self.change_bitrate();
         }
     }
 
@@ -174,7 +173,7 @@ impl ElementImpl for VsockEnc {
     ) -> Result<gst::StateChangeSuccess, gst::StateChangeError> {
         if transition == gst::StateChange::PausedToReady {
             // The base class deactivates the pads first, and that waits for the streaming thread.
-            self.cancel();
+            self.cancel_for_good();
         }
         self.parent_change_state(transition)
     }
@@ -234,11 +233,10 @@ impl VideoEncoderImpl for VsockEnc {
     }
 
     fn stop(&self) -> Result<(), gst::ErrorMessage> {
-        self.cancel();
+        self.cancel_for_good();
         // Dropped with no lock held: it joins a thread that may be calling us.
         let streaming = lock(&self.streaming).take();
         drop(streaming);
-        *lock(&self.waker) = None;
         Ok(())
     }
 
@@ -274,7 +272,7 @@ impl VideoEncoderImpl for VsockEnc {
             realtime: true,
         };
         let pixels = self.pixels_of(&info);
-        let format = Format { config, pixels };
+        let mut format = Format { config, pixels };
         self.check_limits(&info, &format).map_err(|text| {
             gst::element_imp_error!(self, gst::StreamError::Format, ("{text}"));
             gst::loggable_error!(CAT, "{text}")
@@ -282,10 +280,13 @@ impl VideoEncoderImpl for VsockEnc {
         let duration = gst::ClockTime::SECOND
             .mul_div_ceil(den.into(), num.into())
             .unwrap_or(gst::ClockTime::ZERO);
-        self.obj().set_latency(duration, gst::ClockTime::NONE);
-        lock(&self.output).input_changed(Latency::new(duration.into()));
-        gst::debug!(CAT, imp = self, "{config:?}");
+        let latency = Latency::new(duration.into());
+        let least = gst::ClockTime::from_nseconds(latency.reported().as_nanos() as u64);
+        self.obj().set_latency(least, gst::ClockTime::NONE);
+        lock(&self.output).input_changed(latency);
         if let Some(streaming) = &mut *lock(&self.streaming) {
+            // The host was waited for since it was read, and change_bitrate() found no input.
+            format.config.bitrate = lock(&self.settings).bitrate;
             streaming.session.configure(format);
             streaming.input = Some(Input {
                 info,
@@ -293,6 +294,7 @@ impl VideoEncoderImpl for VsockEnc {
                 format,
             });
         }
+        gst::debug!(CAT, imp = self, "{:?}", format.config);
         Ok(())
     }
 
@@ -300,9 +302,7 @@ impl VideoEncoderImpl for VsockEnc {
         &self,
         frame: gst_video::VideoCodecFrame,
     ) -> Result<gst::FlowSuccess, gst::FlowError> {
-        if let Some(error) = lock(&self.output).flow {
-            return Err(error);
-        }
+        lock(&self.output).take_flow()?;
         let number = frame.system_frame_number();
         let buffer = frame.input_buffer_owned().ok_or(gst::FlowError::Error)?;
         let nanos = |time: Option<gst::ClockTime>| time.map_or(0, |time| time.nseconds() as i64);
@@ -361,9 +361,7 @@ impl VideoEncoderImpl for VsockEnc {
         match self.drain() {
             Submission::Cancelled => Err(gst::FlowError::Flushing),
             Submission::Failed => Err(gst::FlowError::Error),
-            Submission::Accepted | Submission::NoHost => lock(&self.output)
-                .flow
-                .map_or(Ok(gst::FlowSuccess::Ok), Err),
+            Submission::Accepted | Submission::NoHost => lock(&self.output).take_flow(),
         }
     }
 
@@ -383,6 +381,10 @@ impl VideoEncoderImpl for VsockEnc {
                 if let Some(waker) = &*lock(&self.waker) {
                     waker.reset();
                 }
+                let obj = self.obj();
+                // Free soon: FLUSH_START made downstream let go.
+                let _leaving = leaving(&obj);
+                return self.parent_sink_event(event);
             }
             _ => {}
         }
@@ -403,8 +405,16 @@ impl VideoEncoderImpl for VsockEnc {
 }
 
 impl VsockEnc {
+    /// Ends what waits, until a flush ends.
     fn cancel(&self) {
         if let Some(waker) = &*lock(&self.waker) {
+            waker.cancel();
+        }
+    }
+
+    /// Ends what waits until the element is started again: a flush that ends now must not undo it.
+    fn cancel_for_good(&self) {
+        if let Some(waker) = lock(&self.waker).take() {
             waker.cancel();
         }
     }
@@ -440,15 +450,19 @@ impl VsockEnc {
         self.wait(Session::drain).unwrap_or(Submission::Cancelled)
     }
 
-    fn change_bitrate(&self, bitrate: u32) {
-        warn_of_low_bitrate(self, bitrate);
-        if let Some(streaming) = &mut *lock(&self.streaming)
+    fn change_bitrate(&self) {
+        let mut streaming = lock(&self.streaming);
+        // Read under that lock: of two changes at once, the host is told the last one last.
+        let bitrate = lock(&self.settings).bitrate;
+        if let Some(streaming) = &mut *streaming
             && let Some(input) = &mut streaming.input
         {
             input.format.config.bitrate = bitrate;
             streaming.session.configure(input.format);
-            gst::info!(CAT, imp = self, "bitrate is now {bitrate} bit/s");
         }
+        drop(streaming);
+        gst::info!(CAT, imp = self, "bitrate is now {bitrate} bit/s");
+        warn_of_low_bitrate(self, bitrate);
     }
 
     /// The profile that downstream asks for, as `profile_idc`; main where it does not care.

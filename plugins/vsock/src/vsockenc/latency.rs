@@ -1,53 +1,80 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The latency that is reported, in frames: one at first, and more when the host turns out to
-//! take longer. It has no upper limit: a host may take as long as it likes for a frame.
+//! The latency that is reported: one frame's duration at first, or less where frames are rare, and
+//! more when the host turns out to take longer. It has no upper limit: a host may take as long as
+//! it likes for a frame.
 
 use std::time::Duration;
 
-/// So many replies in a row that took longer than was reported are no accident.
-const LATE: u32 = 8;
+/// So many replies are looked at.
+const WINDOW: usize = 64;
+
+/// So many of them that took longer than was reported are no accident.
+const LATE: usize = 8;
+
+/// A frame at 30 frames a second. A host takes no longer for a frame because few are sent.
+const LARGEST_STEP: Duration = Duration::from_nanos(33_333_334);
 
 /// What was reported, and what is true.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Latency {
-    /// Of one frame.
-    duration: Duration,
-    /// Frames that are reported.
-    frames: u32,
-    /// Replies in a row that took longer.
-    late: u32,
+    /// What is reported is a multiple of it.
+    step: Duration,
+    reported: Duration,
+    /// What the last replies took since that was reported; zero where there were fewer.
+    took: [Duration; WINDOW],
+    /// Where the next one goes.
+    next: usize,
+}
+
+impl Default for Latency {
+    fn default() -> Self {
+        Self::new(Duration::ZERO)
+    }
 }
 
 impl Latency {
-    /// To be reported: one frame of `duration`.
+    /// To be reported: one frame of `duration`, at most [`LARGEST_STEP`].
     pub fn new(duration: Duration) -> Self {
+        let step = duration.min(LARGEST_STEP);
         Self {
-            duration,
-            frames: 1,
-            late: 0,
+            step,
+            reported: step,
+            took: [Duration::ZERO; WINDOW],
+            next: 0,
         }
     }
 
     /// What is to be reported.
     pub fn reported(&self) -> Duration {
-        self.duration * self.frames
+        self.reported
     }
 
     /// A frame took this long, from its sending to its reply; whether something else is to be
-    /// reported from now on.
+    /// reported from now on. Each time everybody in the pipeline is asked anew, so it is seldom:
+    /// at most once in [`LATE`] replies, and only more than before.
     pub fn took(&mut self, took: Duration) -> bool {
-        if took <= self.reported() {
-            self.late = 0;
+        self.took[self.next] = took;
+        self.next = (self.next + 1) % WINDOW;
+        if took <= self.reported {
             return false;
         }
-        self.late += 1;
-        if self.late < LATE {
+        let mut took = self.took;
+        took.sort_unstable();
+        if took[WINDOW - LATE] <= self.reported {
             return false;
         }
-        self.late = 0;
-        let frames = took.as_nanos().div_ceil(self.duration.as_nanos().max(1));
-        self.frames = u32::try_from(frames).unwrap_or(u32::MAX);
+        // The middle one of those that were late: a single one may be any accident.
+        let middle = took[WINDOW - LATE / 2];
+        let steps = middle
+            .as_nanos()
+            .div_ceil(self.step.as_nanos().max(1))
+            .try_into()
+            .unwrap_or(u32::MAX);
+        *self = Self {
+            reported: self.step * steps,
+            ..Self::new(self.step)
+        };
         true
     }
 }
@@ -57,6 +84,11 @@ mod tests {
     use super::*;
 
     const FRAME: Duration = Duration::from_millis(10);
+
+    /// How often something else is to be reported.
+    fn rises(latency: &mut Latency, took: impl Iterator<Item = Duration>) -> usize {
+        took.filter(|took| latency.took(*took)).count()
+    }
 
     #[test]
     fn a_slow_host_raises_it_to_what_is_true() {
@@ -73,11 +105,41 @@ mod tests {
     }
 
     #[test]
-    fn one_slow_reply_is_an_accident() {
-        let mut latency = Latency::new(FRAME);
-        for number in 0..100 {
-            let took = if number % 2 == 0 { FRAME * 3 } else { FRAME };
-            assert!(!latency.took(took));
+    fn quick_replies_in_between_do_not_hide_slow_ones() {
+        for quick in [2, 8] {
+            let mut latency = Latency::new(FRAME);
+            let took = |number| FRAME * if number % quick == 0 { 1 } else { 6 };
+            assert_eq!(rises(&mut latency, (0..100).map(took)), 1);
+            assert_eq!(latency.reported(), FRAME * 6);
         }
+    }
+
+    #[test]
+    fn slow_replies_now_and_then_are_accidents() {
+        let mut latency = Latency::new(FRAME);
+        let took = |number| FRAME * if number % 10 == 0 { 6 } else { 1 };
+        assert_eq!(rises(&mut latency, (0..1000).map(took)), 0);
+        assert_eq!(latency.reported(), FRAME);
+    }
+
+    #[test]
+    fn an_accident_does_not_raise_it_further_than_a_slow_host_does() {
+        let mut latency = Latency::new(FRAME);
+        let took = |number| FRAME * if number == 5 { 1000 } else { 3 };
+        assert_eq!(rises(&mut latency, (0..100).map(took)), 1);
+        assert_eq!(latency.reported(), FRAME * 3);
+    }
+
+    #[test]
+    fn it_rises_at_most_once_in_so_many_replies() {
+        let mut latency = Latency::new(FRAME);
+        let slower_and_slower = (0..800).map(|number| FRAME * number);
+        assert!(rises(&mut latency, slower_and_slower) <= 800 / LATE);
+    }
+
+    #[test]
+    fn rare_frames_are_not_slow_ones() {
+        let latency = Latency::new(Duration::from_secs(1));
+        assert_eq!(latency.reported(), LARGEST_STEP);
     }
 }

@@ -370,7 +370,10 @@ fn latency_is_not_what_downstream_takes() {
     for _ in 0..20 {
         encoder.pull();
     }
-    assert_eq!(latency(&encoder).0, gst::ClockTime::from_mseconds(50));
+    assert_eq!(
+        latency(&encoder).0,
+        gst::ClockTime::from_nseconds(33_333_334)
+    );
 }
 
 #[test]
@@ -476,6 +479,40 @@ fn stops_at_once(peer: &Peer, properties: &str, when: impl FnOnce(&Peer), flush:
     pipeline.set_state(gst::State::Null).unwrap();
     assert!(start.elapsed() < Duration::from_secs(5));
     assert_eq!(errors.try_iter().collect::<Vec<_>>(), [""; 0]);
+}
+
+#[test]
+fn a_flush_that_ends_while_the_element_stops_does_not_hold_it_up() {
+    let peer = Peer::new(|_, envelope| match envelope.message {
+        Message::FrameRequest(..) => Then::PlayDead,
+        _ => Then::GoOn,
+    });
+    let mut encoder = Encoder::new(peer.port(), "timeout=0 max-in-flight=1");
+    encoder.push().unwrap();
+    let buffer = encoder.buffer(64 * 48 * 4, 1);
+    let element = encoder.element();
+    let [sink, src] = ["sink", "src"].map(|name| element.static_pad(name).unwrap());
+    // The source pad is deactivated first, and that waits for this.
+    let held = src.stream_lock();
+    let stopping = std::thread::spawn(move || element.set_state(gst::State::Null).is_ok());
+    let deadline = Instant::now() + LONG;
+    while src.is_active() {
+        assert!(Instant::now() < deadline, "the element does not stop");
+        std::thread::yield_now();
+    }
+    // It gets no further than the element.
+    sink.send_event(gst::event::FlushStop::new(false));
+    let segment = gst::FormattedSegment::<gst::ClockTime>::new();
+    sink.send_event(gst::event::Segment::new(&segment));
+    let (tell, pushed) = channel();
+    let pad = sink.clone();
+    std::thread::spawn(move || tell.send(pad.chain(buffer)));
+    let flow = pushed.recv_timeout(LONG);
+    drop(held);
+    // Lets it go where it waits for the host.
+    sink.send_event(gst::event::FlushStart::new());
+    assert_eq!(flow, Ok(Err(gst::FlowError::Flushing)));
+    assert!(stopping.join().unwrap());
 }
 
 #[test]

@@ -3,10 +3,11 @@
 //! Hosts that are not there, go away, come back, refuse, or talk nonsense.
 
 use std::sync::Arc;
+use std::sync::mpsc::channel;
 
 use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage};
 use helix_protocol::{Message, encode};
-use zerocopy_test_support::peer::{DELTA, Greets, Link, Peer, Seen, Then, hello};
+use zerocopy_test_support::peer::{DELTA, Greets, LONG, Link, Peer, Seen, Then, hello};
 
 use super::*;
 
@@ -92,6 +93,44 @@ fn a_host_that_comes_back_goes_on_with_a_keyframe() {
     assert_eq!(
         encoder.connection_states(),
         ["connected", "reconnecting", "connected"]
+    );
+}
+
+#[test]
+fn of_the_bitrates_set_while_there_is_no_host_it_is_told_the_last() {
+    // Loses its first client, and lets the second one wait.
+    let mut clients = 0;
+    let (go, gone) = channel();
+    let peer = Peer::greeting(Greets::Script, move |link, envelope| {
+        match &envelope.message {
+            Message::Hello(_) => clients += 1,
+            Message::FrameRequest(..) if clients == 1 => return Then::Close,
+            Message::FrameRequest(request, _) => link.answer(request),
+            Message::Ping if clients == 2 => gone.recv_timeout(LONG).unwrap(),
+            _ => {}
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "");
+    encoder.push().unwrap();
+    assert_eq!(peer.wait_for(config).bitrate, 4_000_000);
+    peer.wait_for(|seen| matches!(seen, Seen::Closed).then_some(()));
+    peer.wait_for(|seen| match seen {
+        Seen::Message(envelope) => matches!(envelope.message, Message::Hello(_)).then_some(()),
+        _ => None,
+    });
+    for bitrate in 500_001..=500_100 {
+        encoder.element().set_property("bitrate", bitrate);
+    }
+    go.send(()).unwrap();
+    while encoder.harness.try_pull().is_none() {
+        encoder.push().unwrap();
+    }
+    let told: Vec<_> = peer.seen().into_iter().filter_map(config).collect();
+    assert_eq!(
+        told.iter().map(|c| c.bitrate).collect::<Vec<_>>(),
+        [500_100]
     );
 }
 
