@@ -28,6 +28,9 @@ use super::{Counters, Monotonic};
 const KEPT_BACK: usize = 4;
 /// The same where nothing is copied: those who take DMA-BUFs take nothing else.
 const KEPT_BACK_OF_DMABUFS: usize = 3;
+/// DMA-BUFs that may be out of a small pool as well. Sinks keep their last buffer until the next one
+/// comes: with one, that would never be.
+const LEAST_OF_DMABUFS: usize = 2;
 
 /// Buffers that the producer has at least while others wait to be given back; it also has half of
 /// all.
@@ -66,12 +69,15 @@ impl Pool {
         left < ENOUGH.max(buffers / 2)
     }
 
-    /// How many buffers may be out for as long as downstream likes. Of DMA-BUFs one always may, or
-    /// a small pool would give nothing at all.
+    /// How many buffers may be out for as long as downstream likes. A DMA-BUF of a producer that has
+    /// taken its buffers away is kept from nobody.
     fn limit(&self, dmabufs: bool) -> usize {
         let buffers = self.buffers.load(Ordering::Relaxed);
-        if dmabufs {
-            buffers.saturating_sub(KEPT_BACK_OF_DMABUFS).max(1)
+        if dmabufs && buffers == 0 {
+            usize::MAX
+        } else if dmabufs {
+            let spared = buffers.saturating_sub(KEPT_BACK_OF_DMABUFS);
+            spared.max(LEAST_OF_DMABUFS).min(buffers)
         } else {
             buffers.saturating_sub(KEPT_BACK)
         }
@@ -540,8 +546,8 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn of_dmabufs_one_is_always_passed_on() {
-        for (buffers, most) in [(1, 1), (3, 1), (4, 1), (5, 2), (8, 5)] {
+    fn of_dmabufs_a_new_one_can_always_displace_the_one_that_a_sink_keeps() {
+        for (buffers, most) in [(1, 1), (2, 2), (3, 2), (4, 2), (5, 2), (6, 3), (8, 5)] {
             let pool = Pool::default();
             for _ in 0..buffers {
                 pool.add();
@@ -549,6 +555,15 @@ pub(super) mod tests {
             assert_eq!((0..32).filter(|_| pool.pass_one(true)).count(), most);
             assert!(!pool.has_one(true));
         }
+    }
+
+    #[test]
+    fn dmabufs_of_a_producer_that_has_none_left_are_all_passed_on() {
+        let pool = Pool::default();
+        pool.add();
+        assert!(pool.pass_one(true) && !pool.pass_one(true));
+        pool.remove();
+        assert!(pool.pass_one(true), "it is kept from nobody");
     }
 
     #[test]
