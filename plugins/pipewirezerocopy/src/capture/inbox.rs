@@ -88,13 +88,21 @@ impl Inbox {
     pub fn look(&self, interest: Interest) -> Look {
         let mut contents = self.lock();
         contents.waiting = None;
-        if (contents.frame.is_none() || contents.frame_is_newer)
+        let stuck = interest == Interest::Buffer && contents.frame.as_ref().is_some_and(is_stuck);
+        if (contents.frame.is_none() || contents.frame_is_newer || stuck)
             && let Some(reason) = contents.vanished.take()
         {
-            contents.frame_is_newer = false;
+            let newer = std::mem::take(&mut contents.frame_is_newer);
+            // The buffer that a stuck frame of before the news waits for may never come.
+            let stale = contents.frame.take_if(|_| !newer);
+            contents.missed |= stale.is_some();
+            // Before the frame is dropped: that sends a command.
+            drop(contents);
+            if stale.is_some() {
+                self.counters.dropped.fetch_add(1, Ordering::Relaxed);
+            }
             return Look::Vanished(reason);
         }
-        let stuck = interest == Interest::Buffer && contents.frame.as_ref().is_some_and(is_stuck);
         if let Some(frame) = contents.frame.as_ref().filter(|_| !stuck) {
             let format = frame.format;
             contents.waiting = Some(interest).filter(|interest| *interest == Interest::News);
@@ -409,6 +417,35 @@ mod tests {
             matches!(inbox.look(Interest::All), Look::Nothing),
             "said once"
         );
+    }
+
+    #[test]
+    fn a_frame_that_waits_for_a_buffer_does_not_hold_back_the_news_of_its_producers_end() {
+        let Setup {
+            mut waiter,
+            counters,
+            inbox,
+        } = setup();
+        let mut frames = frames_in_dmabufs(3, 1, &counters);
+        let format = frames[0].format;
+        inbox.put_frame(frames.remove(0));
+        let _downstream = inbox.take(&format, Frame::reserve).unwrap();
+        inbox.put_frame(frames.remove(0));
+        assert!(matches!(inbox.look(Interest::Buffer), Look::Nothing));
+        inbox.put_vanished("gone".into());
+        assert!(woken(&mut waiter));
+        assert!(matches!(inbox.look(Interest::Buffer), Look::Vanished(_)));
+        assert_eq!(
+            counters.dropped.load(Ordering::Relaxed),
+            1,
+            "it is of no use"
+        );
+        assert!(matches!(inbox.look(Interest::All), Look::Nothing));
+        // One that comes from a producer that has returned stays.
+        inbox.put_vanished("gone again".into());
+        inbox.put_frame(frames.remove(0));
+        assert!(matches!(inbox.look(Interest::Buffer), Look::Vanished(_)));
+        assert!(matches!(inbox.look(Interest::All), Look::Frame(_)));
     }
 
     #[test]
