@@ -4,8 +4,8 @@
 //!
 //! The producer cannot draw into a buffer that we hold, and it has few of them (lesson L4). So a
 //! [`Frame`] has a [`Lease`]: dropping it, anywhere, on any thread, sends the buffer back through
-//! the loop thread: at once where the producer may need it, else with the next frame, for which that
-//! thread wakes anyhow. It is copied, or it is passed on as it lies, but only as long as its
+//! the loop thread: at once where the producer may need it or waits to be told, else with the next
+//! frame, for which that thread wakes anyhow. It is copied, or it is passed on as it lies, but only as long as its
 //! [`Pool`] has buffers to spare.
 
 use std::collections::VecDeque;
@@ -140,6 +140,8 @@ pub struct Lease {
     pool: Arc<Pool>,
     /// It counts among the pool's passed buffers.
     passed: bool,
+    /// The producer waits to be told that it may draw, also while nothing moves on the screen.
+    awaited: bool,
     returns: Arc<Returns>,
     counters: Arc<Counters>,
 }
@@ -151,9 +153,11 @@ impl std::fmt::Debug for Lease {
 }
 
 impl Lease {
-    /// Notes that the buffer which the loop thread knows as `buffer` is out.
+    /// Notes that the buffer which the loop thread knows as `buffer` is out. It is `awaited` where
+    /// the producer has named a point that it waits for (L14).
     pub(super) fn new(
         buffer: u64,
+        awaited: bool,
         pool: Arc<Pool>,
         returns: Arc<Returns>,
         counters: Arc<Counters>,
@@ -164,19 +168,26 @@ impl Lease {
             buffer,
             pool,
             passed: false,
+            awaited,
             returns,
             counters,
         }
+    }
+
+    /// Whether the buffer should not go back only with the next frame.
+    fn is_due(&self) -> bool {
+        // At the limit somebody may wait for just this one.
+        let limit = self.pool.limit(false).max(1);
+        let at_limit = || self.passed && self.pool.passed.load(Ordering::Relaxed) >= limit;
+        self.awaited || self.pool.is_short() || at_limit()
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        // At the limit somebody may wait for just this one.
-        let mut soon = self.pool.is_short();
+        let soon = self.is_due();
         if self.passed {
-            let passed = self.pool.passed.fetch_sub(1, Ordering::Relaxed);
-            soon |= passed >= self.pool.limit(false).max(1);
+            self.pool.passed.fetch_sub(1, Ordering::Relaxed);
         }
         self.counters.held.fetch_sub(1, Ordering::Relaxed);
         self.returns.give(self.buffer, soon);
@@ -426,7 +437,13 @@ pub(super) mod tests {
             transform: Transform::default(),
             pixels: Pixels::Blocks([Some(Arc::new(memory)), None]),
             acquire: None,
-            lease: Lease::new(1, pool, Arc::new(Returns::new(sender)), counters.clone()),
+            lease: Lease::new(
+                1,
+                false,
+                pool,
+                Arc::new(Returns::new(sender)),
+                counters.clone(),
+            ),
         }
     }
 
@@ -506,6 +523,14 @@ pub(super) mod tests {
         assert_eq!(counters.held.load(Ordering::Relaxed), 1);
         drop(frame);
         assert_eq!(counters.held.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
+    fn a_buffer_whose_producer_waits_to_be_told_goes_back_before_the_next_frame() {
+        let (mut frame, _) = frame(&[0; 16], 2, 2, 8);
+        assert!(!frame.lease.is_due(), "the producer has seven more");
+        frame.lease.awaited = true;
+        assert!(frame.lease.is_due());
     }
 
     #[test]

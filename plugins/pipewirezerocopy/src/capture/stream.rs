@@ -527,13 +527,14 @@ impl State {
             damage,
             transform: metas.transform(),
             pixels,
-            acquire,
             lease: Lease::new(
                 buffer.id,
+                acquire.is_some(),
                 self.pool.borrow().clone(),
                 self.link.returns.clone(),
                 self.link.counters.clone(),
             ),
+            acquire,
         })
     }
 }
