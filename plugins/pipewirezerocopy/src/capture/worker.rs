@@ -348,6 +348,8 @@ impl Worker {
         self.obey();
         let lost = self.notes.lost.borrow_mut().take();
         if let Some(reason) = lost {
+            // Nothing can be given back any more.
+            self.stream = None;
             self.vanish(
                 format!("the PipeWire daemon has gone away ({reason})"),
                 None,
@@ -494,7 +496,9 @@ impl Worker {
 
     fn vanish(&mut self, reason: String, retry_at: Option<Instant>) {
         self.log(Level::Info, format_args!("{reason}"));
-        self.stream = None;
+        if let Some(stream) = self.stream.take() {
+            stream.reclaim();
+        }
         self.retry_at = retry_at;
         self.link.counters.set_stage(Stage::Absent);
         if self.past.told.replace(Told::Vanished) != Some(Told::Vanished) {
