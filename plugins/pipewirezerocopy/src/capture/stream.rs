@@ -634,18 +634,17 @@ mod tests {
     #[test]
     fn a_release_point_is_signalled_whatever_becomes_of_the_buffer() {
         // Signalling what is no timeline fails, which shows that it was tried.
-        let ends: [(&str, fn(State, *mut pw_buffer)); 2] = [
-            ("removed", |state, raw| state.remove_buffer(raw)),
-            ("the stream has ended", |state, _| drop(state)),
-        ];
-        for (what, end) in ends {
+        for what in ["removed", "the stream has ended"] {
             let (state, warnings) = state();
             let mut coming = coming();
             let raw = &raw mut coming.raw;
             state.buffers.borrow_mut().insert(raw, with_timelines(1));
             assert!(state.frame(raw).is_err(), "there is no format");
             assert!(warnings.lock().unwrap().is_empty());
-            end(state, raw);
+            if what == "removed" {
+                state.remove_buffer(raw);
+            }
+            drop(state);
             let warnings = warnings.lock().unwrap();
             assert_eq!(warnings.len(), 1, "{what}: {warnings:?}");
             assert!(warnings[0].contains("not told that it may draw"), "{what}");
