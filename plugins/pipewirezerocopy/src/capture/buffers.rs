@@ -43,8 +43,8 @@ enum Store {
 }
 
 impl Buffer {
-    /// Opens a buffer that was just added. What cannot be opened is told to `complain`; frames in it
-    /// will be skipped.
+    /// Opens a buffer that was just added. What cannot be opened is told to `complain`, with what
+    /// follows from that.
     ///
     /// # Safety
     /// `datas` must be those of a buffer that PipeWire has just added.
@@ -60,12 +60,13 @@ impl Buffer {
             .take(raw::MAX_BLOCKS)
             .collect();
         let mut memory = [None, None];
+        let mut unreadable = |error| complain(format!("its frames are skipped: {error}"));
         let store = if dmabufs.is_empty() {
             for (slot, data) in memory.iter_mut().zip(datas) {
                 // SAFETY: By the contract above.
                 match unsafe { open(data) } {
                     Ok(memory) => *slot = Some(Arc::new(memory)),
-                    Err(error) => complain(error),
+                    Err(error) => unreadable(error),
                 }
             }
             Store::Blocks(memory)
@@ -74,7 +75,7 @@ impl Buffer {
             match unsafe { open_dmabufs(&dmabufs) } {
                 Ok(store) => store,
                 Err(error) => {
-                    complain(error);
+                    unreadable(error);
                     Store::Blocks(memory)
                 }
             }
@@ -87,7 +88,10 @@ impl Buffer {
             out: false,
             store,
             timelines: timelines.unwrap_or_else(|error| {
-                complain(error);
+                complain(format!(
+                    "its frames are taken as they come, and the producer may wait for ever to be \
+                     told that we have done with them: {error}"
+                ));
                 None
             }),
             release: None,
@@ -276,7 +280,7 @@ unsafe fn open_timelines(
         let timeline = Timeline::import(node, fd);
         timeline
             .map(Arc::new)
-            .map_err(|error| format!("its timelines: {error}"))
+            .map_err(|error| format!("importing its timelines failed: {error}"))
     };
     Ok(Some([import(acquire)?, import(release)?]))
 }
@@ -302,12 +306,13 @@ unsafe fn open_dmabufs(datas: &[&spa_sys::spa_data]) -> Result<Store, String> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::capture::dmabuf::tests::memory;
     use crate::capture::dmabuf::{Block, IMPLICIT};
     use crate::capture::format::PixelFormat;
     use crate::capture::offer::tests::format;
+    use crate::capture::timeline::tests::no_timeline;
     use std::fs::File;
     use std::os::fd::{AsFd, AsRawFd};
 
@@ -363,6 +368,17 @@ mod tests {
             width: 2,
             height: 2,
             ..format(Some(modifier))
+        }
+    }
+
+    /// One without pixels, whose timelines are none.
+    pub fn with_timelines(id: u64) -> Buffer {
+        Buffer {
+            id,
+            out: false,
+            store: Store::Blocks([None, None]),
+            timelines: Some([no_timeline(), no_timeline()]),
+            release: None,
         }
     }
 

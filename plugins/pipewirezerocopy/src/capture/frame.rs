@@ -4,8 +4,8 @@
 //!
 //! The producer cannot draw into a buffer that we hold, and it has few of them (lesson L4). So a
 //! [`Frame`] has a [`Lease`]: dropping it, anywhere, on any thread, sends the buffer back through
-//! the loop thread: at once where the producer may need it, else with the next frame, for which that
-//! thread wakes anyhow. It is copied, or it is passed on as it lies, but only as long as its
+//! the loop thread: at once where the producer may need it or waits to be told, else with the next
+//! frame, for which that thread wakes anyhow. It is copied, or it is passed on as it lies, but only as long as its
 //! [`Pool`] has buffers to spare.
 
 use std::collections::VecDeque;
@@ -28,6 +28,9 @@ use super::{Counters, Monotonic};
 const KEPT_BACK: usize = 4;
 /// The same where nothing is copied: those who take DMA-BUFs take nothing else.
 const KEPT_BACK_OF_DMABUFS: usize = 3;
+/// DMA-BUFs that may be out of a small pool as well. Sinks keep their last buffer until the next one
+/// comes: with one, that would never be.
+const LEAST_OF_DMABUFS: usize = 2;
 
 /// Buffers that the producer has at least while others wait to be given back; it also has half of
 /// all.
@@ -66,12 +69,15 @@ impl Pool {
         left < ENOUGH.max(buffers / 2)
     }
 
-    /// How many buffers may be out for as long as downstream likes. Of DMA-BUFs one always may, or
-    /// a small pool would give nothing at all.
+    /// How many buffers may be out for as long as downstream likes. A DMA-BUF of a producer that has
+    /// taken its buffers away is kept from nobody.
     fn limit(&self, dmabufs: bool) -> usize {
         let buffers = self.buffers.load(Ordering::Relaxed);
-        if dmabufs {
-            buffers.saturating_sub(KEPT_BACK_OF_DMABUFS).max(1)
+        if dmabufs && buffers == 0 {
+            usize::MAX
+        } else if dmabufs {
+            let spared = buffers.saturating_sub(KEPT_BACK_OF_DMABUFS);
+            spared.max(LEAST_OF_DMABUFS).min(buffers)
         } else {
             buffers.saturating_sub(KEPT_BACK)
         }
@@ -134,6 +140,8 @@ pub struct Lease {
     pool: Arc<Pool>,
     /// It counts among the pool's passed buffers.
     passed: bool,
+    /// The producer waits to be told that it may draw, also while nothing moves on the screen.
+    awaited: bool,
     returns: Arc<Returns>,
     counters: Arc<Counters>,
 }
@@ -145,9 +153,11 @@ impl std::fmt::Debug for Lease {
 }
 
 impl Lease {
-    /// Notes that the buffer which the loop thread knows as `buffer` is out.
+    /// Notes that the buffer which the loop thread knows as `buffer` is out. It is `awaited` where
+    /// the producer has named a point that it waits for (L14).
     pub(super) fn new(
         buffer: u64,
+        awaited: bool,
         pool: Arc<Pool>,
         returns: Arc<Returns>,
         counters: Arc<Counters>,
@@ -158,19 +168,26 @@ impl Lease {
             buffer,
             pool,
             passed: false,
+            awaited,
             returns,
             counters,
         }
+    }
+
+    /// Whether the buffer should not go back only with the next frame.
+    fn is_due(&self) -> bool {
+        // At the limit somebody may wait for just this one.
+        let limit = self.pool.limit(false).max(1);
+        let at_limit = || self.passed && self.pool.passed.load(Ordering::Relaxed) >= limit;
+        self.awaited || self.pool.is_short() || at_limit()
     }
 }
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        // At the limit somebody may wait for just this one.
-        let mut soon = self.pool.is_short();
+        let soon = self.is_due();
         if self.passed {
-            let passed = self.pool.passed.fetch_sub(1, Ordering::Relaxed);
-            soon |= passed >= self.pool.limit(false).max(1);
+            self.pool.passed.fetch_sub(1, Ordering::Relaxed);
         }
         self.counters.held.fetch_sub(1, Ordering::Relaxed);
         self.returns.give(self.buffer, soon);
@@ -420,7 +437,13 @@ pub(super) mod tests {
             transform: Transform::default(),
             pixels: Pixels::Blocks([Some(Arc::new(memory)), None]),
             acquire: None,
-            lease: Lease::new(1, pool, Arc::new(Returns::new(sender)), counters.clone()),
+            lease: Lease::new(
+                1,
+                false,
+                pool,
+                Arc::new(Returns::new(sender)),
+                counters.clone(),
+            ),
         }
     }
 
@@ -503,6 +526,14 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn a_buffer_whose_producer_waits_to_be_told_goes_back_before_the_next_frame() {
+        let (mut frame, _) = frame(&[0; 16], 2, 2, 8);
+        assert!(!frame.lease.is_due(), "the producer has seven more");
+        frame.lease.awaited = true;
+        assert!(frame.lease.is_due());
+    }
+
+    #[test]
     fn a_frame_in_place_keeps_its_buffer_until_its_last_part_is_gone() {
         let (mut frame, counters) = frame(&[7; 24], 2, 2, 12);
         assert!(frame.is_mapped() && frame.reserve());
@@ -540,8 +571,8 @@ pub(super) mod tests {
     }
 
     #[test]
-    fn of_dmabufs_one_is_always_passed_on() {
-        for (buffers, most) in [(1, 1), (3, 1), (4, 1), (5, 2), (8, 5)] {
+    fn of_dmabufs_a_new_one_can_always_displace_the_one_that_a_sink_keeps() {
+        for (buffers, most) in [(1, 1), (2, 2), (3, 2), (4, 2), (5, 2), (6, 3), (8, 5)] {
             let pool = Pool::default();
             for _ in 0..buffers {
                 pool.add();
@@ -549,6 +580,15 @@ pub(super) mod tests {
             assert_eq!((0..32).filter(|_| pool.pass_one(true)).count(), most);
             assert!(!pool.has_one(true));
         }
+    }
+
+    #[test]
+    fn dmabufs_of_a_producer_that_has_none_left_are_all_passed_on() {
+        let pool = Pool::default();
+        pool.add();
+        assert!(pool.pass_one(true) && !pool.pass_one(true));
+        pool.remove();
+        assert!(pool.pass_one(true), "it is kept from nobody");
     }
 
     #[test]

@@ -88,13 +88,21 @@ impl Inbox {
     pub fn look(&self, interest: Interest) -> Look {
         let mut contents = self.lock();
         contents.waiting = None;
-        if (contents.frame.is_none() || contents.frame_is_newer)
+        let stuck = interest == Interest::Buffer && contents.frame.as_ref().is_some_and(is_stuck);
+        if (contents.frame.is_none() || contents.frame_is_newer || stuck)
             && let Some(reason) = contents.vanished.take()
         {
-            contents.frame_is_newer = false;
+            let newer = std::mem::take(&mut contents.frame_is_newer);
+            // The buffer that a stuck frame of before the news waits for may never come.
+            let stale = contents.frame.take_if(|_| !newer);
+            contents.missed |= stale.is_some();
+            // Before the frame is dropped: that sends a command.
+            drop(contents);
+            if stale.is_some() {
+                self.counters.dropped.fetch_add(1, Ordering::Relaxed);
+            }
             return Look::Vanished(reason);
         }
-        let stuck = interest == Interest::Buffer && contents.frame.as_ref().is_some_and(is_stuck);
         if let Some(frame) = contents.frame.as_ref().filter(|_| !stuck) {
             let format = frame.format;
             contents.waiting = Some(interest).filter(|interest| *interest == Interest::News);
@@ -350,14 +358,17 @@ mod tests {
             counters,
             inbox,
         } = setup();
-        // One may be downstream.
-        let mut frames = frames_in_dmabufs(4, 4, &counters);
+        // Two may be downstream.
+        let mut frames = frames_in_dmabufs(5, 4, &counters);
+        let format = frames[0].format;
         let mut show = || inbox.put_frame(frames.remove(0));
-        show();
-        let Look::Frame(format) = inbox.look(Interest::Buffer) else {
-            panic!("there is one to spare");
-        };
-        let downstream = inbox.take(&format, Frame::reserve).unwrap();
+        let mut downstream = Vec::new();
+        for _ in 0..2 {
+            show();
+            assert!(matches!(inbox.look(Interest::Buffer), Look::Frame(_)));
+            downstream.extend(inbox.take(&format, Frame::reserve));
+        }
+        assert_eq!(downstream.len(), 2);
         show();
         assert!(inbox.take(&format, Frame::reserve).is_none());
         assert!(matches!(inbox.look(Interest::Buffer), Look::Nothing));
@@ -367,7 +378,7 @@ mod tests {
             !woken(&mut waiter),
             "none has come back of those downstream"
         );
-        drop(downstream);
+        downstream.pop();
         inbox.put_returned();
         assert!(woken(&mut waiter));
         assert!(matches!(inbox.look(Interest::Buffer), Look::Frame(_)));
@@ -406,6 +417,35 @@ mod tests {
             matches!(inbox.look(Interest::All), Look::Nothing),
             "said once"
         );
+    }
+
+    #[test]
+    fn a_frame_that_waits_for_a_buffer_does_not_hold_back_the_news_of_its_producers_end() {
+        let Setup {
+            mut waiter,
+            counters,
+            inbox,
+        } = setup();
+        let mut frames = frames_in_dmabufs(3, 1, &counters);
+        let format = frames[0].format;
+        inbox.put_frame(frames.remove(0));
+        let _downstream = inbox.take(&format, Frame::reserve).unwrap();
+        inbox.put_frame(frames.remove(0));
+        assert!(matches!(inbox.look(Interest::Buffer), Look::Nothing));
+        inbox.put_vanished("gone".into());
+        assert!(woken(&mut waiter));
+        assert!(matches!(inbox.look(Interest::Buffer), Look::Vanished(_)));
+        assert_eq!(
+            counters.dropped.load(Ordering::Relaxed),
+            1,
+            "it is of no use"
+        );
+        assert!(matches!(inbox.look(Interest::All), Look::Nothing));
+        // One that comes from a producer that has returned stays.
+        inbox.put_vanished("gone again".into());
+        inbox.put_frame(frames.remove(0));
+        assert!(matches!(inbox.look(Interest::Buffer), Look::Vanished(_)));
+        assert!(matches!(inbox.look(Interest::All), Look::Frame(_)));
     }
 
     #[test]

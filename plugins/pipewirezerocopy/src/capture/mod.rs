@@ -224,8 +224,8 @@ impl Counters {
     }
 }
 
-/// A running capture. Dropping it ends the thread, and waits for that: the thread waits for
-/// nothing itself, so this is immediate.
+/// A running capture. Dropping it ends the thread, and waits for that: for the daemon's last answers,
+/// which take no time, or half a second where it hangs.
 pub struct Capture {
     inbox: Arc<Inbox>,
     commands: pipewire::channel::Sender<Command>,

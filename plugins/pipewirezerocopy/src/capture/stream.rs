@@ -119,23 +119,8 @@ impl CaptureStream {
         }
         let stream = StreamRc::new(core, name, properties)?;
         let library = pipewire_version();
-        let state = Rc::new(State {
-            timelines: timelines && link.sync.is_some() && timeline::is_known_to(&library),
-            link,
-            format: Cell::default(),
-            open: Cell::default(),
-            offer: RefCell::new(offer.clone()),
-            buffers: RefCell::default(),
-            pool: RefCell::default(),
-            missed: Cell::new(true),
-            gone_since: Cell::default(),
-            cursor: RefCell::default(),
-            error: RefCell::default(),
-            had_format: Cell::default(),
-            frame_due: Cell::default(),
-            requests: Cell::default(),
-            complained: Cell::default(),
-        });
+        let timelines = timelines && link.sync.is_some() && timeline::is_known_to(&library);
+        let state = Rc::new(State::new(link, offer.clone(), timelines));
         let listener = listen(&stream, &state)?;
         let pods = offer.pods();
         let mut params: Vec<&Pod> = pods.iter().map(PodBytes::pod).collect();
@@ -290,6 +275,26 @@ fn listen(stream: &StreamRc, state: &Rc<State>) -> Result<StreamListener<()>, pi
 }
 
 impl State {
+    fn new(link: Rc<Link>, offer: Offer, timelines: bool) -> Self {
+        Self {
+            link,
+            timelines,
+            format: Cell::default(),
+            open: Cell::default(),
+            offer: RefCell::new(offer),
+            buffers: RefCell::default(),
+            pool: RefCell::default(),
+            missed: Cell::new(true),
+            gone_since: Cell::default(),
+            cursor: RefCell::default(),
+            error: RefCell::default(),
+            had_format: Cell::default(),
+            frame_due: Cell::default(),
+            requests: Cell::default(),
+            complained: Cell::default(),
+        }
+    }
+
     fn log(&self, level: Level, message: std::fmt::Arguments<'_>) {
         (self.link.log)(level, message);
     }
@@ -371,7 +376,7 @@ impl State {
             Buffer::open(id, datas(raw), self.link.sync.as_ref(), |error| {
                 self.log(
                     Level::Warning,
-                    format_args!("a buffer cannot be read, its frames are skipped: {error}"),
+                    format_args!("a buffer is not all that was agreed on: {error}"),
                 );
             })
         };
@@ -390,12 +395,9 @@ impl State {
 
     fn remove_buffer(&self, raw: *mut pw_buffer) {
         let mut buffers = self.buffers.borrow_mut();
-        if let Some(buffer) = buffers.remove(&raw) {
-            let pool = self.pool.borrow();
-            pool.remove();
-            if buffer.out {
-                pool.end_loan();
-            }
+        if let Some(mut buffer) = buffers.remove(&raw) {
+            self.pool.borrow().remove();
+            self.end_loan(&mut buffer);
         }
         if buffers.is_empty() {
             self.log(
@@ -451,6 +453,14 @@ impl State {
     /// # Safety
     /// `raw` must be dequeued from this stream, and `buffer` what is known of it.
     unsafe fn give_back(&self, stream: &Stream, raw: *mut pw_buffer, buffer: &mut Buffer) {
+        self.end_loan(buffer);
+        // SAFETY: By the contract above.
+        unsafe { stream.queue_raw_buffer(raw) };
+    }
+
+    /// Tells the producer, where it waits for that, that it may draw into a buffer, which it gets
+    /// back or has taken away.
+    fn end_loan(&self, buffer: &mut Buffer) {
         if buffer.out {
             self.pool.borrow().end_loan();
         }
@@ -460,21 +470,23 @@ impl State {
                 format_args!("the producer is not told that it may draw: {error}"),
             );
         }
-        // SAFETY: By the contract above.
-        unsafe { stream.queue_raw_buffer(raw) };
     }
 
     /// The frame in a buffer that has just been dequeued.
     fn frame(&self, raw: *mut pw_buffer) -> Result<Frame, Skip> {
         let received = Monotonic::now();
         let mut buffers = self.buffers.borrow_mut();
-        let (Some(buffer), Some(format)) = (buffers.get_mut(&raw), self.format.get()) else {
-            return Err(Skip::Corrupted(Some("it belongs to no format".into())));
+        let Some(buffer) = buffers.get_mut(&raw) else {
+            return Err(Skip::Corrupted(Some("its buffer was never added".into())));
         };
         // SAFETY: The buffer is in our list, so PipeWire has added and not yet removed it.
         let (datas, metas) = unsafe { (datas(raw), Metas::new(metas(raw))) };
 
+        // Before anything can be wrong with it: the producer waits for its point in any case.
         let acquire = buffer.comes(metas.sync_timeline());
+        let Some(format) = self.format.get() else {
+            return Err(Skip::Corrupted(Some("it belongs to no format".into())));
+        };
         // SAFETY: As above.
         let chunks = unsafe { Chunks::read(datas) }.map_err(|what| Skip::Corrupted(Some(what)))?;
         let empty = chunks.are_empty(&format);
@@ -527,13 +539,115 @@ impl State {
             damage,
             transform: metas.transform(),
             pixels,
-            acquire,
             lease: Lease::new(
                 buffer.id,
+                acquire.is_some(),
                 self.pool.borrow().clone(),
                 self.link.returns.clone(),
                 self.link.counters.clone(),
             ),
+            acquire,
         })
+    }
+}
+
+impl Drop for State {
+    /// The stream ends with buffers that were not given back: the daemon is gone, not the producer.
+    fn drop(&mut self) {
+        for buffer in std::mem::take(self.buffers.get_mut()).values_mut() {
+            self.end_loan(buffer);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::capture::buffers::tests::with_timelines;
+    use crate::capture::frame::Returns;
+    use crate::capture::timeline::{SPA_META_SYNC_TIMELINE, SyncTimelineMeta};
+    use crate::capture::{Counters, Inbox};
+    use std::sync::Mutex;
+    use zerocopy_plugin_common::wait::Waiter;
+
+    /// A stream's state, and what it has warned of.
+    fn state() -> (State, Arc<Mutex<Vec<String>>>) {
+        let counters = Arc::new(Counters::default());
+        let waiter = Waiter::new().unwrap();
+        let warnings = Arc::<Mutex<Vec<String>>>::default();
+        let (commands, _receiver) = pipewire::channel::channel();
+        let link = Link {
+            inbox: Arc::new(Inbox::new(waiter.waker(), counters.clone())),
+            counters,
+            returns: Arc::new(Returns::new(commands)),
+            log: Arc::new({
+                let warnings = warnings.clone();
+                move |level, text| {
+                    if level == Level::Warning {
+                        warnings.lock().unwrap().push(text.to_string());
+                    }
+                }
+            }),
+            sync: None,
+            next_buffer: Cell::new(0),
+        };
+        (State::new(Rc::new(link), Offer::default(), true), warnings)
+    }
+
+    /// A buffer of PipeWire's without pixels, with these points, which a state knows.
+    struct Coming {
+        raw: pw_buffer,
+        _buffer: Box<spa_sys::spa_buffer>,
+        _meta: Box<spa_sys::spa_meta>,
+        _points: Box<SyncTimelineMeta>,
+    }
+
+    fn coming() -> Coming {
+        let mut points = Box::new(SyncTimelineMeta {
+            flags: 0,
+            padding: 0,
+            acquire_point: 1,
+            release_point: 2,
+        });
+        let mut meta = Box::new(spa_sys::spa_meta {
+            type_: SPA_META_SYNC_TIMELINE,
+            size: size_of::<SyncTimelineMeta>() as u32,
+            data: (&raw mut *points).cast(),
+        });
+        let mut buffer = Box::new(spa_sys::spa_buffer {
+            n_metas: 1,
+            n_datas: 0,
+            metas: &raw mut *meta,
+            datas: std::ptr::null_mut(),
+        });
+        // SAFETY: A structure of integers and pointers.
+        let mut raw: pw_buffer = unsafe { std::mem::zeroed() };
+        raw.buffer = &raw mut *buffer;
+        Coming {
+            raw,
+            _buffer: buffer,
+            _meta: meta,
+            _points: points,
+        }
+    }
+
+    #[test]
+    fn a_release_point_is_signalled_whatever_becomes_of_the_buffer() {
+        // Signalling what is no timeline fails, which shows that it was tried.
+        for what in ["removed", "the stream has ended"] {
+            let (state, warnings) = state();
+            let mut coming = coming();
+            let raw = &raw mut coming.raw;
+            state.buffers.borrow_mut().insert(raw, with_timelines(1));
+            assert!(state.frame(raw).is_err(), "there is no format");
+            assert!(warnings.lock().unwrap().is_empty());
+            if what == "removed" {
+                state.remove_buffer(raw);
+            }
+            drop(state);
+            let warnings = warnings.lock().unwrap();
+            assert_eq!(warnings.len(), 1, "{what}: {warnings:?}");
+            assert!(warnings[0].contains("not told that it may draw"), "{what}");
+        }
     }
 }

@@ -137,8 +137,15 @@ pub struct Point {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
+
+    /// One on a node that has none: whatever is tried with it fails.
+    pub fn no_timeline() -> Arc<Timeline> {
+        let node = Arc::new(SyncNode(File::open("/dev/null").unwrap()));
+        let handle = std::num::NonZeroU32::MIN.into();
+        Arc::new(Timeline { node, handle })
+    }
 
     #[test]
     fn versions_are_compared_by_their_numbers() {

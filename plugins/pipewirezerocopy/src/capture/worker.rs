@@ -35,7 +35,7 @@ const RETRY_AFTER: Duration = Duration::from_secs(1);
 const LINK_TRIES: u32 = 4;
 const LINK_AGAIN_AFTER: Duration = Duration::from_millis(150);
 
-/// How long the daemon may take to confirm that our objects on a shared socket are gone.
+/// How long the daemon may take in all for its last answers, after which the thread ends without.
 const GOODBYE_LIMIT: Duration = Duration::from_millis(500);
 
 /// What the loop thread is told.
@@ -348,6 +348,8 @@ impl Worker {
         self.obey();
         let lost = self.notes.lost.borrow_mut().take();
         if let Some(reason) = lost {
+            // Nothing can be given back any more.
+            self.stream = None;
             self.vanish(
                 format!("the PipeWire daemon has gone away ({reason})"),
                 None,
@@ -494,7 +496,9 @@ impl Worker {
 
     fn vanish(&mut self, reason: String, retry_at: Option<Instant>) {
         self.log(Level::Info, format_args!("{reason}"));
-        self.stream = None;
+        if let Some(stream) = self.stream.take() {
+            stream.reclaim();
+        }
         self.retry_at = retry_at;
         self.link.counters.set_stage(Stage::Absent);
         if self.past.told.replace(Told::Vanished) != Some(Told::Vanished) {
@@ -564,35 +568,37 @@ impl Worker {
         if self.end == Some(End::Lost) {
             return self.past;
         }
+        let deadline = Instant::now() + GOODBYE_LIMIT;
         if self.stream.is_some() {
             // libpipewire before 0.3.72 loses the descriptors in what comes for a stream that is no
             // more. Of one that was only just set up the daemon gets to know with the first of
             // these; with the second its descriptors are here.
-            self.wait_for_daemon(looped);
-            self.wait_for_daemon(looped);
+            self.wait_for_daemon(looped, deadline);
+            self.wait_for_daemon(looped, deadline);
         }
         self.give_back();
         if let Some(stream) = self.stream.take() {
             stream.reclaim();
         }
         if self.shared_socket {
-            self.wait_for_daemon(looped);
+            self.wait_for_daemon(looped, deadline);
         }
         self.past
     }
 
-    /// Waits until the daemon has done all that it was asked for, and its answers are here.
-    fn wait_for_daemon(&self, looped: &LoopRc) {
-        let deadline = Instant::now() + GOODBYE_LIMIT;
+    /// Waits until the daemon has done all that it was asked for, and its answers are here. Past the
+    /// deadline it is still asked.
+    fn wait_for_daemon(&self, looped: &LoopRc, deadline: Instant) {
         let Ok(sync) = self.core.sync(0) else {
             return;
         };
-        while self.notes.done.get() != Some(sync.seq())
-            && self.notes.lost.borrow().is_none()
-            && Instant::now() < deadline
-        {
+        while self.notes.done.get() != Some(sync.seq()) && self.notes.lost.borrow().is_none() {
+            let left = deadline.saturating_duration_since(Instant::now());
             // SAFETY: `run` has entered the loop, and leaves it after this.
-            unsafe { looped.iterate_unguarded(Timeout::Finite(GOODBYE_LIMIT)) };
+            unsafe { looped.iterate_unguarded(Timeout::Finite(left)) };
+            if left.is_zero() {
+                return;
+            }
         }
     }
 }

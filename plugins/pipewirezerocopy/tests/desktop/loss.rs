@@ -2,18 +2,19 @@
 
 //! Producers that vanish, daemons that die, nodes that do not exist.
 
-use std::io::Read;
-use std::process::Stdio;
+use std::io::{Read, Write};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
 use gstpipewirezerocopy::capture::PixelFormat;
-use zerocopy_test_support::desktop::{Recording, Victim};
+use zerocopy_test_support::desktop::{Desktop, Recording, Victim};
 
 use super::content::run_on;
+use super::hostile::{SIZE, painter, plain, playing, shown};
 use super::lifecycle::gst_launch;
 use super::painter::{Painter, until};
-use super::run::{Run, expected_pixels, is_keepalive};
+use super::run::{Run, expected_pixels, is_keepalive, pixels};
 use super::{desktop, own_desktop};
 
 /// Within this a vanished producer must have been noticed, on however busy a machine. What is said
@@ -239,4 +240,65 @@ fn buffers_that_stay_away_mean_a_vanished_producer() {
     assert!(reason.contains("taken its buffers away"), "{reason}");
     assert!(run.error().contains("vanished"));
     drop(producer);
+}
+
+/// What a session manager runs to say that the stream from a node is in error. Its buffers stay.
+const BREAK_OFF: &str = r#"
+links = ObjectManager { Interest { type = "link" } }
+nodes = ObjectManager { Interest { type = "node" } }
+clients = ObjectManager { Interest { type = "client" } }
+links:connect("installed", function()
+    local link = links:lookup { Constraint { "link.output.node", "=", "NODE" } }
+    local consumer = link.properties["link.input.node"]
+    local node = nodes:lookup { Constraint { "object.id", "=", consumer } }
+    local client = clients:lookup { Constraint { "object.id", "=", node.properties["client.id"] } }
+    client:send_error(tonumber(consumer), -32, "so the test will have it")
+    Core.sync(function() Core.quit() end)
+end)
+clients:activate()
+nodes:activate()
+links:activate()
+"#;
+
+fn break_off(desktop: &Desktop, node: u32) {
+    let mut script = tempfile::NamedTempFile::new().unwrap();
+    let text = BREAK_OFF.replace("NODE", &node.to_string());
+    script.write_all(text.as_bytes()).unwrap();
+    let status = Command::new("wpexec")
+        .arg(script.path())
+        .envs(desktop.environment().iter().cloned())
+        .status();
+    assert!(status.unwrap().success());
+}
+
+/// Whether a picture lies in memory that the producer can draw into.
+fn is_the_producers(sample: &gst::Sample) -> bool {
+    let memory = sample.buffer().unwrap().peek_memory(0);
+    let at = memory.map_readable().unwrap().as_ptr().addr();
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let number = |digits: &str| usize::from_str_radix(digits, 16).unwrap();
+    let holds = |line: &&str| {
+        let (start, rest) = line.split_once('-').unwrap();
+        let (end, _) = rest.split_once(' ').unwrap();
+        (number(start)..number(end)).contains(&at)
+    };
+    maps.lines().find(holds).unwrap().contains("memfd:painter")
+}
+
+#[test]
+fn a_stream_that_breaks_off_leaves_its_pictures_and_gives_their_buffers_back() {
+    let desktop = desktop();
+    let painter = painter(&desktop, "breaks-off");
+    let run = playing(&desktop, "breaks-off");
+    run.src.set_property_from_str("on-disconnect", "none");
+    let kept = shown(&painter, &run, &plain(1));
+    assert!(is_the_producers(&kept));
+    break_off(&desktop, painter.node());
+    let reason = run.capture_message("vanished");
+    assert!(reason.contains("so the test will have it"), "{reason}");
+    assert!(!is_the_producers(&kept), "it has its buffer back");
+    assert_eq!(pixels(&kept), vec![1; SIZE as usize]);
+    // It comes back by itself.
+    while pixels(&shown(&painter, &run, &plain(2)))[0] != 2 {}
+    assert_eq!(pixels(&kept), vec![1; SIZE as usize]);
 }

@@ -96,10 +96,12 @@ pub struct Style {
     pub apart: bool,
     /// Say no sizes: they mean nothing for DMA-BUFs (L8).
     pub no_sizes: bool,
+    /// Buffers of a stream.
+    pub buffers: i32,
 }
 
 impl Style {
-    /// Without padding.
+    /// Without padding, and with buffers enough for a consumer that passes some of them on.
     pub fn plain(memory: Memory) -> Self {
         Self {
             memory,
@@ -107,6 +109,7 @@ impl Style {
             more_rows: (0, 0),
             apart: false,
             no_sizes: false,
+            buffers: 6,
         }
     }
 }

@@ -105,6 +105,7 @@ const SCENES: &[(&str, Scene)] = &[
     ("reformatted", reformatted),
     ("format-twice", format_twice),
     ("modifier-dropped", modifier_dropped),
+    ("few-buffers", few_buffers),
     ("held", held),
     ("hoarded", hoarded),
     ("no-sync", no_sync),
@@ -457,6 +458,23 @@ fn modifier_dropped(node: &str) -> Outcome<()> {
     expect_dmabuf(&stage.shown(3)?.0, true)
 }
 
+/// A sink that keeps its last buffer gets the next one, of as few buffers as compositors have.
+fn few_buffers(node: &str) -> Outcome<()> {
+    for buffers in [3, 4] {
+        let style = Style {
+            buffers,
+            ..padded(Memory::Dumb)
+        };
+        let offer = offer(Pixels::Bgrx, &[LINEAR], false);
+        let stage = Stage::start(&format!("{node}-{buffers}"), offer, style, "dmabuf")?;
+        stage.run.keep_last();
+        for number in 1..=8 {
+            expect_dmabuf(&stage.shown(number)?.0, true)?;
+        }
+    }
+    Ok(())
+}
+
 /// A frame that somebody keeps is not drawn over.
 fn held(node: &str) -> Outcome<()> {
     let offer = offer(Pixels::Bgrx, &[LINEAR], false);
@@ -522,7 +540,12 @@ fn implicit(node: &str) -> Outcome<()> {
 
 fn explicit_stage(node: &str) -> Outcome<Stage> {
     let offer = offer(Pixels::Bgrx, &[LINEAR], true);
-    Stage::with_sync(node, offer, padded(Memory::Dumb), "dmabuf", true)
+    // So many that the producer can do for long without one of them.
+    let style = Style {
+        buffers: 8,
+        ..padded(Memory::Dumb)
+    };
+    Stage::with_sync(node, offer, style, "dmabuf", true)
 }
 
 /// Acquire points are waited for; release points are signalled when a frame is done with, not before.

@@ -37,9 +37,6 @@ pub struct SyncTimeline {
     pub release_point: u64,
 }
 
-/// Buffers of a stream; enough for a consumer that passes some of them on.
-const BUFFERS: i32 = 6;
-
 /// What a producer can make.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Offer {
@@ -183,13 +180,13 @@ impl Modifier {
     }
 }
 
-/// The producer's answer to a `Format`: buffers of so many planes, of one kind of memory (`SPA_DATA_*`);
-/// with `sync`, preferably with two timelines behind them.
-pub fn answers(planes: usize, memory: u32, sync: bool) -> Vec<Vec<u8>> {
+/// The producer's answer to a `Format`: `count` buffers of so many planes, of one kind of memory
+/// (`SPA_DATA_*`); with `sync`, preferably with two timelines behind them.
+pub fn answers(count: i32, planes: usize, memory: u32, sync: bool) -> Vec<Vec<u8>> {
     let int = |key, value| Property::new(key, Value::Int(value));
     let buffers = |blocks: usize| {
         vec![
-            int(spa_sys::SPA_PARAM_BUFFERS_buffers, BUFFERS),
+            int(spa_sys::SPA_PARAM_BUFFERS_buffers, count),
             int(spa_sys::SPA_PARAM_BUFFERS_blocks, blocks as i32),
             int(spa_sys::SPA_PARAM_BUFFERS_dataType, 1 << memory),
         ]

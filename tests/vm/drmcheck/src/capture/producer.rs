@@ -316,12 +316,17 @@ impl State {
             Modifier::Fixed(modifier) => {
                 self.tell(Event::Format(Some(modifier)));
                 let planes = agreed.pixels.planes(agreed.size).len();
-                answers(planes, spa_sys::SPA_DATA_DmaBuf, self.sync.is_some())
+                answers(
+                    self.style.buffers,
+                    planes,
+                    spa_sys::SPA_DATA_DmaBuf,
+                    self.sync.is_some(),
+                )
             }
             Modifier::None => {
                 self.tell(Event::Format(None));
                 let planes = agreed.pixels.planes(agreed.size).len();
-                answers(planes, spa_sys::SPA_DATA_MemFd, false)
+                answers(self.style.buffers, planes, spa_sys::SPA_DATA_MemFd, false)
             }
         };
         Ok(stream.update_params(&mut as_pods(&pods))?)

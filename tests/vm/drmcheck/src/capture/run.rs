@@ -90,6 +90,11 @@ impl Run {
         Ok(())
     }
 
+    /// From now on the sink keeps the last buffer that it gave out, as sinks do.
+    pub fn keep_last(&self) {
+        self.sink.set_property("enable-last-sample", true);
+    }
+
     /// The reason that the element's message gives for frames in that memory, and not in another.
     pub fn reason(&self, memory: &str) -> Outcome<String> {
         let bus = self.pipeline.bus().ok_or("a pipeline without a bus")?;
