@@ -248,7 +248,8 @@ impl Screen {
         state.news = false;
     }
 
-    /// Nobody listens any more: what is known grows old.
+    /// Nobody listens any more: what is known grows old. The cursor is kept: QEMU before 8.0 tells a
+    /// new listener none until it has another shape, and newer ones say it again.
     pub(crate) fn ignore(&self) {
         let mut state = self.lock();
         state.content = None;
@@ -256,7 +257,6 @@ impl Screen {
         state.unattended = false;
         state.news = false;
         state.off = false;
-        state.cursor = Cursor::default();
         state.cursor_news = false;
     }
 

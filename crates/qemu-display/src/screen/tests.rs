@@ -289,6 +289,7 @@ fn what_nobody_listens_to_is_not_known() {
     let whole = layout(4, 4);
     screen.scanout(whole, canvas(whole, 0)).unwrap();
     screen.mouse_set(1, 1, true);
+    screen.cursor_define(CursorShape::checked(1, 1, &[0; 4]).unwrap());
     drop((first, second));
     assert_eq!(*wanted.borrow(), 0);
     screen.ignore();
@@ -297,5 +298,6 @@ fn what_nobody_listens_to_is_not_known() {
     screen.scanout(whole, canvas(whole, 1)).unwrap();
     let picture = screen.take().unwrap().unwrap();
     assert_eq!(picture.damage, Damage::All);
-    assert!(!picture.cursor.visible);
+    // QEMU 7.2 does not say it again.
+    assert!(picture.cursor.visible && picture.cursor.shape.is_some());
 }
