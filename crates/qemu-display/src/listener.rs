@@ -243,16 +243,21 @@ fn dmabuf2(message: &Message) -> Result<DmaBuf, Error> {
     let mut planes = planes
         .map(|((fd, offset), stride)| Plane::checked(duplicate(fd)?, offset, stride))
         .collect::<Result<Vec<_>, _>>()?;
+    let y = first_row((y, height), backing_height, y0_top);
     if (x, y) != (0, 0) {
-        // Rows are counted as the guest does, from the top.
-        let y = if y0_top {
-            backing_height.saturating_sub(y.saturating_add(height))
-        } else {
-            y
-        };
         move_to(&mut planes, (x, y), fourcc, modifier)?;
     }
     DmaBuf::checked((width, height), fourcc, modifier, planes, y0_top)
+}
+
+/// The row of the buffer that a picture of so many rows from `y` on begins with. The guest counts them
+/// from the top, which is where a buffer ends that has its last row first.
+fn first_row((y, height): (u32, u32), backing_height: u32, y0_top: bool) -> u32 {
+    if y0_top {
+        backing_height.saturating_sub(y.saturating_add(height))
+    } else {
+        y
+    }
 }
 
 /// Has the picture begin at a place in a larger one, as that of the second output does where a guest
@@ -290,4 +295,21 @@ fn duplicate(fd: &Fd<'_>) -> Result<OwnedFd, Error> {
     fd.as_fd()
         .try_clone_to_owned()
         .map_err(|error| Error::System(format!("no descriptor for a picture: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_are_counted_from_the_end_of_a_buffer_with_its_last_row_first() {
+        assert_eq!(first_row((0, 768), 768, false), 0);
+        assert_eq!(first_row((0, 600), 768, false), 0);
+        assert_eq!(first_row((168, 600), 768, false), 168);
+        assert_eq!(first_row((0, 768), 768, true), 0);
+        assert_eq!(first_row((0, 600), 768, true), 168);
+        assert_eq!(first_row((168, 600), 768, true), 0);
+        assert_eq!(first_row((68, 600), 768, true), 100);
+        assert_eq!(first_row((u32::MAX, 600), 768, true), 0);
+    }
 }
