@@ -97,6 +97,15 @@ struct State {
     spares: Spares,
 }
 
+impl State {
+    /// There is no picture any more.
+    fn clear(&mut self) {
+        self.content = None;
+        self.reply = None;
+        self.news = false;
+    }
+}
+
 /// One console's screen.
 pub struct Screen {
     console: u32,
@@ -242,20 +251,15 @@ impl Screen {
 
     /// The picture is that of another size, and what comes now changes one that is not here yet.
     pub(crate) fn forget(&self) {
-        let mut state = self.lock();
-        state.content = None;
-        state.reply = None;
-        state.news = false;
+        self.lock().clear();
     }
 
     /// Nobody listens any more: what is known grows old. The cursor is kept: QEMU before 8.0 tells a
     /// new listener none until it has another shape, and newer ones say it again.
     pub(crate) fn ignore(&self) {
         let mut state = self.lock();
-        state.content = None;
-        state.reply = None;
+        state.clear();
         state.unattended = false;
-        state.news = false;
         state.off = false;
         state.cursor_news = false;
     }
@@ -385,9 +389,7 @@ impl Screen {
         if std::mem::take(&mut state.replaced) {
             return;
         }
-        state.content = None;
-        state.reply = None;
-        state.news = false;
+        state.clear();
         let told = std::mem::replace(&mut state.off, true);
         drop(state);
         if !told {
@@ -416,7 +418,7 @@ impl Screen {
     /// The end.
     pub(crate) fn fail(&self, error: Error) {
         let mut state = self.lock();
-        state.reply = None;
+        state.clear();
         state.failure.get_or_insert(error);
         drop(state);
         (self.notify)();

@@ -230,6 +230,9 @@ fn the_end_goes_before_everything() {
     screen.fail(gone.clone());
     screen.fail(Error::System("second".to_owned()));
     assert_eq!(screen.look(), Look::Failed(gone));
+    // Its memory, which may be a GPU's, is not kept for as long as somebody has the screen.
+    assert_eq!(screen.size(), None);
+    assert!(screen.take().unwrap().is_none());
 }
 
 fn dmabuf() -> DmaBuf {
