@@ -98,10 +98,17 @@ struct State {
 }
 
 impl State {
+    /// Another picture takes the place of the one that there is, which is returned. Nothing is left of
+    /// what QEMU wanted with that one.
+    fn show(&mut self, content: Option<Content>) -> Option<Content> {
+        self.reply = None;
+        self.replaced = false;
+        std::mem::replace(&mut self.content, content)
+    }
+
     /// There is no picture any more.
     fn clear(&mut self) {
-        self.content = None;
-        self.reply = None;
+        self.show(None);
         self.news = false;
     }
 }
@@ -275,7 +282,7 @@ impl Screen {
         }
         let mut state = self.lock();
         state.figures.bytes += there as u64;
-        state.content = Some(Content::Bytes(layout, Arc::new(canvas)));
+        state.show(Some(Content::Bytes(layout, Arc::new(canvas))));
         self.changed(state, None);
         Ok(())
     }
@@ -334,7 +341,7 @@ impl Screen {
         let offset = u64::from(offset);
         let file = SharedFile::checked(fd, offset + layout.bytes() as u64)?;
         let mut state = self.lock();
-        state.content = Some(Content::Shared(layout, Arc::new(file), offset));
+        state.show(Some(Content::Shared(layout, Arc::new(file), offset)));
         // The guest may draw into the memory before this one from now on.
         Self::drawn(&mut state);
         self.changed(state, None);
@@ -352,8 +359,7 @@ impl Screen {
     /// A picture in DMA-BUFs.
     pub(crate) fn scanout_dmabuf(&self, buffer: DmaBuf) {
         let mut state = self.lock();
-        state.reply = None;
-        let before = state.content.replace(Content::DmaBuf(Arc::new(buffer)));
+        let before = state.show(Some(Content::DmaBuf(Arc::new(buffer))));
         state.replaced = matches!(before, Some(Content::DmaBuf(_)));
         self.changed(state, None);
     }

@@ -282,6 +282,24 @@ fn letting_go_of_the_buffer_before_switches_nothing_off() {
 }
 
 #[test]
+fn switching_off_is_heeded_where_no_buffer_before_is_let_go() {
+    for way in 0..4 {
+        let (screen, _) = screen();
+        screen.scanout_dmabuf(dmabuf());
+        screen.scanout_dmabuf(dmabuf());
+        let whole = layout(4, 4);
+        match way {
+            0 => screen.scanout(whole, canvas(whole, 0)).unwrap(),
+            1 => screen.scanout_map(memfd(64), 0, whole).unwrap(),
+            2 => screen.forget(),
+            _ => screen.ignore(),
+        }
+        screen.disable();
+        assert_eq!(screen.look(), Look::Off, "{way}");
+    }
+}
+
+#[test]
 fn what_nobody_listens_to_is_not_known() {
     let (screen, _) = screen();
     let screen = Arc::new(screen);
