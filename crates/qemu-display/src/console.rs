@@ -3,6 +3,7 @@
 //! One console of QEMU's: asked, and listened to.
 
 use std::future::{pending, poll_fn};
+use std::io::{self, ErrorKind};
 use std::num::NonZeroUsize;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use futures_core::Stream;
 use tokio::sync::watch;
-use tokio::time::sleep;
+use tokio::time::{sleep, timeout};
 use zbus::connection::Builder;
 use zbus::fdo::{PropertiesChangedStream, PropertiesProxy};
 use zbus::proxy::CacheProperties;
@@ -39,6 +40,9 @@ const ANSWERS: u32 = 2;
 /// How often, and for how long, to try when QEMU still has the listener before.
 const AGAIN_PAUSE: Duration = Duration::from_millis(5);
 const AGAIN_LIMIT: Duration = Duration::from_secs(5);
+
+/// Limit for QEMU's part in making a listener, as for each of its answers.
+const LISTEN_LIMIT: Duration = Duration::from_secs(5);
 
 /// A console.
 pub struct Console {
@@ -107,7 +111,9 @@ impl Console {
     async fn listen_anew(&self) -> zbus::Result<MessageStream> {
         let end = Instant::now() + AGAIN_LIMIT;
         loop {
-            match self.listen().await {
+            let listening = timeout(LISTEN_LIMIT, self.listen()).await;
+            let slow = || io::Error::new(ErrorKind::TimedOut, "it made no listener in time");
+            match listening.unwrap_or_else(|_| Err(slow().into())) {
                 Err(zbus::Error::MethodError(name, ..))
                     if name == TAKEN && Instant::now() < end =>
                 {

@@ -61,6 +61,9 @@ impl DmaBuf {
         y0_top: bool,
     ) -> Result<Self, Error> {
         check_size(width, height)?;
+        if fourcc == 0 {
+            return Err(Error::Nonsense("a DMA-BUF of no format".to_owned()));
+        }
         let buffer = Self {
             width,
             height,
@@ -295,6 +298,13 @@ mod tests {
         assert!(checked((4, 4), plane(64, 0, 15)).is_err());
         assert!(checked((4, 0), plane(64, 0, 16)).is_err());
         assert!(checked((8192, 8192), plane(64, u32::MAX, u32::MAX)).is_err());
+    }
+
+    #[test]
+    fn a_picture_must_have_a_format() {
+        for modifier in [LINEAR, 1 << 56] {
+            assert!(DmaBuf::checked((4, 4), 0, modifier, vec![], false).is_err());
+        }
     }
 
     #[test]

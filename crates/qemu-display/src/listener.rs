@@ -15,7 +15,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use futures_core::Stream;
-use tokio::sync::oneshot;
+use tokio::sync::oneshot::error::TryRecvError;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use zbus::message::{Flags, Type};
 use zbus::{Connection, Fd, Message, MessageStream, Variant};
 
@@ -37,6 +38,10 @@ const UNKNOWN: &str = "org.freedesktop.DBus.Error.UnknownMethod";
 /// ui/dbus.h) and complains.
 const HOLD_LIMIT: Duration = Duration::from_millis(500);
 
+/// Calls of a listener that may be without an answer: one that the guest's GPU is held with, and one
+/// whose answer is on its way. A QEMU that is held sends no more of them.
+const MOST_HELD: usize = 2;
+
 /// The most planes of a DMA-BUF (`QemuDmaBuf`; DRM has four as well).
 const MOST_PLANES: usize = 4;
 
@@ -53,6 +58,7 @@ enum Answer {
 /// Puts into `screen` what QEMU says, until the connection ends. Returns why it did.
 pub async fn serve(messages: &mut MessageStream, screen: &Arc<Screen>, address: &str) -> Error {
     let connection = Connection::from(&*messages);
+    let held = Arc::new(Semaphore::new(MOST_HELD));
     loop {
         let message = match poll_fn(|context| Pin::new(&mut *messages).poll_next(context)).await {
             Some(Ok(message)) => message,
@@ -66,7 +72,7 @@ pub async fn serve(messages: &mut MessageStream, screen: &Arc<Screen>, address: 
             Ok(answer) => answer,
             Err(error) => return error,
         };
-        if let Err(error) = reply(&connection, &message, answer, screen).await {
+        if let Err(error) = reply(&connection, &message, answer, screen, &held).await {
             return gone(address, &error.to_string());
         }
     }
@@ -84,6 +90,7 @@ async fn reply(
     message: &Message,
     answer: Answer,
     screen: &Arc<Screen>,
+    held: &Arc<Semaphore>,
 ) -> zbus::Result<()> {
     let header = message.header();
     if header.primary().flags().contains(Flags::NO_REPLY_EXPECTED) {
@@ -97,7 +104,10 @@ async fn reply(
             let text = "no such method here";
             connection.reply_error(&header, UNKNOWN, &text).await
         }
-        Answer::Later(receiver) => {
+        Answer::Later(mut receiver) => {
+            let Some(place) = place(held, &mut receiver) else {
+                return connection.reply(&header, &()).await;
+            };
             let (connection, message) = (connection.clone(), message.clone());
             let screen = screen.clone();
             // Ends with the runtime, that is with the connection.
@@ -107,10 +117,23 @@ async fn reply(
                 }
                 // Who cannot be answered has gone, which `serve` notices.
                 let _ = connection.reply(&message.header(), &()).await;
+                drop(place);
             });
             Ok(())
         }
     }
+}
+
+/// A place for a call that is answered when `receiver` is closed. None if it is, or there are too many
+/// already: each keeps its message.
+fn place(
+    held: &Arc<Semaphore>,
+    receiver: &mut oneshot::Receiver<()>,
+) -> Option<OwnedSemaphorePermit> {
+    if receiver.try_recv() != Err(TryRecvError::Empty) {
+        return None;
+    }
+    held.clone().try_acquire_owned().ok()
 }
 
 /// Reads the arguments of a call.
@@ -243,16 +266,21 @@ fn dmabuf2(message: &Message) -> Result<DmaBuf, Error> {
     let mut planes = planes
         .map(|((fd, offset), stride)| Plane::checked(duplicate(fd)?, offset, stride))
         .collect::<Result<Vec<_>, _>>()?;
+    let y = first_row((y, height), backing_height, y0_top);
     if (x, y) != (0, 0) {
-        // Rows are counted as the guest does, from the top.
-        let y = if y0_top {
-            backing_height.saturating_sub(y.saturating_add(height))
-        } else {
-            y
-        };
         move_to(&mut planes, (x, y), fourcc, modifier)?;
     }
     DmaBuf::checked((width, height), fourcc, modifier, planes, y0_top)
+}
+
+/// The row of the buffer that a picture of so many rows from `y` on begins with. The guest counts them
+/// from the top, which is where a buffer ends that has its last row first.
+fn first_row((y, height): (u32, u32), backing_height: u32, y0_top: bool) -> u32 {
+    if y0_top {
+        backing_height.saturating_sub(y.saturating_add(height))
+    } else {
+        y
+    }
 }
 
 /// Has the picture begin at a place in a larger one, as that of the second output does where a guest
@@ -290,4 +318,41 @@ fn duplicate(fd: &Fd<'_>) -> Result<OwnedFd, Error> {
     fd.as_fd()
         .try_clone_to_owned()
         .map_err(|error| Error::System(format!("no descriptor for a picture: {error}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn calls_without_an_answer_are_few() {
+        let held = Arc::new(Semaphore::new(MOST_HELD));
+        let (senders, mut receivers): (Vec<_>, Vec<_>) =
+            (0..=MOST_HELD).map(|_| oneshot::channel()).unzip();
+        let places: Vec<_> = receivers
+            .iter_mut()
+            .map(|receiver| place(&held, receiver))
+            .collect();
+        assert!(places[..MOST_HELD].iter().all(Option::is_some));
+        assert!(places[MOST_HELD].is_none(), "one too many");
+        drop(places);
+        assert!(place(&held, &mut receivers[0]).is_some(), "some are over");
+        drop(senders);
+        assert!(
+            place(&held, &mut receivers[0]).is_none(),
+            "it need not wait"
+        );
+    }
+
+    #[test]
+    fn rows_are_counted_from_the_end_of_a_buffer_with_its_last_row_first() {
+        assert_eq!(first_row((0, 768), 768, false), 0);
+        assert_eq!(first_row((0, 600), 768, false), 0);
+        assert_eq!(first_row((168, 600), 768, false), 168);
+        assert_eq!(first_row((0, 768), 768, true), 0);
+        assert_eq!(first_row((0, 600), 768, true), 168);
+        assert_eq!(first_row((168, 600), 768, true), 0);
+        assert_eq!(first_row((68, 600), 768, true), 100);
+        assert_eq!(first_row((u32::MAX, 600), 768, true), 0);
+    }
 }

@@ -97,6 +97,22 @@ struct State {
     spares: Spares,
 }
 
+impl State {
+    /// Another picture takes the place of the one that there is, which is returned. Nothing is left of
+    /// what QEMU wanted with that one.
+    fn show(&mut self, content: Option<Content>) -> Option<Content> {
+        self.reply = None;
+        self.replaced = false;
+        std::mem::replace(&mut self.content, content)
+    }
+
+    /// There is no picture any more.
+    fn clear(&mut self) {
+        self.show(None);
+        self.news = false;
+    }
+}
+
 /// One console's screen.
 pub struct Screen {
     console: u32,
@@ -242,21 +258,16 @@ impl Screen {
 
     /// The picture is that of another size, and what comes now changes one that is not here yet.
     pub(crate) fn forget(&self) {
-        let mut state = self.lock();
-        state.content = None;
-        state.reply = None;
-        state.news = false;
+        self.lock().clear();
     }
 
-    /// Nobody listens any more: what is known grows old.
+    /// Nobody listens any more: what is known grows old. The cursor is kept: QEMU before 8.0 tells a
+    /// new listener none until it has another shape, and newer ones say it again.
     pub(crate) fn ignore(&self) {
         let mut state = self.lock();
-        state.content = None;
-        state.reply = None;
+        state.clear();
         state.unattended = false;
-        state.news = false;
         state.off = false;
-        state.cursor = Cursor::default();
         state.cursor_news = false;
     }
 
@@ -271,7 +282,7 @@ impl Screen {
         }
         let mut state = self.lock();
         state.figures.bytes += there as u64;
-        state.content = Some(Content::Bytes(layout, Arc::new(canvas)));
+        state.show(Some(Content::Bytes(layout, Arc::new(canvas))));
         self.changed(state, None);
         Ok(())
     }
@@ -330,7 +341,7 @@ impl Screen {
         let offset = u64::from(offset);
         let file = SharedFile::checked(fd, offset + layout.bytes() as u64)?;
         let mut state = self.lock();
-        state.content = Some(Content::Shared(layout, Arc::new(file), offset));
+        state.show(Some(Content::Shared(layout, Arc::new(file), offset)));
         // The guest may draw into the memory before this one from now on.
         Self::drawn(&mut state);
         self.changed(state, None);
@@ -348,8 +359,7 @@ impl Screen {
     /// A picture in DMA-BUFs.
     pub(crate) fn scanout_dmabuf(&self, buffer: DmaBuf) {
         let mut state = self.lock();
-        state.reply = None;
-        let before = state.content.replace(Content::DmaBuf(Arc::new(buffer)));
+        let before = state.show(Some(Content::DmaBuf(Arc::new(buffer))));
         state.replaced = matches!(before, Some(Content::DmaBuf(_)));
         self.changed(state, None);
     }
@@ -385,9 +395,7 @@ impl Screen {
         if std::mem::take(&mut state.replaced) {
             return;
         }
-        state.content = None;
-        state.reply = None;
-        state.news = false;
+        state.clear();
         let told = std::mem::replace(&mut state.off, true);
         drop(state);
         if !told {
@@ -416,7 +424,7 @@ impl Screen {
     /// The end.
     pub(crate) fn fail(&self, error: Error) {
         let mut state = self.lock();
-        state.reply = None;
+        state.clear();
         state.failure.get_or_insert(error);
         drop(state);
         (self.notify)();

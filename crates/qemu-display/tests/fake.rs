@@ -200,6 +200,17 @@ fn a_listener_outlives_the_connection_that_it_was_made_on() {
 }
 
 #[test]
+fn a_qemu_that_registers_a_listener_and_says_nothing_is_an_error() {
+    let qemu = FakeQemu::start(&[0]);
+    let watched = Watched::start(Address::Qmp(qemu.qmp()), Consoles::Graphic);
+    qemu.say_nothing();
+    let screen = watched.screen(0);
+    let error = watched.failure(&screen);
+    assert!(error.to_string().contains("in time"), "{error}");
+    assert_eq!(qemu.registered(), 1);
+}
+
+#[test]
 fn a_size_reaches_qemu() {
     let qemu = FakeQemu::start(&[0]);
     let (watched, _screen, _listener) = watched(&qemu);

@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader, IoSliceMut, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
@@ -38,6 +38,7 @@ pub struct FakeQemu {
     folder: TempDir,
     listeners: Receiver<Listener>,
     registered: Arc<AtomicUsize>,
+    mute: Arc<AtomicBool>,
     sizes: Receiver<(u32, u32, u32)>,
     connections: Arc<Mutex<Vec<Connection>>>,
     _runtime: Runtime,
@@ -61,10 +62,12 @@ impl FakeQemu {
         let (size_sender, sizes) = channel();
         let connections = Arc::new(Mutex::new(Vec::new()));
         let registered = Arc::new(AtomicUsize::new(0));
+        let mute = Arc::new(AtomicBool::new(false));
         let server = Server {
             consoles: consoles.to_vec(),
             listeners: listener_sender,
             registered: registered.clone(),
+            mute: mute.clone(),
             sizes: Arc::new(Mutex::new(size_sender)),
             connections: connections.clone(),
             handle: runtime.handle().clone(),
@@ -75,6 +78,7 @@ impl FakeQemu {
             folder,
             listeners,
             registered,
+            mute,
             sizes,
             connections,
             _runtime: runtime,
@@ -98,6 +102,11 @@ impl FakeQemu {
     /// How many listeners clients have registered so far.
     pub fn registered(&self) -> usize {
         self.registered.load(Ordering::Acquire)
+    }
+
+    /// From now on listeners are registered, and nothing is said on their sockets.
+    pub fn say_nothing(&self) {
+        self.mute.store(true, Ordering::Release);
     }
 
     /// The next size that a client asks for: console, width, height.
@@ -272,6 +281,7 @@ struct Server {
     consoles: Vec<u32>,
     listeners: Sender<Listener>,
     registered: Arc<AtomicUsize>,
+    mute: Arc<AtomicBool>,
     sizes: Sizes,
     connections: Arc<Mutex<Vec<Connection>>>,
     handle: Handle,
@@ -319,6 +329,7 @@ impl Server {
                 id: *id,
                 listeners: self.listeners.clone(),
                 registered: self.registered.clone(),
+                mute: self.mute.clone(),
                 sizes: self.sizes.clone(),
                 handle: self.handle.clone(),
             };
@@ -387,6 +398,7 @@ struct Console {
     id: u32,
     listeners: Sender<Listener>,
     registered: Arc<AtomicUsize>,
+    mute: Arc<AtomicBool>,
     sizes: Sizes,
     handle: Handle,
 }
@@ -404,6 +416,14 @@ impl Console {
         let socket = UnixStream::from(OwnedFd::from(owned));
         let (console, handle) = (self.id, self.handle.clone());
         let listeners = self.listeners.clone();
+        if self.mute.load(Ordering::Acquire) {
+            // Open until the fake ends.
+            self.handle.spawn(async move {
+                let _socket = socket;
+                std::future::pending::<()>().await;
+            });
+            return;
+        }
         // QEMU authenticates after it has answered.
         self.handle.spawn(async move {
             let builder = Builder::unix_stream(socket).server(Guid::generate()).p2p();

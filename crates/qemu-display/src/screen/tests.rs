@@ -230,6 +230,9 @@ fn the_end_goes_before_everything() {
     screen.fail(gone.clone());
     screen.fail(Error::System("second".to_owned()));
     assert_eq!(screen.look(), Look::Failed(gone));
+    // Its memory, which may be a GPU's, is not kept for as long as somebody has the screen.
+    assert_eq!(screen.size(), None);
+    assert!(screen.take().unwrap().is_none());
 }
 
 fn dmabuf() -> DmaBuf {
@@ -279,6 +282,24 @@ fn letting_go_of_the_buffer_before_switches_nothing_off() {
 }
 
 #[test]
+fn switching_off_is_heeded_where_no_buffer_before_is_let_go() {
+    for way in 0..4 {
+        let (screen, _) = screen();
+        screen.scanout_dmabuf(dmabuf());
+        screen.scanout_dmabuf(dmabuf());
+        let whole = layout(4, 4);
+        match way {
+            0 => screen.scanout(whole, canvas(whole, 0)).unwrap(),
+            1 => screen.scanout_map(memfd(64), 0, whole).unwrap(),
+            2 => screen.forget(),
+            _ => screen.ignore(),
+        }
+        screen.disable();
+        assert_eq!(screen.look(), Look::Off, "{way}");
+    }
+}
+
+#[test]
 fn what_nobody_listens_to_is_not_known() {
     let (screen, _) = screen();
     let screen = Arc::new(screen);
@@ -289,6 +310,7 @@ fn what_nobody_listens_to_is_not_known() {
     let whole = layout(4, 4);
     screen.scanout(whole, canvas(whole, 0)).unwrap();
     screen.mouse_set(1, 1, true);
+    screen.cursor_define(CursorShape::checked(1, 1, &[0; 4]).unwrap());
     drop((first, second));
     assert_eq!(*wanted.borrow(), 0);
     screen.ignore();
@@ -297,5 +319,6 @@ fn what_nobody_listens_to_is_not_known() {
     screen.scanout(whole, canvas(whole, 1)).unwrap();
     let picture = screen.take().unwrap().unwrap();
     assert_eq!(picture.damage, Damage::All);
-    assert!(!picture.cursor.visible);
+    // QEMU 7.2 does not say it again.
+    assert!(picture.cursor.visible && picture.cursor.shape.is_some());
 }

@@ -26,9 +26,13 @@ const DRM_FORMATS: [(&[u8; 4], VideoFormat); 4] = [
     (b"AB24", VideoFormat::Rgba),
 ];
 
-/// `DRM_FORMAT_MOD_LINEAR` and `DRM_FORMAT_MOD_INVALID` of drm_fourcc.h.
+/// `DRM_FORMAT_MOD_INVALID` of drm_fourcc.h: how the pixels lie is not said. QEMU says so of a guest's
+/// blob resources.
+const MOD_INVALID: u64 = 0x00ff_ffff_ffff_ffff;
+
+/// `DRM_FORMAT_MOD_LINEAR` of drm_fourcc.h, and what passes for it before GStreamer 1.24.
 #[cfg(not(feature = "v1_24"))]
-const PLAIN_MODIFIERS: [u64; 2] = [0, 0x00ff_ffff_ffff_ffff];
+const PLAIN_MODIFIERS: [u64; 2] = [0, MOD_INVALID];
 
 /// The feature of caps with an overlay beside the picture.
 const OVERLAY: &str = "meta:GstVideoOverlayComposition";
@@ -138,12 +142,14 @@ impl Form {
 }
 
 #[cfg(feature = "v1_24")]
-#[expect(clippy::unnecessary_wraps, reason = "before 1.24 there may be none")]
 fn dmabuf_fields(
     builder: gst::caps::Builder<gst::caps::NoFeature>,
     fourcc: u32,
     modifier: u64,
 ) -> Option<gst::caps::Builder<gst::caps::NoFeature>> {
+    if !has_drm_name(fourcc, modifier) {
+        return None;
+    }
     let format = gst_video::dma_drm_fourcc_to_string(fourcc, modifier);
     let builder = builder.field("format", "DMA_DRM");
     Some(builder.field("drm-format", format.as_str()))
@@ -158,6 +164,12 @@ fn dmabuf_fields(
     let plain = PLAIN_MODIFIERS.contains(&modifier);
     let format = drm_video_format(fourcc).filter(|_| plain)?;
     Some(builder.field("format", format.to_str()))
+}
+
+/// Whether `drm-format` can say it; GStreamer's function takes nothing else.
+#[cfg(any(feature = "v1_24", test))]
+fn has_drm_name(fourcc: u32, modifier: u64) -> bool {
+    fourcc != 0 && modifier != MOD_INVALID
 }
 
 /// The GStreamer format of a DRM one, if it is a common one.
@@ -322,6 +334,26 @@ mod tests {
         assert!(form.describe().contains("XR24"));
         assert_eq!(form.in_memory(), Some(bgrx()));
         assert!(form.is_flipped() && !bgrx().is_flipped());
+    }
+
+    #[test]
+    fn a_dmabuf_whose_pixels_lie_nobody_says_how_has_no_drm_format() {
+        let xr24 = u32::from_le_bytes(*b"XR24");
+        assert!(has_drm_name(xr24, 0) && has_drm_name(xr24, 1 << 56));
+        for (fourcc, modifier) in [(xr24, MOD_INVALID), (0, 0), (0, MOD_INVALID)] {
+            assert!(!has_drm_name(fourcc, modifier));
+            let form = form(Kind::DmaBuf {
+                fourcc,
+                modifier,
+                readable: None,
+                flipped: false,
+            });
+            let named = caps(&form, "video/x-raw(memory:DMABuf)", false).is_some();
+            // Before GStreamer 1.24, caps say nothing of modifiers.
+            let plain = cfg!(not(feature = "v1_24")) && fourcc == xr24;
+            assert_eq!(named, plain, "{}", form.describe());
+            assert_eq!(form.in_memory(), None);
+        }
     }
 
     #[test]

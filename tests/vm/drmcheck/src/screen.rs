@@ -250,12 +250,15 @@ fn part(buffer: &Buffer) -> Outcome<()> {
         .scanout_dmabuf2(buffer.fd.as_fd(), at, size, buffer.layout(), false)?;
     compare(&rig.next()?, PART, 4, |y| y)?;
     let rig = Rig::new(IN_MEMORY)?;
-    rig.listener
-        .scanout_dmabuf2(buffer.fd.as_fd(), at, size, buffer.layout(), true)?;
-    // The picture's row 0 is the memory's last one.
-    compare(&rig.next()?, ((at.0, 0), size), 4, |y| {
-        SIZE.1 - 1 - at.1 - y
-    })
+    for at in [at, (0, 0)] {
+        rig.listener
+            .scanout_dmabuf2(buffer.fd.as_fd(), at, size, buffer.layout(), true)?;
+        // The picture's row 0 is the memory's last one.
+        compare(&rig.next()?, ((at.0, 0), size), 4, |y| {
+            SIZE.1 - 1 - at.1 - y
+        })?;
+    }
+    Ok(())
 }
 
 /// For who takes no DMA-BUFs, a copy that is the right way up. QEMU goes on as soon as it is made.
