@@ -8,6 +8,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use common::qemu::{enable, host};
 use common::{Peer, Rgb, decode, is_start};
@@ -18,6 +19,8 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use zerocopy_test_qemu::fake::{FakeQemu, Listener};
 
 const SIZE: u32 = 64;
+/// Requests that a client may have open, as HELLO_RESP says.
+const OPEN: usize = 16;
 
 /// A host that is connected.
 fn connected(qemu: &FakeQemu) -> Server {
@@ -133,6 +136,37 @@ fn sizes_reach_qemu_and_disabling_takes_the_screen_away() {
     peer.send(encode::disable_scanout(1, 1));
     peer.flush();
     assert_eq!(qemu.size(), (1, 0, 0));
+}
+
+#[test]
+fn requests_that_qemu_does_not_answer_do_not_pile_up() {
+    let qemu = FakeQemu::start(&[0]);
+    let server = connected(&qemu);
+    let mut rude = Peer::of(&server);
+    let flood = |peer: &mut Peer| {
+        for _ in 0..1000 {
+            peer.send(encode::disable_scanout(0, 0));
+        }
+    };
+    // All of them, where QEMU answers.
+    flood(&mut rude);
+    rude.expect_pong();
+    for _ in 0..1000 {
+        assert_eq!(qemu.size(), (0, 0, 0));
+    }
+    qemu.fall_silent();
+    flood(&mut rude);
+    rude.send(encode::ping(7));
+    rude.flush();
+    for _ in 0..OPEN {
+        assert_eq!(qemu.size(), (0, 0, 0));
+    }
+    assert!(rude.is_quiet_for(Duration::from_millis(500)));
+    assert_eq!(qemu.sizes(), [], "more than {OPEN} are under way");
+    // Another one is served meanwhile.
+    let (mut peer, listener) = watching(&qemu, &server);
+    draw(&listener, BLUE);
+    assert!(shows(&peer.next_frame().bytes, BLUE));
 }
 
 #[test]

@@ -7,7 +7,7 @@ use std::io::{BufRead, BufReader, IoSliceMut, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 
@@ -39,6 +39,7 @@ pub struct FakeQemu {
     listeners: Receiver<Listener>,
     registered: Arc<AtomicUsize>,
     sizes: Receiver<(u32, u32, u32)>,
+    silent: Arc<AtomicBool>,
     connections: Arc<Mutex<Vec<Connection>>>,
     _runtime: Runtime,
 }
@@ -61,11 +62,13 @@ impl FakeQemu {
         let (size_sender, sizes) = channel();
         let connections = Arc::new(Mutex::new(Vec::new()));
         let registered = Arc::new(AtomicUsize::new(0));
+        let silent = Arc::new(AtomicBool::new(false));
         let server = Server {
             consoles: consoles.to_vec(),
             listeners: listener_sender,
             registered: registered.clone(),
             sizes: Arc::new(Mutex::new(size_sender)),
+            silent: silent.clone(),
             connections: connections.clone(),
             handle: runtime.handle().clone(),
         };
@@ -76,6 +79,7 @@ impl FakeQemu {
             listeners,
             registered,
             sizes,
+            silent,
             connections,
             _runtime: runtime,
         }
@@ -107,6 +111,16 @@ impl FakeQemu {
     /// If none does.
     pub fn size(&self) -> (u32, u32, u32) {
         self.sizes.recv_timeout(LIMIT).expect("a size")
+    }
+
+    /// The sizes that clients have asked for by now and nobody has taken.
+    pub fn sizes(&self) -> Vec<(u32, u32, u32)> {
+        self.sizes.try_iter().collect()
+    }
+
+    /// From now on no client that asks for a size gets an answer.
+    pub fn fall_silent(&self) {
+        self.silent.store(true, Ordering::Release);
     }
 
     /// Closes the connections on which clients ask things; listeners stay.
@@ -273,6 +287,7 @@ struct Server {
     listeners: Sender<Listener>,
     registered: Arc<AtomicUsize>,
     sizes: Sizes,
+    silent: Arc<AtomicBool>,
     connections: Arc<Mutex<Vec<Connection>>>,
     handle: Handle,
 }
@@ -320,6 +335,7 @@ impl Server {
                 listeners: self.listeners.clone(),
                 registered: self.registered.clone(),
                 sizes: self.sizes.clone(),
+                silent: self.silent.clone(),
                 handle: self.handle.clone(),
             };
             builder = builder.serve_at(format!("/org/qemu/Display1/Console_{id}"), console);
@@ -388,6 +404,7 @@ struct Console {
     listeners: Sender<Listener>,
     registered: Arc<AtomicUsize>,
     sizes: Sizes,
+    silent: Arc<AtomicBool>,
     handle: Handle,
 }
 
@@ -419,7 +436,7 @@ impl Console {
     }
 
     #[zbus(name = "SetUIInfo")]
-    fn set_ui_info(
+    async fn set_ui_info(
         &self,
         width_mm: u16,
         height_mm: u16,
@@ -430,8 +447,10 @@ impl Console {
     ) {
         // Clients do not know these.
         assert_eq!((width_mm, height_mm, xoff, yoff), (0, 0, 0, 0));
-        let sizes = self.sizes.lock().unwrap();
-        let _ = sizes.send((self.id, width, height));
+        let _ = self.sizes.lock().unwrap().send((self.id, width, height));
+        if self.silent.load(Ordering::Acquire) {
+            std::future::pending::<()>().await;
+        }
     }
 
     #[zbus(property)]
