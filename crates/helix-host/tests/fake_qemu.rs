@@ -16,6 +16,7 @@ use helix_host::{QemuAddress, Server};
 use helix_protocol::message::EnableScanout;
 use helix_protocol::{Message, encode};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use zerocopy_test_qemu::eventually;
 use zerocopy_test_qemu::fake::{FakeQemu, Listener};
 
 const SIZE: u32 = 64;
@@ -88,6 +89,30 @@ fn qemu_says_what_it_shows_only_while_somebody_watches() {
     let (mut peer, listener) = watching(&qemu, &server);
     draw(&listener, BLUE);
     assert!(shows(&peer.next_frame().bytes, BLUE));
+}
+
+#[test]
+fn a_qemu_that_can_be_asked_nothing_is_called_again_when_nobody_watches() {
+    let qemu = FakeQemu::start(&[0]);
+    let server = connected(&qemu);
+    let (mut watcher, listener) = watching(&qemu, &server);
+    draw(&listener, BLUE);
+    assert!(shows(&watcher.next_frame().bytes, BLUE));
+    // Another client takes its place; the listener stays.
+    qemu.forget_clients();
+    let mut peer = Peer::of(&server);
+    eventually("the loss to be noticed", || {
+        (!enable(&mut peer, 0, (640, 480)).success).then_some(())
+    });
+    draw(&listener, RED);
+    let mut newcomer = Peer::of(&server);
+    newcomer.subscribe(0);
+    assert!(shows(&newcomer.next_frame().bytes, RED));
+    assert!(!enable(&mut peer, 0, (800, 600)).success);
+    drop((watcher, newcomer));
+    eventually("the next connection", || {
+        enable(&mut peer, 0, (1024, 768)).success.then_some(())
+    });
 }
 
 #[test]
