@@ -38,7 +38,8 @@ use super::Transfer;
 use super::formats;
 use super::latency::Latency;
 use super::metas;
-use super::output::{Handle, Output};
+use super::output::{Handle, Output, leaving};
+use super::release;
 use super::settings::Settings;
 use super::stream_lock::StreamUnlocked;
 use crate::picture::Picture;
@@ -106,6 +107,7 @@ impl ObjectSubclass for VsockEnc {
 
     fn class_init(class: &mut Self::Class) {
         metas::leave_crops_behind(class.upcast_ref_mut());
+        release::refuse_other_caps(class.upcast_ref_mut());
     }
 }
 
@@ -300,9 +302,7 @@ impl VideoEncoderImpl for VsockEnc {
         &self,
         frame: gst_video::VideoCodecFrame,
     ) -> Result<gst::FlowSuccess, gst::FlowError> {
-        if let Some(error) = lock(&self.output).flow {
-            return Err(error);
-        }
+        lock(&self.output).take_flow()?;
         let number = frame.system_frame_number();
         let buffer = frame.input_buffer_owned().ok_or(gst::FlowError::Error)?;
         let nanos = |time: Option<gst::ClockTime>| time.map_or(0, |time| time.nseconds() as i64);
@@ -361,9 +361,7 @@ impl VideoEncoderImpl for VsockEnc {
         match self.drain() {
             Submission::Cancelled => Err(gst::FlowError::Flushing),
             Submission::Failed => Err(gst::FlowError::Error),
-            Submission::Accepted | Submission::NoHost => lock(&self.output)
-                .flow
-                .map_or(Ok(gst::FlowSuccess::Ok), Err),
+            Submission::Accepted | Submission::NoHost => lock(&self.output).take_flow(),
         }
     }
 
@@ -383,6 +381,10 @@ impl VideoEncoderImpl for VsockEnc {
                 if let Some(waker) = &*lock(&self.waker) {
                     waker.reset();
                 }
+                let obj = self.obj();
+                // Free soon: FLUSH_START made downstream let go.
+                let _leaving = leaving(&obj);
+                return self.parent_sink_event(event);
             }
             _ => {}
         }

@@ -9,6 +9,7 @@ mod input;
 mod latency;
 mod metas;
 mod output;
+mod release;
 mod settings;
 mod stream_lock;
 #[cfg(test)]

@@ -16,6 +16,7 @@ use zerocopy_plugin_common::{ConnectionState, H264Caps, accepted_downstream, con
 
 use super::imp::{CAT, VsockEnc, lock};
 use super::latency::Latency;
+use super::release;
 use crate::session::{AccessUnit, Client, Counts, Way};
 
 /// A bitrate that differs by more than a tenth is worth a warning (L28).
@@ -30,8 +31,9 @@ pub(super) struct Output {
     /// Downstream is to be told them again, with what the input's new caps say.
     caps_due: bool,
     /// What downstream said, for the next frame.
-    pub flow: Option<gst::FlowError>,
-    /// Frames that were dropped before there were caps; the base class still holds them.
+    flow: Option<gst::FlowError>,
+    /// Frames with events that were dropped before there were caps; the base class still holds
+    /// them.
     unfinished: Vec<u32>,
     /// The next access unit that leaves follows a loss.
     discont: bool,
@@ -59,6 +61,16 @@ impl Output {
         }
         let due = self.stream_caps.is_some() && std::mem::take(&mut self.caps_due);
         due.then(|| self.stream_caps.clone()).flatten()
+    }
+
+    /// What upstream is to be told. An element that is not there, or flushing on its own, may be
+    /// replaced: that is said once and tried again.
+    pub fn take_flow(&mut self) -> Result<gst::FlowSuccess, gst::FlowError> {
+        use gst::FlowError::{Flushing, NotLinked};
+        let flow = self.flow;
+        self.flow
+            .take_if(|error| matches!(error, NotLinked | Flushing));
+        flow.map_or(Ok(gst::FlowSuccess::Ok), Err)
     }
 
     /// Forgets what belongs to frames that were flushed.
@@ -140,6 +152,7 @@ impl Client for Handle {
     fn encoded(&self, frame: u32, access_unit: AccessUnit) {
         if let Some(element) = self.element.upgrade() {
             element.imp().see_latency(access_unit.took);
+            let _leaving = leaving(&element);
             element.imp().finish_with_output(frame, access_unit);
         }
     }
@@ -147,6 +160,7 @@ impl Client for Handle {
     fn dropped(&self, frame: u32, reason: &str) {
         if let Some(element) = self.element.upgrade() {
             gst::warning!(CAT, obj = element, "frame {frame} is lost: {reason}");
+            let _leaving = leaving(&element);
             element.imp().finish_without_output(frame, reason);
         }
     }
@@ -180,17 +194,20 @@ impl VsockEnc {
         let Some(mut frame) = obj.frame(number as i32) else {
             return;
         };
-        let mut output = lock(&self.output);
-        output.dropped += 1;
-        if output.stream_caps.is_some() {
-            drop(output);
+        let has_caps = {
+            let mut output = lock(&self.output);
+            output.dropped += 1;
+            output.stream_caps.is_some()
+        };
+        if has_caps {
             // Downstream has no part in a frame that does not come.
             let _ = obj.finish_frame(frame);
+        } else if release::has_events(&frame) {
+            // They wait for the caps. What is large in it need not.
+            release::input(&mut frame);
+            lock(&self.output).unfinished.push(number);
         } else {
-            // The base class takes it as an error that a frame is finished without caps. What is
-            // large in it need not wait for them.
-            release_input(&mut frame);
-            output.unfinished.push(number);
+            release::without_caps(obj.upcast_ref(), frame);
         }
     }
 
@@ -274,11 +291,12 @@ impl VsockEnc {
     }
 
     /// Downstream takes no more: upstream learns it with its next frame, or at the end; whoever
-    /// watches the bus, now.
+    /// watches the bus, now, if it is an error on its own.
     fn see_flow(&self, error: gst::FlowError) {
+        use gst::FlowError::{Eos, Flushing, NotLinked};
         gst::debug!(CAT, imp = self, "downstream says {error:?}");
         let first = lock(&self.output).flow.replace(error).is_none();
-        if first && !matches!(error, gst::FlowError::Flushing | gst::FlowError::Eos) {
+        if first && !matches!(error, Flushing | Eos | NotLinked) {
             gst::element_imp_error!(
                 self,
                 gst::StreamError::Failed,
@@ -318,15 +336,11 @@ impl VsockEnc {
     }
 }
 
-/// Takes the input buffer out of a frame that will have no output.
-fn release_input(frame: &mut gst_video::VideoCodecFrame) {
-    use gst::glib::translate::ToGlibPtr;
-    let frame: *mut gst_video::ffi::GstVideoCodecFrame = frame.to_glib_none().0;
-    // SAFETY: the frame is alive, and the guard holds the stream lock, under which alone the base
-    // class looks at this field. A frame may have no input buffer; the reference moves out of it.
-    let buffer: Option<gst::Buffer> = unsafe {
-        let buffer = std::mem::replace(&mut (*frame).input_buffer, std::ptr::null_mut());
-        glib::translate::from_glib_full(buffer)
-    };
-    drop(buffer);
+/// Held from the look for a frame to what downstream said of it, so that a flush comes before or
+/// after, not between: it would let the frame out that it forgets, or miss downstream's answer. It
+/// is the lock that a task of the pad would hold, and which deactivating the pad waits for. Not the
+/// encoder's stream lock: that one has to be free while downstream is blocked, for frames to come.
+/// Whoever takes both takes this one first.
+pub(super) fn leaving(element: &super::VsockEnc) -> gst::StreamLock<'_> {
+    element.src_pad().stream_lock()
 }

@@ -359,11 +359,12 @@ fn frames_refused_before_the_first_keyframe_cost_only_themselves() {
 }
 
 #[test]
-fn frames_dropped_before_the_first_keyframe_are_let_go_with_it() {
-    const REFUSED: i64 = 50;
+fn frames_dropped_before_the_first_keyframe_are_let_go_at_once() {
+    use gst::EventType::{Caps, Segment, StreamStart, Tag};
+    const REFUSED: u64 = 50;
     let peer = Peer::new(|link, envelope| {
         if let Message::FrameRequest(request, _) = &envelope.message {
-            if request.pts < REFUSED * FRAME.nseconds() as i64 {
+            if request.pts < (FRAME * REFUSED).nseconds() as i64 {
                 let code = ErrorCode::NOT_CONFIGURED;
                 link.send(encode::error(
                     1,
@@ -381,23 +382,39 @@ fn frames_dropped_before_the_first_keyframe_are_let_go_with_it() {
         Then::GoOn
     });
     let mut encoder = Encoder::new(peer.port(), "max-in-flight=1");
-    let held = |encoder: &Encoder| {
-        let encoder = encoder
-            .element()
-            .downcast::<gst_video::VideoEncoder>()
-            .unwrap();
-        (0..60)
-            .filter(|number| encoder.frame(*number).is_some())
-            .count()
-    };
-    for _ in 0..REFUSED {
+    let pad = encoder.element().static_pad("src").unwrap();
+    let (tell, events) = channel();
+    pad.add_probe(gst::PadProbeType::EVENT_DOWNSTREAM, move |_, info| {
+        tell.send(info.event().unwrap().type_()).unwrap();
+        gst::PadProbeReturn::Ok
+    });
+    for number in 0..REFUSED {
+        if number == REFUSED / 2 {
+            // Events of a dropped frame are not dropped.
+            let mut tags = gst::TagList::new();
+            let title = tags.get_mut().unwrap();
+            title.add::<gst::tags::Title>(&"later", gst::TagMergeMode::Append);
+            assert!(encoder.harness.push_event(gst::event::Tag::new(tags)));
+        }
         encoder.push().unwrap();
     }
+    // The first one and that with the tag hold events; the last one may be under way.
+    let element = encoder.element();
+    let element = element.downcast::<gst_video::VideoEncoder>().unwrap();
+    let held = element.frames().len();
+    assert!(held <= 3, "{held} frames are held");
+    assert_eq!(events.try_iter().next(), None, "before there are caps");
     encoder.push().unwrap();
     encoder.pull();
     encoder.push().unwrap();
     encoder.pull();
-    assert!(held(&encoder) <= 1, "{} frames are held", held(&encoder));
+    let held = element.frames().len();
+    assert!(held <= 1, "{held} frames are held");
+    let events: Vec<_> = events.try_iter().collect();
+    assert_eq!(events, [StreamStart, Caps, Segment, Tag]);
+    assert_eq!(encoder.stat("dropped"), REFUSED);
+    let error = encoder.message(gst::MessageType::Error, Duration::ZERO);
+    assert!(error.is_none(), "{error:?}");
 }
 
 #[test]

@@ -14,6 +14,7 @@ use helix_protocol::Message;
 use helix_protocol::message::{Config, FrameRequest};
 use zerocopy_test_support::peer::{LONG, Seen};
 
+mod downstream;
 mod encoder_class;
 mod frames;
 mod loss;
