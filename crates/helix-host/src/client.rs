@@ -381,16 +381,17 @@ impl Client {
             }
             Message::Ping => self.connection.send(encode::pong(session_id)),
             Message::EnableScanout(enable) => {
-                let done = self.enabling.begin(session_id, enable.scanout_id);
+                let done = self.enabling.enable(session_id, enable.scanout_id);
                 match self.scanout(enable.scanout_id) {
                     Some(scanout) => scanout.enable(&enable, done),
                     None => done(Err("there is no such scanout".to_owned())),
                 }
             }
             Message::DisableScanout { scanout_id } => {
-                tracing::debug!(scanout = scanout_id, "DISABLE_SCANOUT");
-                if let Some(scanout) = self.scanout(scanout_id) {
-                    scanout.disable();
+                let done = self.enabling.disable(scanout_id);
+                match self.scanout(scanout_id) {
+                    Some(scanout) => scanout.disable(done),
+                    None => done(Err("there is no such scanout".to_owned())),
                 }
             }
             Message::Subscribe { scanout_id } => self.subscribe(scanout_id),

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! One client's ENABLE_SCANOUTs: QEMU takes its time over some, and the client's thread does not
-//! wait for it.
+//! One client's ENABLE_SCANOUTs and DISABLE_SCANOUTs: QEMU takes its time over some, and the
+//! client's thread does not wait for it.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -9,20 +9,27 @@ use helix_protocol::encode::{self, Head};
 use helix_protocol::message::ScanoutResp;
 use helix_protocol::wait::Waker;
 
-/// Those without an answer, and answers on their way out.
+/// Those that QEMU is not done with, and answers on their way out.
 pub struct Enabling {
     open: usize,
     shared: Arc<Shared>,
 }
 
 struct Shared {
-    answers: Mutex<Vec<Head>>,
+    /// DISABLE_SCANOUT has none, and counts all the same: a client must not send them faster than
+    /// QEMU takes them.
+    answers: Mutex<Vec<Option<Head>>>,
     waker: Waker,
 }
 
 impl Shared {
-    fn answers(&self) -> MutexGuard<'_, Vec<Head>> {
+    fn answers(&self) -> MutexGuard<'_, Vec<Option<Head>>> {
         self.answers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn done(&self, answer: Option<Head>) {
+        self.answers().push(answer);
+        self.waker.wake();
     }
 }
 
@@ -38,8 +45,8 @@ impl Enabling {
         }
     }
 
-    /// Takes a request; what is returned must be called with what became of it.
-    pub fn begin(
+    /// Takes an ENABLE_SCANOUT; what is returned must be called with what became of it.
+    pub fn enable(
         &mut self,
         session_id: u16,
         scanout_id: u32,
@@ -63,13 +70,21 @@ impl Enabling {
                     String::new()
                 },
             };
-            let head = encode::scanout_resp(session_id, &answer);
-            shared.answers().push(head);
-            shared.waker.wake();
+            shared.done(Some(encode::scanout_resp(session_id, &answer)));
         }
     }
 
-    /// Requests without an answer.
+    /// The same for a DISABLE_SCANOUT.
+    pub fn disable(&mut self, scanout_id: u32) -> impl FnOnce(Result<(), String>) + Send + use<> {
+        self.open += 1;
+        let shared = self.shared.clone();
+        move |result| {
+            tracing::debug!(scanout = scanout_id, ?result, "DISABLE_SCANOUT");
+            shared.done(None);
+        }
+    }
+
+    /// Requests that QEMU is not done with.
     pub fn open(&self) -> usize {
         self.open
     }
@@ -78,6 +93,6 @@ impl Enabling {
     pub fn collect(&mut self) -> Vec<Head> {
         let answers = std::mem::take(&mut *self.shared.answers());
         self.open -= answers.len();
-        answers
+        answers.into_iter().flatten().collect()
     }
 }

@@ -198,13 +198,11 @@ impl Link {
         state.set_size(scanout_id, mode.size, answer);
     }
 
-    /// DISABLE_SCANOUT.
-    pub fn disable(&self, console: u32) {
+    /// DISABLE_SCANOUT. `done` is called as that of [`Link::enable`].
+    pub fn disable(&self, console: u32, done: impl FnOnce(Result<(), String>) + Send + 'static) {
+        let answer = Answer::new(done);
         let mut state = self.state();
         state.modes.remove(&console);
-        let answer = Answer::new(move |result| {
-            tracing::debug!(console, ?result, "output off");
-        });
         // Of no size: QEMU tells the guest that the output has no screen.
         state.set_size(console, (0, 0), answer);
     }

@@ -169,10 +169,11 @@ impl Scanout {
         }
     }
 
-    /// DISABLE_SCANOUT.
-    pub fn disable(&self) {
-        if let Origin::Console(link) = &self.origin {
-            link.disable(self.id);
+    /// DISABLE_SCANOUT. `done` is called as that of [`Scanout::enable`].
+    pub fn disable(&self, done: impl FnOnce(Result<(), String>) + Send + 'static) {
+        match &self.origin {
+            Origin::Description(_) => done(Ok(())),
+            Origin::Console(link) => link.disable(self.id, done),
         }
     }
 

@@ -160,3 +160,84 @@ impl Subscriber {
         self.queue.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use helix_protocol::wait::Waiter;
+
+    use super::*;
+
+    /// An access unit of so many bytes.
+    fn frame(keyframe: bool, size: usize) -> Frame {
+        let mut bytes = vec![0xff; size];
+        bytes[..4].copy_from_slice(&[0, 0, 1, if keyframe { 0x65 } else { 0x41 }]);
+        let unit = AccessUnit::new(gst::Buffer::from_mut_slice(bytes)).unwrap();
+        assert_eq!((unit.is_keyframe(), unit.size()), (keyframe, size));
+        Frame { unit, pts: 0 }
+    }
+
+    fn subscriber() -> Subscriber {
+        gst::init().unwrap();
+        Subscriber::new(Waiter::new().unwrap().waker())
+    }
+
+    /// The kinds of what waits: whether each is a keyframe.
+    fn waiting(subscriber: &Subscriber) -> Vec<bool> {
+        std::iter::from_fn(|| match subscriber.next() {
+            Next::Frame(frame) => Some(frame.unit.is_keyframe()),
+            _ => None,
+        })
+        .collect()
+    }
+
+    #[test]
+    fn a_few_frames_wait_and_then_all_until_a_keyframe_are_missed() {
+        let subscriber = subscriber();
+        let (key, delta) = (frame(true, 10), frame(false, 10));
+        // A newcomer begins at a keyframe.
+        assert_eq!(subscriber.push(&delta), 1);
+        assert_eq!(subscriber.push(&key), 0);
+        for _ in 1..FRAMES {
+            assert_eq!(subscriber.push(&delta), 0);
+        }
+        assert_eq!(subscriber.push(&delta), 1);
+        // There is room, and the reference is missing.
+        assert!(matches!(subscriber.next(), Next::Frame(_)));
+        assert_eq!(subscriber.push(&delta), 1);
+        let mut expected = vec![false; FRAMES - 1];
+        assert_eq!(waiting(&subscriber), expected);
+        assert_eq!(subscriber.push(&delta), 1);
+        assert_eq!(subscriber.push(&key), 0);
+        // A keyframe takes the place of all that waits.
+        for _ in 1..FRAMES {
+            assert_eq!(subscriber.push(&delta), 0);
+        }
+        assert_eq!(subscriber.push(&key), FRAMES as u64);
+        assert_eq!(subscriber.push(&delta), 0);
+        expected = vec![true, false];
+        assert_eq!(waiting(&subscriber), expected);
+    }
+
+    #[test]
+    fn no_more_bytes_wait_than_may_unless_it_is_one_frame() {
+        let subscriber = subscriber();
+        let (key, half) = (frame(true, 10), frame(false, BYTES / 2));
+        assert_eq!(subscriber.push(&key), 0);
+        assert_eq!(subscriber.push(&half), 0);
+        // Ten bytes too many.
+        assert_eq!(subscriber.push(&half), 1);
+        assert_eq!(waiting(&subscriber), [true, false]);
+        assert_eq!(subscriber.push(&key), 0);
+        assert_eq!(waiting(&subscriber), [true]);
+        // What was taken counts no more.
+        for _ in 0..2 {
+            assert_eq!(subscriber.push(&half), 0);
+        }
+        assert_eq!(subscriber.push(&frame(false, 4)), 1);
+        assert_eq!(subscriber.push(&key), 2);
+        assert_eq!(waiting(&subscriber), [true]);
+        // The decoder cannot do without it, and nothing else waits.
+        assert_eq!(subscriber.push(&frame(false, BYTES + 1)), 0);
+        assert_eq!(waiting(&subscriber), [false]);
+    }
+}

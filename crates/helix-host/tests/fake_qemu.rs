@@ -8,6 +8,7 @@ use std::fs::File;
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
+use std::time::Duration;
 
 use common::qemu::{enable, host};
 use common::{Peer, Rgb, decode, is_start};
@@ -15,9 +16,12 @@ use helix_host::{QemuAddress, Server};
 use helix_protocol::message::EnableScanout;
 use helix_protocol::{Message, encode};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use zerocopy_test_qemu::eventually;
 use zerocopy_test_qemu::fake::{FakeQemu, Listener};
 
 const SIZE: u32 = 64;
+/// Requests that a client may have open, as HELLO_RESP says.
+const OPEN: usize = 16;
 
 /// A host that is connected.
 fn connected(qemu: &FakeQemu) -> Server {
@@ -88,6 +92,30 @@ fn qemu_says_what_it_shows_only_while_somebody_watches() {
 }
 
 #[test]
+fn a_qemu_that_can_be_asked_nothing_is_called_again_when_nobody_watches() {
+    let qemu = FakeQemu::start(&[0]);
+    let server = connected(&qemu);
+    let (mut watcher, listener) = watching(&qemu, &server);
+    draw(&listener, BLUE);
+    assert!(shows(&watcher.next_frame().bytes, BLUE));
+    // Another client takes its place; the listener stays.
+    qemu.forget_clients();
+    let mut peer = Peer::of(&server);
+    eventually("the loss to be noticed", || {
+        (!enable(&mut peer, 0, (640, 480)).success).then_some(())
+    });
+    draw(&listener, RED);
+    let mut newcomer = Peer::of(&server);
+    newcomer.subscribe(0);
+    assert!(shows(&newcomer.next_frame().bytes, RED));
+    assert!(!enable(&mut peer, 0, (800, 600)).success);
+    drop((watcher, newcomer));
+    eventually("the next connection", || {
+        enable(&mut peer, 0, (1024, 768)).success.then_some(())
+    });
+}
+
+#[test]
 fn one_encode_serves_all_who_watch() {
     let qemu = FakeQemu::start(&[0]);
     let server = connected(&qemu);
@@ -133,6 +161,37 @@ fn sizes_reach_qemu_and_disabling_takes_the_screen_away() {
     peer.send(encode::disable_scanout(1, 1));
     peer.flush();
     assert_eq!(qemu.size(), (1, 0, 0));
+}
+
+#[test]
+fn requests_that_qemu_does_not_answer_do_not_pile_up() {
+    let qemu = FakeQemu::start(&[0]);
+    let server = connected(&qemu);
+    let mut rude = Peer::of(&server);
+    let flood = |peer: &mut Peer| {
+        for _ in 0..1000 {
+            peer.send(encode::disable_scanout(0, 0));
+        }
+    };
+    // All of them, where QEMU answers.
+    flood(&mut rude);
+    rude.expect_pong();
+    for _ in 0..1000 {
+        assert_eq!(qemu.size(), (0, 0, 0));
+    }
+    qemu.fall_silent();
+    flood(&mut rude);
+    rude.send(encode::ping(7));
+    rude.flush();
+    for _ in 0..OPEN {
+        assert_eq!(qemu.size(), (0, 0, 0));
+    }
+    assert!(rude.is_quiet_for(Duration::from_millis(500)));
+    assert_eq!(qemu.sizes(), [], "more than {OPEN} are under way");
+    // Another one is served meanwhile.
+    let (mut peer, listener) = watching(&qemu, &server);
+    draw(&listener, BLUE);
+    assert!(shows(&peer.next_frame().bytes, BLUE));
 }
 
 #[test]

@@ -156,34 +156,38 @@ impl Subscription {
             spoke: now,
             asked: None,
         };
-        this.enable(waiter)?;
-        match this.subscribe(waiter) {
+        let subscribed = match this.enable(waiter) {
+            Ok(true) => this.subscribe(waiter),
+            Ok(false) => return Err(this.refused("does not switch on")),
+            Err(error) => Err(error),
+        };
+        match subscribed {
             Ok(()) => Ok(this),
             Err(error) => {
-                // A screen that nobody watches is not left on.
+                if let SubscriptionError::Cancelled = error {
+                    // There is something to say once more; the caller is told all the same.
+                    waiter.waker().reset();
+                }
+                // A screen that nobody watches is not left on, nor one that the host is about to
+                // switch on.
                 this.end(waiter);
                 Err(error)
             }
         }
     }
 
-    /// Switches the scanout on, where that is wanted, and waits until it is.
-    fn enable(&mut self, waiter: &mut Waiter) -> Result<(), SubscriptionError> {
+    /// Switches the scanout on, where that is wanted, and waits for the answer: whether it is.
+    fn enable(&mut self, waiter: &mut Waiter) -> Result<bool, SubscriptionError> {
         let Some(enable) = self.target.enable else {
-            return Ok(());
+            return Ok(true);
         };
         let id = self.target.scanout_id;
         self.connection
             .send(encode::enable_scanout(id as u16, &enable));
-        let enabled = self.answer(waiter, |message| match message {
+        self.answer(waiter, |message| match message {
             Message::ScanoutResp(resp) if resp.scanout_id == id => Some(resp.success),
             _ => None,
-        })?;
-        if enabled {
-            Ok(())
-        } else {
-            Err(self.refused("does not switch on"))
-        }
+        })
     }
 
     fn subscribe(&mut self, waiter: &mut Waiter) -> Result<(), SubscriptionError> {

@@ -5,6 +5,7 @@
 mod common;
 
 use std::io::{IoSlice, Read};
+use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::PathBuf;
@@ -36,6 +37,8 @@ struct Manager {
     events: Receiver<Event>,
     /// The other ends of the descriptors that were lent.
     lent: Receiver<UnixStream>,
+    /// Its ends of the connections, to close them from outside.
+    connections: Receiver<UnixStream>,
 }
 
 impl Manager {
@@ -53,11 +56,13 @@ impl Manager {
         let listener = UnixListener::bind(dir.path().join("drm.sock")).unwrap();
         let (tell, events) = channel();
         let (give, lent) = channel();
+        let (show, connections) = channel();
         let mut replies = replies.into_iter().collect::<Vec<_>>().into_iter();
         // Ends with the process: nobody needs to wake it.
         thread::spawn(move || {
             for connection in listener.incoming() {
                 let mut connection = connection.unwrap();
+                let _ = show.send(connection.try_clone().unwrap());
                 let mut request = [0; 9];
                 while answers > 0 && connection.read_exact(&mut request).is_ok() {
                     let number =
@@ -71,12 +76,18 @@ impl Manager {
                     }
                     let _ = tell.send(event);
                 }
-                drop(connection);
+                // The test may still have it.
+                let _ = connection.shutdown(Shutdown::Both);
                 answers = usize::MAX;
                 let _ = tell.send(Event::Closed);
             }
         });
-        Self { dir, events, lent }
+        Self {
+            dir,
+            events,
+            lent,
+            connections,
+        }
     }
 
     fn path(&self) -> PathBuf {
@@ -233,6 +244,49 @@ fn a_lease_that_has_ended_is_taken_anew_at_the_next_start() {
     assert_eq!(manager.next(), Event::Request(1, 1920, 1080));
     assert_eq!(subscribed(&peer), 5);
     pipeline.set_state(gst::State::Null).unwrap();
+    assert_eq!(manager.next(), Event::Request(2, 5, 0));
+    bus.set_flushing(true);
+}
+
+#[test]
+fn a_lease_that_ends_while_playing_is_taken_anew_when_the_host_is_called_again() {
+    let replies = [
+        Some((0, 3, "Virtual-4")),
+        Some((1, 0, "not yet")),
+        Some((0, 5, "Virtual-6")),
+        Some((0, 5, "")),
+    ];
+    let mut manager = Manager::new(replies);
+    let connections = std::mem::replace(&mut manager.connections, channel().1);
+    // The whole machine ends: first the manager, then the host.
+    let peer = Peer::new(move |link, envelope| {
+        link.pong(envelope);
+        let Message::Subscribe { scanout_id } = envelope.message else {
+            return Then::GoOn;
+        };
+        link.send(encode::subscribe_resp(scanout_id, true));
+        link.respond(envelope.session_id, 0, true, KEYFRAME);
+        if scanout_id == 5 {
+            return Then::GoOn;
+        }
+        if let Ok(lease) = connections.try_recv() {
+            lease.shutdown(Shutdown::Both).unwrap();
+        }
+        Then::CloseAfterSending
+    });
+    let (pipeline, bus) = source(&format!(
+        "tcp-port={} drm-socket={} reconnect-timeout=20000",
+        peer.port(),
+        manager.path().display()
+    ));
+    pipeline.set_state(gst::State::Playing).unwrap();
+    assert_eq!(subscribed(&peer), 3);
+    assert_eq!(subscribed(&peer), 5);
+    pipeline.set_state(gst::State::Null).unwrap();
+    let asks = Event::Request(1, 1920, 1080);
+    for event in [&asks, &Event::Closed, &asks, &Event::Closed, &asks] {
+        assert_eq!(manager.next(), *event);
+    }
     assert_eq!(manager.next(), Event::Request(2, 5, 0));
     bus.set_flushing(true);
 }

@@ -2,8 +2,10 @@
 
 //! The whole way of a virtual machine's screen: a stock QEMU, helix-host, scanoutsrc, a decoder.
 
-use std::io::Write;
+use std::io::{Read, Write};
+use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
+use std::sync::mpsc::{TryRecvError, channel};
 use std::thread;
 use std::time::Duration;
 
@@ -26,7 +28,7 @@ fn host(listen: &str, address: &str) -> Server {
         token_file: None,
         allow_cids: Vec::new(),
         resolver: None,
-        metrics: None,
+        metrics: Some("tcp:127.0.0.1:0".parse().unwrap()),
         max_clients: 64,
         max_frame_bytes: 64 * 1024 * 1024,
         stall_limit: STALL_LIMIT,
@@ -195,8 +197,9 @@ fn one_that_never_reads_costs_sixty_three_others_nothing() {
     let mut rude = UnixStream::connect(folder.path().join("helix")).unwrap();
     rude.write_all(&encode::subscribe(0)).unwrap();
     rude.set_nonblocking(true).unwrap();
+    let (over, is_over) = channel::<()>();
     let asks = thread::spawn(move || {
-        for _ in 0..200 {
+        while is_over.try_recv() == Err(TryRecvError::Empty) {
             // Until the host, which can send no more, reads no more either.
             let _ = rude.write(&encode::keyframe_req(0));
             thread::sleep(Duration::from_millis(20));
@@ -215,6 +218,11 @@ fn one_that_never_reads_costs_sixty_three_others_nothing() {
         });
         assert_eq!(client.errors(), 0);
     }
+    // What the rude one does not take is not kept for it. The others have begun, and miss nothing.
+    let before = dropped(&server);
+    eventually("frames that are dropped", || {
+        (dropped(&server) > before).then_some(())
+    });
     // There is no place for another one, and there is when one has gone.
     let late = Client::start(address, "reconnect-timeout=60000");
     let limit = gst::ClockTime::try_from(LIMIT).unwrap();
@@ -225,7 +233,22 @@ fn one_that_never_reads_costs_sixty_three_others_nothing() {
     drop(clients);
     late.shows_the_same(&qemu);
     assert_eq!((seen.stat("reconnects"), seen.stat("errors")), (0, 0));
+    drop(over);
     drop(asks.join().unwrap());
+}
+
+/// Frames that those who watch scanout 0 have missed.
+fn dropped(server: &Server) -> u64 {
+    let Some(Address::Tcp { host, port }) = server.metrics() else {
+        panic!("no TCP address");
+    };
+    let mut stream = TcpStream::connect((host.as_str(), *port)).unwrap();
+    stream.write_all(b"GET /metrics HTTP/1.0\r\n\r\n").unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let name = "helix_scanout_dropped_frames_total{scanout=\"0\"} ";
+    let value = text.lines().find_map(|line| line.strip_prefix(name));
+    value.expect(name).parse().unwrap()
 }
 
 /// scanoutsrc without a decoder.

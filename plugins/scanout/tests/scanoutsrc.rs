@@ -211,6 +211,84 @@ fn a_screen_that_nobody_can_watch_is_not_left_on() {
     );
 }
 
+/// What a host sees that answers ENABLE_SCANOUT if told so, and SUBSCRIBE never, when the element
+/// goes to NULL while it waits for that.
+fn stopped_while_waiting(enables: bool) -> Vec<Message> {
+    let (tell, told) = std::sync::mpsc::channel();
+    let peer = Peer::new(move |link, envelope| {
+        match &envelope.message {
+            Message::EnableScanout(enable) if enables => {
+                link.send(encode::scanout_resp(
+                    envelope.session_id,
+                    &ScanoutResp {
+                        scanout_id: enable.scanout_id,
+                        success: true,
+                        connector: "Virtual-2".to_owned(),
+                    },
+                ));
+            }
+            Message::EnableScanout(_) | Message::Subscribe { .. } => {
+                let _ = tell.send(());
+            }
+            _ => {}
+        }
+        Then::GoOn
+    });
+    let source = Source::new(peer.port(), "scanout-id=1 enable=true timeout=0");
+    told.recv_timeout(LONG).expect("a request");
+    drop(source);
+    messages(&peer)
+}
+
+#[test]
+fn a_screen_is_switched_off_by_who_stops_before_it_is_on() {
+    let messages = stopped_while_waiting(false);
+    assert!(
+        matches!(
+            messages[..],
+            [
+                Message::EnableScanout(_),
+                Message::DisableScanout { scanout_id: 1 }
+            ]
+        ),
+        "{messages:?}"
+    );
+}
+
+#[test]
+fn a_screen_is_switched_off_by_who_stops_before_it_is_subscribed_to() {
+    let messages = stopped_while_waiting(true);
+    assert!(
+        matches!(
+            messages[..],
+            [
+                Message::EnableScanout(_),
+                Message::Subscribe { .. },
+                Message::DisableScanout { scanout_id: 1 }
+            ]
+        ),
+        "{messages:?}"
+    );
+}
+
+#[test]
+fn a_screen_is_switched_off_where_the_host_does_not_say_in_time_that_it_is_on() {
+    let peer = Peer::new(|_, _| Then::GoOn);
+    let error = Source::new(peer.port(), "scanout-id=1 enable=true timeout=200").error();
+    assert!(error.contains("does not answer"), "{error}");
+    let messages = messages(&peer);
+    assert!(
+        matches!(
+            messages[..],
+            [
+                Message::EnableScanout(_),
+                Message::DisableScanout { scanout_id: 1 }
+            ]
+        ),
+        "{messages:?}"
+    );
+}
+
 fn force_key_unit() -> gst::Event {
     let force = gst::Structure::builder("GstForceKeyUnit").build();
     gst::event::CustomUpstream::new(force)

@@ -40,6 +40,7 @@ pub struct FakeQemu {
     registered: Arc<AtomicUsize>,
     mute: Arc<AtomicBool>,
     sizes: Receiver<(u32, u32, u32)>,
+    silent: Arc<AtomicBool>,
     connections: Arc<Mutex<Vec<Connection>>>,
     _runtime: Runtime,
 }
@@ -63,12 +64,14 @@ impl FakeQemu {
         let connections = Arc::new(Mutex::new(Vec::new()));
         let registered = Arc::new(AtomicUsize::new(0));
         let mute = Arc::new(AtomicBool::new(false));
+        let silent = Arc::new(AtomicBool::new(false));
         let server = Server {
             consoles: consoles.to_vec(),
             listeners: listener_sender,
             registered: registered.clone(),
             mute: mute.clone(),
             sizes: Arc::new(Mutex::new(size_sender)),
+            silent: silent.clone(),
             connections: connections.clone(),
             handle: runtime.handle().clone(),
         };
@@ -80,6 +83,7 @@ impl FakeQemu {
             registered,
             mute,
             sizes,
+            silent,
             connections,
             _runtime: runtime,
         }
@@ -116,6 +120,16 @@ impl FakeQemu {
     /// If none does.
     pub fn size(&self) -> (u32, u32, u32) {
         self.sizes.recv_timeout(LIMIT).expect("a size")
+    }
+
+    /// The sizes that clients have asked for by now and nobody has taken.
+    pub fn sizes(&self) -> Vec<(u32, u32, u32)> {
+        self.sizes.try_iter().collect()
+    }
+
+    /// From now on no client that asks for a size gets an answer.
+    pub fn fall_silent(&self) {
+        self.silent.store(true, Ordering::Release);
     }
 
     /// Closes the connections on which clients ask things; listeners stay.
@@ -283,6 +297,7 @@ struct Server {
     registered: Arc<AtomicUsize>,
     mute: Arc<AtomicBool>,
     sizes: Sizes,
+    silent: Arc<AtomicBool>,
     connections: Arc<Mutex<Vec<Connection>>>,
     handle: Handle,
 }
@@ -331,6 +346,7 @@ impl Server {
                 registered: self.registered.clone(),
                 mute: self.mute.clone(),
                 sizes: self.sizes.clone(),
+                silent: self.silent.clone(),
                 handle: self.handle.clone(),
             };
             builder = builder.serve_at(format!("/org/qemu/Display1/Console_{id}"), console);
@@ -400,6 +416,7 @@ struct Console {
     registered: Arc<AtomicUsize>,
     mute: Arc<AtomicBool>,
     sizes: Sizes,
+    silent: Arc<AtomicBool>,
     handle: Handle,
 }
 
@@ -439,7 +456,7 @@ impl Console {
     }
 
     #[zbus(name = "SetUIInfo")]
-    fn set_ui_info(
+    async fn set_ui_info(
         &self,
         width_mm: u16,
         height_mm: u16,
@@ -450,8 +467,10 @@ impl Console {
     ) {
         // Clients do not know these.
         assert_eq!((width_mm, height_mm, xoff, yoff), (0, 0, 0, 0));
-        let sizes = self.sizes.lock().unwrap();
-        let _ = sizes.send((self.id, width, height));
+        let _ = self.sizes.lock().unwrap().send((self.id, width, height));
+        if self.silent.load(Ordering::Acquire) {
+            std::future::pending::<()>().await;
+        }
     }
 
     #[zbus(property)]

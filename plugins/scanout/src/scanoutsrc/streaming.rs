@@ -68,7 +68,16 @@ impl ScanoutSrc {
         streaming: &mut Streaming,
     ) -> Result<gst::Buffer, gst::FlowError> {
         if streaming.subscription.is_none() {
-            let target = self.target(streaming)?;
+            let target = match self.target(streaming) {
+                Ok(target) => target,
+                Err(LeaseError::Cancelled) => return Err(gst::FlowError::Flushing),
+                Err(error) => {
+                    lock(&self.figures).errors += 1;
+                    let reason = not_lent(&error);
+                    gst::element_imp_error!(self, gst::ResourceError::OpenRead, ("{reason}"));
+                    return Err(gst::FlowError::Error);
+                }
+            };
             match Subscription::start(target, &mut streaming.waiter) {
                 Ok(subscription) => self.subscribed(streaming, subscription),
                 Err(SubscriptionError::Cancelled) => return Err(gst::FlowError::Flushing),
@@ -116,29 +125,22 @@ impl ScanoutSrc {
     }
 
     /// What to subscribe to.
-    fn target(&self, streaming: &mut Streaming) -> Result<Target, gst::FlowError> {
+    fn target(&self, streaming: &mut Streaming) -> Result<Target, LeaseError> {
+        let lease = lock(&self.lease);
+        if lease.as_ref().is_some_and(|lease| !lease.is_alive()) {
+            // The manager may have lent it to somebody else by now.
+            streaming.scanout_id = None;
+        }
+        drop(lease);
         let id = match streaming.scanout_id {
             Some(id) => id,
-            None => self.borrowed_id(streaming)?,
+            None => self.borrow(streaming)?,
         };
         streaming.scanout_id = Some(id);
         Ok(streaming.settings.target(id))
     }
 
     /// Waits until it is known which scanout was lent.
-    fn borrowed_id(&self, streaming: &mut Streaming) -> Result<u16, gst::FlowError> {
-        match self.borrow(streaming) {
-            Ok(id) => Ok(id),
-            Err(LeaseError::Cancelled) => Err(gst::FlowError::Flushing),
-            Err(error) => {
-                lock(&self.figures).errors += 1;
-                let reason = not_lent(&error);
-                gst::element_imp_error!(self, gst::ResourceError::OpenRead, ("{reason}"));
-                Err(gst::FlowError::Error)
-            }
-        }
-    }
-
     fn borrow(&self, streaming: &mut Streaming) -> Result<u16, LeaseError> {
         let timeout = streaming.settings.connection.timeout();
         // One that has ended before its answer was read is asked for once more.
@@ -217,7 +219,15 @@ impl ScanoutSrc {
                     Err(error) => return Err(self.fail(streaming, &error.to_string())),
                 }
             }
-            let target = self.target(streaming)?;
+            let target = match self.target(streaming) {
+                Ok(target) => target,
+                Err(LeaseError::Cancelled) => return Err(gst::FlowError::Flushing),
+                // The manager may come back as the host may.
+                Err(error) => {
+                    outcome = format!("; {error}");
+                    continue;
+                }
+            };
             match Subscription::start(target, &mut streaming.waiter) {
                 Ok(subscription) => {
                     self.wish_bitrate();
