@@ -105,8 +105,6 @@ fn what_is_called_a_dmabuf_and_shrinks_harms_nobody() {
     let run = run_without_gpu(&desktop, "false-dmabufs");
     // The producer has nothing else, which is all that is said of it.
     run.src.set_property("first-frame-timeout", 2000u32);
-    // PipeWire 1.4 ends a stream for which nothing is left; 0.3.65 leaves it as it is.
-    run.src.set_property_from_str("on-disconnect", "error");
     assert_eq!(pixels(&shown(&painter, &run, &plain(1)))[0], 1);
     for lie in [
         Picture {
@@ -125,6 +123,8 @@ fn what_is_called_a_dmabuf_and_shrinks_harms_nobody() {
         show_until_counted(&painter, &run, &lie, "corrupted");
     }
     assert_eq!(pixels(&shown(&painter, &run, &plain(2)))[0], 2);
+    // PipeWire 1.4 ends a stream for which nothing is left; 0.3.65 leaves it as it is.
+    run.src.set_property_from_str("on-disconnect", "error");
     painter.shrink();
     let empty = Picture {
         bytes: Vec::new(),
