@@ -97,7 +97,10 @@ fn a_qemu_that_nobody_listens_to_says_nothing_and_its_end_is_noticed() {
         let listening = screen.listen();
         watched.picture(&screen);
         watched.picture(&screen);
-        assert!(said("dbus_registered_listener ") > registered);
+        // QEMU writes its trace when it has sent the first picture.
+        eventually("QEMU's word of the listener", || {
+            (said("dbus_registered_listener ") > registered).then_some(())
+        });
         drop(listening);
         registered = eventually("the end of the last listener", || {
             let registered = said("dbus_registered_listener ");
