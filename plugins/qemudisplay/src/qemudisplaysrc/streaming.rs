@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use gst::prelude::*;
 use gst::subclass::prelude::*;
 use gst_base::prelude::*;
-use gst_video::{VideoInfo, VideoOverlayComposition, VideoOverlayCompositionMeta};
+use gst_video::{VideoInfo, VideoOverlayCompositionMeta};
 use qemu_display::{Damage, Display, Listening, Look, Picture, Pixels, Rect, Screen};
 use zerocopy_plugin_common::mark_damage;
 use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake};
@@ -400,18 +400,19 @@ fn make(
         info: negotiated.info.clone(),
         any_layout: negotiated.any_layout,
     };
-    let cursor = match settings.cursor {
-        CursorMode::None => None,
-        _ => streaming.overlays.of(&picture.cursor, size),
-    };
+    let wanted = settings.cursor != CursorMode::None;
     // A cursor that can go neither way is left out.
-    let drawn: Option<&VideoOverlayComposition> = cursor.as_ref().filter(|_| !beside && !on_gpu);
+    let covered = picture.cursor.covers(size);
+    let covered = covered.filter(|_| wanted && !beside && !on_gpu);
+    let drawn = covered.map(|_| &picture.cursor);
     let made = streaming.buffers.make(&picture.pixels, &terms, drawn)?;
-    let covered = drawn.and_then(|_| picture.cursor.covers(size));
     let mut buffer = made.buffer;
     let inner = buffer.get_mut().ok_or("a new buffer is shared")?;
-    if let Some(cursor) = cursor.as_ref().filter(|_| beside) {
-        VideoOverlayCompositionMeta::add(inner, cursor);
+    if wanted
+        && beside
+        && let Some(cursor) = streaming.overlays.of(&picture.cursor, size)
+    {
+        VideoOverlayCompositionMeta::add(inner, &cursor);
     }
     if let Some(mut rects) = streaming.damage(picture, covered).filter(|_| !missed) {
         if flipped {
