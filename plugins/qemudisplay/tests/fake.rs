@@ -300,6 +300,25 @@ fn qemu_says_what_it_shows_only_while_frames_can_leave() {
     }
 }
 
+/// A newer QEMU never forgets a listener.
+#[test]
+fn a_newer_qemu_is_given_one_listener() {
+    let qemu = FakeQemu::start(&[0]);
+    let (rig, listener) = playing(&qemu, UNPACED);
+    assert!(!listener.interfaces().is_empty());
+    for times in 1..4 {
+        listener.scanout(4, 4, &[times; 64]).unwrap();
+        assert_eq!(rig.next().pixels(), vec![times; 64]);
+        rig.pipeline.set_state(gst::State::Paused).unwrap();
+        listener.update((0, 0), (4, 4), &[times + 100; 64]).unwrap();
+        rig.play();
+        let frame = rig.next();
+        assert_eq!(frame.pixels(), vec![times + 100; 64]);
+        assert_eq!(frame.damage(), None);
+    }
+    assert_eq!(qemu.registered(), 1);
+}
+
 #[test]
 fn playing_begins_with_the_picture_after_the_shortest_pause() {
     let qemu = FakeQemu::start(&[0]);

@@ -148,17 +148,6 @@ impl VirtioGpu {
         self.flush();
     }
 
-    /// Shows a part of the resource, as is done where two outputs share one.
-    ///
-    /// # Panics
-    ///
-    /// As [`VirtioGpu::show`].
-    pub fn show_part(&mut self, (x, y): (u32, u32), (width, height): (u32, u32)) {
-        let part = [x, y, width, height, 0, self.resource];
-        self.command(SET_SCANOUT, &part);
-        self.flush();
-    }
-
     /// Switches the scanout off.
     ///
     /// # Panics

@@ -114,6 +114,10 @@ impl Streaming {
 
     fn next_step(&self, settings: &LiveSettings, now: Instant) -> Step {
         let shown = settings.cursor != CursorMode::None;
+        if self.listening.is_none() {
+            // In PAUSED, where the base class lets this thread wait for what is next. QEMU may be heard all the same.
+            return Step::Wait(Deadline::NEVER);
+        }
         match self.screen.look() {
             Look::Failed(error) => Step::Fail(error_message(&error)),
             Look::Off if self.told != Some(Told::Off) => Step::Off,
