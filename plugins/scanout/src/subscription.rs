@@ -61,8 +61,18 @@ pub struct Target {
     pub enable: Option<EnableScanout>,
     /// Limit for connecting, for each reply and for the answer to a PING; `None` = none.
     pub timeout: Option<Duration>,
+    /// When to give up before there is a subscription, if `timeout` does not end it earlier.
+    pub give_up: Deadline,
     /// What lets this client in.
     pub auth_token: Option<AuthToken>,
+}
+
+impl Target {
+    /// Until when a step of the way to a subscription may take that begins now.
+    fn deadline(&self) -> Deadline {
+        let own = self.timeout.map_or(Deadline::NEVER, Deadline::after);
+        own.min(self.give_up)
+    }
 }
 
 /// Why there is no subscription, or none any more.
@@ -141,8 +151,7 @@ pub struct Subscription {
 impl Subscription {
     /// Connects, greets, switches the scanout on where that is wanted, and subscribes.
     pub fn start(target: Target, waiter: &mut Waiter) -> Result<Self, SubscriptionError> {
-        let deadline = target.timeout.map_or(Deadline::NEVER, Deadline::after);
-        let stream = Stream::connect(&target.address, waiter, deadline)?;
+        let stream = Stream::connect(&target.address, waiter, target.deadline())?;
         let mut connection = Connection::new(stream, Limits::client(), waiter)
             .map_err(|error| SubscriptionError::Lost(error.to_string()))?;
         let host = greet(&target, &mut connection, waiter)?;
@@ -340,7 +349,7 @@ impl Subscription {
         waiter: &mut Waiter,
         pick: impl Fn(&Message) -> Option<T>,
     ) -> Result<T, SubscriptionError> {
-        let deadline = self.target.timeout.map_or(Deadline::NEVER, Deadline::after);
+        let deadline = self.target.deadline();
         loop {
             match self.connection.next(waiter, deadline)? {
                 Event::Message(envelope) => {
@@ -481,7 +490,7 @@ fn greet(
         auth_token: target.auth_token.clone(),
         ..Hello::default()
     };
-    let deadline = target.timeout.map_or(Deadline::NEVER, Deadline::after);
+    let deadline = target.deadline();
     let session_id = target.scanout_id as u16;
     let address = &target.address;
     greeting::greet(connection, waiter, hello, session_id, deadline).map_err(|error| match error {

@@ -347,3 +347,31 @@ fn a_wrong_token_is_an_error_at_once_even_while_reconnecting() {
         assert!(!error.contains("s3cret"), "{error}");
     }
 }
+
+#[test]
+fn a_host_that_hangs_while_it_is_called_again_is_given_up_in_time() {
+    let mut clients = 0;
+    let peer = Peer::greeting(Greets::Script, move |link, envelope| {
+        match &envelope.message {
+            Message::Hello(_) => clients += 1,
+            Message::Subscribe { scanout_id } => {
+                link.send(encode::subscribe_resp(*scanout_id, true));
+                push(link, &[true]);
+                return Then::CloseAfterSending;
+            }
+            _ if clients == 1 => {
+                link.pong(envelope);
+            }
+            // Not even to a PING.
+            _ => {}
+        }
+        Then::GoOn
+    });
+    let mut source = Source::new(peer.port(), "scanout-id=1 timeout=0 reconnect-timeout=300");
+    source.pull();
+    let error = source.error();
+    assert!(
+        error.contains("300 ms (reconnect-timeout)") && error.contains("no sign of life"),
+        "{error}"
+    );
+}
