@@ -138,6 +138,8 @@ pub struct Subscription {
     connection: Connection<()>,
     target: Target,
     host: Agreement,
+    /// Since when there is one.
+    began: Instant,
     /// Bytes received when `heard` was set.
     received: u64,
     /// When the host last sent something.
@@ -160,6 +162,7 @@ impl Subscription {
             connection,
             target,
             host,
+            began: now,
             received: 0,
             heard: now,
             spoke: now,
@@ -171,7 +174,10 @@ impl Subscription {
             Err(error) => Err(error),
         };
         match subscribed {
-            Ok(()) => Ok(this),
+            Ok(()) => {
+                this.began = Instant::now();
+                Ok(this)
+            }
             Err(error) => {
                 if let SubscriptionError::Cancelled = error {
                     // There is something to say once more; the caller is told all the same.
@@ -221,6 +227,11 @@ impl Subscription {
         self.connection.stream().peer()
     }
 
+    /// How long there has been one.
+    pub fn lasted(&self) -> Duration {
+        self.began.elapsed()
+    }
+
     /// What the host said of itself.
     pub fn host(&self) -> &Agreement {
         &self.host
@@ -260,7 +271,8 @@ impl Subscription {
         waiter: &mut Waiter,
         wishes: &Wishes,
     ) -> Result<Pushed, SubscriptionError> {
-        let mut waiting_since = Instant::now();
+        // When a message was first seen to have begun and not ended.
+        let mut begun = None;
         loop {
             self.fulfil(wishes);
             let event = self.connection.next(waiter, self.next_check())?;
@@ -271,7 +283,7 @@ impl Subscription {
             }
             self.note_life();
             if let Event::Message(envelope) = event {
-                waiting_since = Instant::now();
+                begun = None;
                 match envelope.message {
                     Message::FrameResponse(response, data) => {
                         self.check_whole(&data)?;
@@ -284,7 +296,7 @@ impl Subscription {
                     _ => {}
                 }
             }
-            self.check_end(waiting_since)?;
+            self.check_end(&mut begun)?;
             self.check_life()?;
         }
     }
@@ -301,12 +313,16 @@ impl Subscription {
     }
 
     /// A size that is wrong and not absurd swallows whatever comes, PONGs too, and looks alive.
-    fn check_end(&self, waiting_since: Instant) -> Result<(), SubscriptionError> {
+    fn check_end(&self, begun: &mut Option<Instant>) -> Result<(), SubscriptionError> {
         let Some(limit) = self.target.timeout else {
             return Ok(());
         };
-        let waited = waiting_since.elapsed();
-        if waited < 2 * limit || !self.connection.is_inside_message() {
+        if !self.connection.is_inside_message() {
+            *begun = None;
+            return Ok(());
+        }
+        let waited = begun.get_or_insert_with(Instant::now).elapsed();
+        if waited < 2 * limit {
             return Ok(());
         }
         Err(SubscriptionError::OutOfStep(format!(
