@@ -97,12 +97,11 @@ class Stage:
 
 def run_stage(name, system, began):
     """Runs one stage and prints its verdict. Returns whether it passed, and how long it took (s)."""
-    module = importlib.import_module(f"stages.{name}")
     start = time.monotonic()
     stage = Stage(name, system, began)
-    stage.say(f"{name}: {summary(name)}")
     try:
-        module.run(stage)
+        stage.say(f"{name}: {summary(name)}")
+        importlib.import_module(f"stages.{name}").run(stage)
         if not stage.passed and not stage.faults:
             stage.check(False, "it checked nothing")
     except Fault as fault:

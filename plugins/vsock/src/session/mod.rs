@@ -18,6 +18,7 @@
 //! the session's own thread; the two share a queue and a count.
 
 use std::collections::VecDeque;
+use std::io;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -137,6 +138,8 @@ pub enum Submission {
     Cancelled,
     /// The session has failed, and said so.
     Failed,
+    /// The system does not let this thread wait. Nobody was told.
+    CannotWait(io::ErrorKind),
 }
 
 /// What sessions counted. They add to what their owner gives them, so it outlives them.
@@ -279,7 +282,7 @@ impl Session {
         settings: SessionSettings,
         submitter: Waker,
         client: impl Client,
-    ) -> std::io::Result<Self> {
+    ) -> io::Result<Self> {
         let waiter = Waiter::new()?;
         let waker = waiter.waker();
         let shared = Arc::new(Shared {
@@ -416,7 +419,7 @@ impl Session {
             match waiter.wait(Deadline::NEVER) {
                 Ok(Wake::Cancelled) => return Err(Submission::Cancelled),
                 Ok(_) => {}
-                Err(_) => return Err(Submission::Failed),
+                Err(error) => return Err(Submission::CannotWait(error.kind())),
             }
         }
     }

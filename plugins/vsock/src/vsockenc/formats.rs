@@ -81,6 +81,20 @@ pub fn video_info(caps: &gst::CapsRef) -> Option<gst_video::VideoInfo> {
     gst_video::VideoInfo::from_caps(&plain).ok()
 }
 
+/// The protocol says nothing of fields, and the host would encode two of them as one picture. It is
+/// not in the caps: most sources say nothing about it, and caps without it are no subset of caps
+/// with it.
+pub fn check_progressive(info: &gst_video::VideoInfo) -> Result<(), String> {
+    if info.interlace_mode() == gst_video::VideoInterlaceMode::Progressive {
+        return Ok(());
+    }
+    Err(format!(
+        "interlace-mode={} cannot be encoded, only progressive video can: put a `deinterlace` in \
+         front",
+        info.interlace_mode().to_str()
+    ))
+}
+
 /// Answers what upstream asks before it allocates: strides, offsets and crops cost nothing, and
 /// at least `buffers` are held at once, of DMA-BUFs [`HELD`] - 1 more.
 pub fn propose_allocation(query: &mut gst::query::Allocation, buffers: u32) {

@@ -228,6 +228,40 @@ fn no_more_requests_are_open_than_the_host_takes() {
 }
 
 #[test]
+fn a_picture_that_the_host_would_leave_unread_waits_and_pings_do_not() {
+    // Three of 16 bytes are more than one may have.
+    let greets = Greets::With(Hello {
+        max_message: 12 + 44 + 40,
+        ..hello(Capabilities::REQUEST_IDS)
+    });
+    let mut open = VecDeque::new();
+    let peer = Peer::greeting(greets, move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            open.push_back(*request);
+            assert!(open.len() <= 3, "a host would read no more");
+        }
+        // Nothing else comes while the client waits.
+        if link.pong(envelope)
+            && let Some(request) = open.pop_front()
+        {
+            link.answer(&request);
+        }
+        Then::GoOn
+    });
+    let mut run = Run::with(
+        &[("tcp-host", &"127.0.0.1"), ("tcp-port", &peer.port())],
+        Duration::from_millis(20),
+    );
+    run.configure();
+    for number in 0..6 {
+        assert_eq!(run.submit(number), Submission::Accepted);
+    }
+    for number in 0..6 {
+        assert_eq!(run.outcome(), (number, true));
+    }
+}
+
+#[test]
 fn the_settings_in_force_are_told() {
     let greets = Greets::With(hello(Capabilities::CONFIG_RESP));
     let peer = Peer::greeting(greets, |link, envelope| {
