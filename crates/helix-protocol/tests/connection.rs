@@ -460,6 +460,26 @@ fn a_peer_that_floods_cannot_keep_a_wake_up_from_us() {
 }
 
 #[test]
+fn a_peer_that_floods_is_still_sent_what_it_takes() {
+    let (mut connection, mut waiter, mut peer) = against_a_plain_socket::<Vec<u8>>();
+    peer.set_nonblocking(true).unwrap();
+    connection.send_with(request(1 << 20), vec![1; 1 << 20]);
+    let mut space = vec![0; 1 << 20];
+    // There is always more to receive than is taken at once.
+    for _ in 0..100_000 {
+        while peer.write(&encode::ping(1)).is_ok() {}
+        match connection.next(&mut waiter, long()).unwrap() {
+            Event::Message(_) => {}
+            Event::Drained => return,
+            other => panic!("{other:?}"),
+        }
+        // It takes what comes.
+        let _ = peer.read(&mut space);
+    }
+    panic!("nothing more was sent");
+}
+
+#[test]
 fn somebody_who_wakes_us_all_the_time_cannot_keep_us_from_reading() {
     let (mut connection, mut waiter, mut peer) = flooding();
     let waker = waiter.waker();
