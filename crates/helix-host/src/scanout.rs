@@ -377,9 +377,10 @@ impl Subscription {
     /// Sets the scanout's bitrate, in bit/s, for all subscribers.
     pub fn set_bitrate(&self, bits: u32) {
         self.scanout.tell(|state| {
-            state.inbox.bitrate_changed = state.bitrate != Some(bits);
-            state.bitrate = Some(bits);
-            state.inbox.bitrate_changed
+            let changes = state.bitrate.replace(bits) != Some(bits);
+            // What the thread has not seen yet stays.
+            state.inbox.bitrate_changed |= changes;
+            changes
         });
     }
 }
@@ -413,5 +414,29 @@ impl Scanout {
         {
             worker.wake();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::probe;
+
+    #[test]
+    fn a_bitrate_that_is_asked_for_twice_is_not_forgotten() {
+        gst::init().unwrap();
+        let encoder = Arc::new(probe::encoder("x264enc").unwrap());
+        let origin = Origin::Description(Description::parse("videotestsrc").unwrap());
+        // No thread runs that would take the first before the second comes.
+        let scanout = Scanout::new(0, origin, encoder);
+        let subscription = Subscription {
+            scanout: scanout.clone(),
+            subscriber: Arc::new(Subscriber::new(Waiter::new().unwrap().waker())),
+        };
+        for _ in 0..2 {
+            subscription.set_bitrate(8_000_000);
+        }
+        assert!(scanout.state().inbox.bitrate_changed);
+        assert_eq!(scanout.state().bitrate, Some(8_000_000));
     }
 }
