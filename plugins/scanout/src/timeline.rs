@@ -27,8 +27,12 @@ const AHEAD: u64 = 100_000_000;
 /// The fastest transit is that of this period and the one before.
 const PERIOD: u64 = 10_000_000_000;
 
-/// So many frames in a row over the reported latency are no accident.
+/// Frames in a row over the reported latency that are no accident: so many, over so long. However many
+/// waited together behind one stall, they all come at once.
 const LATE: u32 = 8;
+const LASTING: u64 = 1_000_000_000;
+/// That time is looked at in parts, of which the best is believed: an accident is in few of them.
+const PARTS: usize = 4;
 /// Reported latencies are multiples of this.
 const LATENCY_STEP: u64 = 5_000_000;
 
@@ -153,8 +157,17 @@ impl FastestTransit {
 #[derive(Debug, Default)]
 pub struct Latency {
     reported: u64,
-    late: u32,
-    most: u64,
+    late: Option<Late>,
+}
+
+/// Frames that left late, one after the other.
+#[derive(Debug)]
+struct Late {
+    /// When the first of them did.
+    since: u64,
+    frames: u32,
+    /// The longest of each part of the time.
+    most: [Option<u64>; PARTS],
 }
 
 impl Latency {
@@ -163,19 +176,28 @@ impl Latency {
         self.reported
     }
 
-    /// A frame left this long after its time; whether more is to be reported from now on.
-    pub fn took(&mut self, took: u64) -> bool {
+    /// A frame left at `now`, this long after its time; whether more is to be reported from now on.
+    pub fn took(&mut self, took: u64, now: u64) -> bool {
         if took <= self.reported {
-            (self.late, self.most) = (0, 0);
+            self.late = None;
             return false;
         }
-        self.late += 1;
-        self.most = self.most.max(took);
-        if self.late < LATE {
+        let late = self.late.get_or_insert(Late {
+            since: now,
+            frames: 0,
+            most: [None; PARTS],
+        });
+        let passed = now.saturating_sub(late.since);
+        let part = passed / (LASTING / PARTS as u64);
+        let most = &mut late.most[PARTS.min(part as usize + 1) - 1];
+        *most = (*most).max(Some(took));
+        late.frames += 1;
+        if late.frames < LATE || passed < LASTING {
             return false;
         }
-        self.reported = self.most.next_multiple_of(LATENCY_STEP);
-        (self.late, self.most) = (0, 0);
+        let least = late.most.iter().flatten().min().copied();
+        self.reported = least.unwrap_or(took).next_multiple_of(LATENCY_STEP);
+        self.late = None;
         true
     }
 }
@@ -312,13 +334,59 @@ mod tests {
         assert_eq!(stamp.pts, 0);
     }
 
+    /// Frames that leave every 16 ms from `from` on, so many milliseconds after their times each.
+    fn raised(latency: &mut Latency, from: u64, took: impl IntoIterator<Item = u64>) -> bool {
+        let frames = (from..).step_by(16).zip(took);
+        // All of them count, whatever the first ones do.
+        frames.fold(false, |raised, (now, took)| {
+            latency.took(took * MS, now * MS) | raised
+        })
+    }
+
     #[test]
     fn latency_is_raised_by_what_lasts_and_not_by_an_accident() {
         let mut latency = Latency::default();
-        assert!(!(0..100).any(|number| latency.took(u64::from(number % 2 == 0) * 40 * MS)));
-        assert!(!(1..LATE).any(|_| latency.took(11 * MS)));
-        assert!(latency.took(9 * MS));
+        assert!(!raised(&mut latency, 0, [0, 40].repeat(100)));
+        // One late frame in ten does not hide that all are.
+        let took = (0..70).map(|frame| if frame == 20 { 200 } else { 9 + frame % 3 });
+        assert!(raised(&mut latency, 10_000, took));
         assert_eq!(latency.reported(), 15 * MS);
-        assert!(!(0..100).any(|_| latency.took(15 * MS)));
+        assert!(!raised(&mut latency, 20_000, [15; 100]));
+    }
+
+    #[test]
+    fn frames_that_waited_together_behind_a_stall_are_one_accident() {
+        let mut latency = Latency::default();
+        for stall in 1..20 {
+            let now = stall * 500 * MS;
+            assert!(!(0..18).any(|frame| latency.took((300 - 16 * frame) * MS, now)));
+            assert!(!latency.took(0, now + 16 * MS));
+        }
+        // Where all are late, the stall counts for nothing.
+        let stalled = (0..18).map(|frame| (300 - 16 * frame, 20_000));
+        let then = (0..70).map(|frame| (40, 20_016 + 16 * frame));
+        let raised = stalled.chain(then).fold(false, |raised, (took, now)| {
+            latency.took(took * MS, now * MS) | raised
+        });
+        assert!(raised);
+        assert_eq!(latency.reported(), 40 * MS);
+    }
+
+    #[test]
+    fn a_screen_that_changes_rarely_has_a_latency_too() {
+        let mut latency = Latency::default();
+        let mut frames = (0..).map(|frame| frame * 3000);
+        assert!(
+            !frames
+                .by_ref()
+                .take(LATE as usize - 1)
+                .any(|now| latency.took(7 * MS, now * MS))
+        );
+        assert!(
+            frames
+                .next()
+                .is_some_and(|now| latency.took(7 * MS, now * MS))
+        );
+        assert_eq!(latency.reported(), 10 * MS);
     }
 }

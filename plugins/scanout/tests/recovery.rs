@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use common::{Source, host, push};
 use gst::prelude::*;
-use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage};
+use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, ScanoutResp};
 use helix_protocol::{Message, encode};
 use zerocopy_test_support::peer::{Greets, Hello, LONG, Link, Peer, Seen, Then, hello};
 
@@ -112,6 +112,112 @@ fn a_host_that_has_no_place_for_as_long_as_it_is_called_is_an_error_that_says_so
             assert!(error.contains(part), "{part} is not in {error}");
         }
     }
+}
+
+#[test]
+fn a_screen_that_cannot_be_switched_on_yet_is_asked_for_again() {
+    let mut refusals = 2;
+    let peer = Peer::new(move |link, envelope| {
+        match &envelope.message {
+            Message::EnableScanout(enable) => {
+                let answer = ScanoutResp {
+                    scanout_id: enable.scanout_id,
+                    success: refusals == 0,
+                    connector: String::new(),
+                };
+                refusals -= u32::from(refusals > 0);
+                link.send(encode::scanout_resp(1, &answer));
+            }
+            Message::Subscribe { scanout_id } => {
+                link.send(encode::subscribe_resp(*scanout_id, true));
+                push(link, &[true]);
+            }
+            _ => {}
+        }
+        Then::GoOn
+    });
+    let properties = "scanout-id=1 enable=true reconnect-timeout=60000";
+    let mut source = Source::new(peer.port(), properties);
+    source.pull();
+    assert_eq!((source.stat("reconnects"), source.stat("errors")), (0, 0));
+}
+
+/// Waits until the element says that it calls again.
+fn reconnecting(source: &Source) {
+    let limit = gst::ClockTime::try_from(LONG).unwrap();
+    loop {
+        let kinds = [gst::MessageType::Element];
+        let message = source.bus.timed_pop_filtered(limit, &kinds);
+        let message = message.expect("a message of the connection");
+        let state = message.structure().unwrap().get::<String>("state");
+        if state.as_deref() == Ok("reconnecting") {
+            return;
+        }
+    }
+}
+
+#[test]
+fn a_host_that_was_lost_is_called_on_after_a_flush() {
+    let peer = host(&[true]);
+    let address = peer.address().clone();
+    let properties = "scanout-id=1 bitrate=3000000 reconnect-timeout=60000";
+    let mut source = Source::new(peer.port(), properties);
+    source.pull();
+    drop(peer);
+    reconnecting(&source);
+    // As PAUSED does, which cannot be waited for, it ends the streaming thread's waiting.
+    let element = source.element();
+    assert!(element.send_event(gst::event::FlushStart::new()));
+    assert!(element.send_event(gst::event::FlushStop::new(true)));
+    // There is still nobody.
+    reconnecting(&source);
+    let peer = Peer::on(&address, Greets::Legacy, |link, envelope| {
+        if let Message::Subscribe { scanout_id } = envelope.message {
+            link.send(encode::subscribe_resp(scanout_id, true));
+            push(link, &[true]);
+        }
+        Then::GoOn
+    });
+    let first = source.pull();
+    assert!(first.flags().contains(gst::BufferFlags::DISCONT));
+    let bitrate = peer.wait_for(|seen| match seen {
+        Seen::Message(envelope) => match envelope.message {
+            Message::ConfigReq(config) => Some(config.bitrate),
+            _ => None,
+        },
+        _ => None,
+    });
+    assert_eq!(bitrate, 3_000_000);
+    assert_eq!((source.stat("reconnects"), source.stat("errors")), (1, 0));
+}
+
+#[test]
+fn a_host_that_was_there_for_long_without_a_picture_is_called_again() {
+    let (mut connection, mut pings) = (0, 0);
+    let peer = Peer::new(move |link, envelope| {
+        if let Message::Subscribe { scanout_id } = envelope.message {
+            connection += 1;
+            link.send(encode::subscribe_resp(scanout_id, true));
+            if connection != 2 {
+                push(link, &[true]);
+            }
+            if connection == 1 {
+                return Then::CloseAfterSending;
+            }
+        }
+        pings += u32::from(link.pong(envelope) && connection == 2);
+        // 600 ms of silence, and more of it than there are for calling.
+        if pings == 6 {
+            pings += 1;
+            return Then::Close;
+        }
+        Then::GoOn
+    });
+    let properties = "scanout-id=1 timeout=100 reconnect-timeout=400";
+    let mut source = Source::new(peer.port(), properties);
+    source.pull();
+    source.pull();
+    assert_eq!(source.stat("errors"), 0);
 }
 
 #[test]

@@ -16,7 +16,8 @@ const FRAMES: usize = 30;
 const AGE: gst::ClockTime = gst::ClockTime::from_mseconds(40);
 const STEP: gst::ClockTime = gst::ClockTime::from_mseconds(1);
 
-/// A host with capture times, which says that they are of this clock and counts it from `epoch`.
+/// A host with capture times, which says that they are of this clock and counts it from `epoch`. It sends
+/// all its frames at once, and then one with each PONG.
 fn capturing_host(clock_id: Option<&[u8]>, epoch: gst::ClockTime) -> Peer {
     let hello = Hello {
         clock_id: clock_id.map(<[u8]>::to_vec),
@@ -31,6 +32,10 @@ fn capturing_host(clock_id: Option<&[u8]>, epoch: gst::ClockTime) -> Peer {
                 let pts = first + STEP * number;
                 link.respond(1, pts.nseconds() as i64, true, KEYFRAME);
             }
+        }
+        if link.pong(envelope) {
+            let pts = gst::SystemClock::obtain().time() - epoch - AGE;
+            link.respond(1, pts.nseconds() as i64, true, KEYFRAME);
         }
         Then::GoOn
     })
@@ -71,7 +76,7 @@ fn grows(times: &[(gst::ClockTime, gst::ClockTime)]) {
 #[test]
 fn capture_times_of_this_machine_are_kept_and_the_latency_is_told() {
     let peer = capturing_host(Some(b"CLOCK_MONOTONIC"), gst::ClockTime::ZERO);
-    let mut source = Source::new(peer.port(), "scanout-id=1");
+    let mut source = Source::new(peer.port(), "scanout-id=1 timeout=200");
     let times = times(&mut source);
     grows(&times);
     let base = source.element().base_time().unwrap();
@@ -84,6 +89,11 @@ fn capture_times_of_this_machine_are_kept_and_the_latency_is_told() {
     let age = AGE.useconds();
     assert!(source.stat("latency-p50-us") >= age);
     assert!(source.stat("latency-p99-us") >= source.stat("latency-p50-us"));
+    // What comes at once may be an accident. One frame after each 200 ms of silence is none.
+    assert_eq!(latency(&source), gst::ClockTime::ZERO);
+    for _ in 0..10 {
+        source.pull();
+    }
     announces_latency(&source);
     assert!(latency(&source) >= AGE);
 }

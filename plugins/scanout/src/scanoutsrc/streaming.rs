@@ -4,6 +4,7 @@
 //! again when it is lost.
 
 use std::sync::atomic::Ordering;
+use std::time::Instant;
 
 use gst::prelude::*;
 use gst::subclass::prelude::*;
@@ -28,8 +29,13 @@ pub(super) struct Streaming {
     subscription: Option<Subscription>,
     /// There has been one.
     connected: bool,
-    /// Runs from the loss of a host until another has pushed a frame.
+    /// Why the host is called again, while it is.
+    lost: Option<String>,
+    /// Runs from the loss of a host until another has pushed a frame, or has been there for as long as it
+    /// would have been called.
     backoff: Option<Backoff>,
+    /// When this subscription began.
+    since: Instant,
     /// Bytes of the subscription, sent and received, that are in the figures.
     bytes: (u64, u64),
     output: Output,
@@ -46,7 +52,9 @@ impl Streaming {
             settings,
             subscription: None,
             connected: false,
+            lost: None,
             backoff: None,
+            since: Instant::now(),
             bytes: (0, 0),
         }
     }
@@ -68,28 +76,12 @@ impl ScanoutSrc {
         streaming: &mut Streaming,
     ) -> Result<gst::Buffer, gst::FlowError> {
         if streaming.subscription.is_none() {
-            let target = match self.target(streaming) {
-                Ok(target) => target,
-                Err(LeaseError::Cancelled) => return Err(gst::FlowError::Flushing),
-                Err(error) => {
-                    lock(&self.figures).errors += 1;
-                    let reason = not_lent(&error);
-                    gst::element_imp_error!(self, gst::ResourceError::OpenRead, ("{reason}"));
-                    return Err(gst::FlowError::Error);
-                }
-            };
-            match Subscription::start(target, &mut streaming.waiter) {
-                Ok(subscription) => self.subscribed(streaming, subscription),
-                Err(SubscriptionError::Cancelled) => return Err(gst::FlowError::Flushing),
-                Err(SubscriptionError::Unwanted(error)) => {
-                    let reason = streaming.settings.connection.refusal(&error);
-                    return Err(self.fail(streaming, &reason));
-                }
-                Err(SubscriptionError::Full(error)) => {
-                    let reason = streaming.settings.connection.refusal(&error);
-                    self.call_again(streaming, &reason)?;
-                }
-                Err(error) => return Err(self.fail(streaming, &error.to_string())),
+            if let Some(why) = streaming.lost.clone() {
+                // The element was paused or flushed while it called: that time does not count.
+                streaming.backoff = None;
+                self.call_again(streaming, &why)?;
+            } else {
+                self.call_first(streaming)?;
             }
         }
         loop {
@@ -117,10 +109,47 @@ impl ScanoutSrc {
                     }
                     streaming.subscription = None;
                     streaming.output.lost();
+                    let limit = streaming.settings.connection.reconnect_timeout();
+                    if streaming.since.elapsed() >= limit {
+                        streaming.backoff = None;
+                    }
                     let reason = format!("lost {}: {error}", streaming.address);
                     self.call_again(streaming, &reason)?;
                 }
             }
+        }
+    }
+
+    /// Calls a host for the first time. One that cannot serve this client now is called again.
+    fn call_first(&self, streaming: &mut Streaming) -> Result<(), gst::FlowError> {
+        let target = match self.target(streaming) {
+            Ok(target) => target,
+            Err(LeaseError::Cancelled) => return Err(gst::FlowError::Flushing),
+            Err(error) => {
+                lock(&self.figures).errors += 1;
+                let reason = not_lent(&error);
+                gst::element_imp_error!(self, gst::ResourceError::OpenRead, ("{reason}"));
+                return Err(gst::FlowError::Error);
+            }
+        };
+        match Subscription::start(target, &mut streaming.waiter) {
+            Ok(subscription) => {
+                self.subscribed(streaming, subscription);
+                Ok(())
+            }
+            Err(SubscriptionError::Cancelled) => Err(gst::FlowError::Flushing),
+            Err(SubscriptionError::Unwanted(error)) => {
+                let reason = streaming.settings.connection.refusal(&error);
+                Err(self.fail(streaming, &reason))
+            }
+            Err(SubscriptionError::Full(error)) => {
+                let reason = streaming.settings.connection.refusal(&error);
+                self.call_again(streaming, &reason)
+            }
+            Err(error @ SubscriptionError::NotOn { .. }) => {
+                self.call_again(streaming, &error.to_string())
+            }
+            Err(error) => Err(self.fail(streaming, &error.to_string())),
         }
     }
 
@@ -192,7 +221,10 @@ impl ScanoutSrc {
         }
         streaming.output.connected(subscription.clock());
         streaming.subscription = Some(subscription);
+        streaming.lost = None;
+        streaming.since = Instant::now();
         streaming.bytes = (0, 0);
+        self.wish_bitrate();
         self.post(streaming, ConnectionState::Connected, &peer, "");
     }
 
@@ -204,6 +236,7 @@ impl ScanoutSrc {
             return Err(self.fail(streaming, why));
         }
         gst::warning!(CAT, imp = self, "{why}; calling again");
+        streaming.lost = Some(why.to_owned());
         self.post(streaming, ConnectionState::Reconnecting, "", why);
         let mut outcome = String::new();
         while let Some(at) = streaming
@@ -230,7 +263,6 @@ impl ScanoutSrc {
             };
             match Subscription::start(target, &mut streaming.waiter) {
                 Ok(subscription) => {
-                    self.wish_bitrate();
                     self.subscribed(streaming, subscription);
                     return Ok(());
                 }
