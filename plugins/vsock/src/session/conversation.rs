@@ -95,6 +95,9 @@ pub(super) struct Conversation {
     /// What the client was told of it.
     pub announced: Way,
     pub after_loss: bool,
+    /// Nothing leaves before a keyframe, at the beginning and after a flush: how many frames had to
+    /// be one and were none.
+    pub passed_over: Option<u32>,
     /// The host has answered a request, if only with an ERROR.
     pub answered: bool,
     /// Frames in a row that were given up for want of an answer.
@@ -129,6 +132,7 @@ impl Conversation {
             way: Way::default(),
             announced: Way::default(),
             after_loss,
+            passed_over: Some(0),
             answered: false,
             unanswered: 0,
             last_answered: None,
@@ -233,6 +237,9 @@ impl Conversation {
                     // After a flush nobody has what this frame could refer to.
                     let flushed = worker.epoch != epoch;
                     worker.epoch = epoch;
+                    if flushed {
+                        self.passed_over.get_or_insert(0);
+                    }
                     let forced = request.force_keyframe || worker.force_keyframe || due || flushed;
                     worker.force_keyframe = false;
                     worker.since_keyframe = if forced { 1 } else { worker.since_keyframe + 1 };

@@ -31,6 +31,7 @@ use zerocopy_plugin_common::{ConnectionSettings, Quantiles};
 
 use self::delivery::Delivery;
 pub use self::liveness::SIGN_OF_LIFE;
+pub use self::replies::{HELD, REFUSALS};
 pub use self::transfer::Way;
 use self::worker::Worker;
 use crate::picture::Picture;

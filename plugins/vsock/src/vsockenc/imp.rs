@@ -305,7 +305,11 @@ impl VideoEncoderImpl for VsockEnc {
         &self,
         frame: gst_video::VideoCodecFrame,
     ) -> Result<gst::FlowSuccess, gst::FlowError> {
-        lock(&self.output).take_flow()?;
+        let needs_keyframe = {
+            let mut output = lock(&self.output);
+            output.take_flow()?;
+            output.needs_keyframe()
+        };
         let number = frame.system_frame_number();
         let buffer = frame.input_buffer_owned().ok_or(gst::FlowError::Error)?;
         let nanos = |time: Option<gst::ClockTime>| time.map_or(0, |time| time.nseconds() as i64);
@@ -342,7 +346,7 @@ impl VideoEncoderImpl for VsockEnc {
             frame: number,
             pts,
             duration,
-            force_keyframe,
+            force_keyframe: force_keyframe || needs_keyframe,
             resource: self.resource(&picture, resources.as_deref())?,
             picture,
         };

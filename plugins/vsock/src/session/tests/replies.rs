@@ -4,7 +4,7 @@
 
 use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, FrameRequest, RequestTag};
 use helix_protocol::{Message, encode};
-use zerocopy_test_support::peer::{Greets, Hello, Link, Peer, Seen, Then, hello};
+use zerocopy_test_support::peer::{Greets, Hello, KEYFRAME, Link, Peer, Seen, Then, hello};
 
 use super::*;
 
@@ -309,4 +309,31 @@ fn a_dead_host_is_found_while_idle() {
     );
     let reason = run.failure();
     assert!(reason.contains("no sign of life for 100 ms"), "{reason}");
+}
+
+#[test]
+fn nothing_leaves_after_a_flush_before_a_keyframe() {
+    let mut requests = 0;
+    let peer = Peer::new(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            requests += 1;
+            // It passes over the keyframe that the flush makes necessary.
+            let is_keyframe = requests != 2 && request.force_keyframe;
+            link.respond(1, request.pts, is_keyframe, KEYFRAME);
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut run = Run::new(&[("tcp-host", &"127.0.0.1"), ("tcp-port", &peer.port())]);
+    run.configure();
+    let outcome = |run: &mut Run, frame| {
+        assert_eq!(run.submit(frame), Submission::Accepted);
+        run.outcome()
+    };
+    assert_eq!(outcome(&mut run, 0), (0, true));
+    run.session.flush();
+    assert_eq!(outcome(&mut run, 1), (1, false));
+    assert_eq!(outcome(&mut run, 2), (2, true));
+    // This one was not asked to be a keyframe, and need not be.
+    assert_eq!(outcome(&mut run, 3), (3, true));
 }

@@ -14,7 +14,7 @@ use gst_check::Harness;
 use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, FrameRequest, RequestTag};
 use helix_protocol::wait::Waiter;
 use helix_protocol::{Envelope, Message, Payload, encode};
-use zerocopy_test_support::peer::{Greets, KEYFRAME, Link, Peer, Seen, Then, hello};
+use zerocopy_test_support::peer::{Greets, KEYFRAME, LONG, Link, Peer, Seen, Then, hello};
 
 use super::imp::lock;
 use super::{Transfer, VsockEnc};
