@@ -20,8 +20,8 @@ import traceback
 
 HERE = pathlib.Path(__file__).resolve().parent
 SOURCE = HERE.parent.parent
-# Stages use what other tests have: the known picture, and the comparison with it.
-sys.path += [str(HERE), str(HERE.parent)]
+# Stages use what other tests have: the known picture, the comparison with it, the protocol in Python.
+sys.path += [str(HERE), str(HERE.parent), str(HERE.parent / "peers")]
 
 from guest import Guest, System  # noqa: E402
 from programs import Fault, Program  # noqa: E402

@@ -435,16 +435,18 @@ impl Client {
 
     /// CONFIG_REQ: for the scanout, where the client watches one, else for its own encoder.
     fn configure(&mut self, session_id: u16, config: &Config) {
-        let in_force = if let Some(subscription) = &self.subscription {
+        if let Some(subscription) = &self.subscription {
             if config.bitrate > 0 {
                 subscription.set_bitrate(config.bitrate);
             }
-            subscription.in_force()
         } else {
             self.session.configure(config);
-            self.session.in_force(config)
-        };
+        }
         if self.terms.capabilities.contains(Capabilities::CONFIG_RESP) {
+            let in_force = match &self.subscription {
+                Some(subscription) => subscription.in_force(),
+                None => self.session.in_force(config),
+            };
             self.connection
                 .send(encode::config_resp(session_id, &in_force));
         }

@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::decode::Decoder;
 use crate::encode::Head;
@@ -311,6 +311,12 @@ impl<B: Body> Connection<B> {
                         return Ok(Event::TimedOut);
                     }
                     if waiter.take_wake() {
+                        return Ok(Event::Woken);
+                    }
+                    // Nor from hearing that it takes bytes again.
+                    if self.room == Room::Awaited
+                        && waiter.wait(Deadline::after(Duration::ZERO))? == Wake::Woken
+                    {
                         return Ok(Event::Woken);
                     }
                     continue;

@@ -270,8 +270,8 @@ fn who_takes_no_pixels_hears_what_comes_before_them() {
         let event = receiver.next(&mut receiver_waiter, millis(30)).unwrap();
         assert!(matches!(event, Event::TimedOut), "{event:?}");
         // What was read together with the first message, and nothing of the rest.
-        let received = receiver.bytes_received() as usize;
-        assert!(received <= 2 * STAGE, "{received} bytes");
+        let bytes = receiver.bytes_received() as usize;
+        assert!(bytes <= 2 * STAGE, "{bytes} bytes");
         assert!(
             receiver.silent_since().is_none(),
             "it is not the peer's silence"
@@ -489,6 +489,26 @@ fn a_peer_that_floods_cannot_keep_a_wake_up_from_us() {
     // Each was said once.
     let event = connection.next(&mut waiter, millis(20)).unwrap();
     assert!(matches!(event, Event::TimedOut), "{event:?}");
+}
+
+#[test]
+fn a_peer_that_floods_is_still_sent_what_it_takes() {
+    let (mut connection, mut waiter, mut peer) = against_a_plain_socket::<Vec<u8>>();
+    peer.set_nonblocking(true).unwrap();
+    connection.send_with(request(1 << 20), vec![1; 1 << 20]);
+    let mut space = vec![0; 1 << 20];
+    // There is always more to receive than is taken at once.
+    for _ in 0..100_000 {
+        while peer.write(&encode::ping(1)).is_ok() {}
+        match connection.next(&mut waiter, long()).unwrap() {
+            Event::Message(_) => {}
+            Event::Drained => return,
+            other => panic!("{other:?}"),
+        }
+        // It takes what comes.
+        let _ = peer.read(&mut space);
+    }
+    panic!("nothing more was sent");
 }
 
 #[test]

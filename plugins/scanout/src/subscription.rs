@@ -87,6 +87,17 @@ pub enum SubscriptionError {
     /// The host refuses; asking again is of no use.
     #[error("{0}")]
     Refused(String),
+    /// The host does not switch the scanout on now, and may do so later.
+    #[error(
+        "{address} does not switch on scanout {scanout_id}: its QEMU is away, serves another client or \
+         takes no sizes, or there is no such scanout (the log of helix-host says which)"
+    )]
+    NotOn {
+        /// The host.
+        address: Address,
+        /// The scanout.
+        scanout_id: u32,
+    },
     /// The host does not want this client.
     #[error("{}: {}", .0.code, .0.text)]
     Unwanted(ErrorMessage),
@@ -170,7 +181,12 @@ impl Subscription {
         };
         let subscribed = match this.enable(waiter) {
             Ok(true) => this.subscribe(waiter),
-            Ok(false) => return Err(this.refused("does not switch on")),
+            Ok(false) => {
+                return Err(SubscriptionError::NotOn {
+                    address: this.target.address,
+                    scanout_id: this.target.scanout_id,
+                });
+            }
             Err(error) => Err(error),
         };
         match subscribed {
@@ -218,7 +234,7 @@ impl Subscription {
         if subscribed {
             Ok(())
         } else {
-            Err(self.refused("does not offer"))
+            Err(self.refused())
         }
     }
 
@@ -348,14 +364,15 @@ impl Subscription {
         {}
     }
 
-    fn refused(&self, how: &str) -> SubscriptionError {
+    fn refused(&self) -> SubscriptionError {
         let Target {
             address,
             scanout_id,
             ..
         } = &self.target;
         SubscriptionError::Refused(format!(
-            "{address} {how} scanout {scanout_id} (is it configured there, and is scanout-id right?)"
+            "{address} does not offer scanout {scanout_id} (is it configured there, and is scanout-id \
+             right?)"
         ))
     }
 

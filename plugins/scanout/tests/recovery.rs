@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use common::{Source, host, push};
 use gst::prelude::*;
-use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage};
+use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, ScanoutResp};
 use helix_protocol::{Envelope, Message, encode};
 use zerocopy_test_support::peer::{DELTA, Greets, Hello, LONG, Link, Peer, Seen, Then, hello};
 
@@ -112,6 +112,34 @@ fn a_host_that_has_no_place_for_as_long_as_it_is_called_is_an_error_that_says_so
             assert!(error.contains(part), "{part} is not in {error}");
         }
     }
+}
+
+#[test]
+fn a_screen_that_cannot_be_switched_on_yet_is_asked_for_again() {
+    let mut refusals = 2;
+    let peer = Peer::new(move |link, envelope| {
+        match &envelope.message {
+            Message::EnableScanout(enable) => {
+                let answer = ScanoutResp {
+                    scanout_id: enable.scanout_id,
+                    success: refusals == 0,
+                    connector: String::new(),
+                };
+                refusals -= u32::from(refusals > 0);
+                link.send(encode::scanout_resp(1, &answer));
+            }
+            Message::Subscribe { scanout_id } => {
+                link.send(encode::subscribe_resp(*scanout_id, true));
+                push(link, &[true]);
+            }
+            _ => {}
+        }
+        Then::GoOn
+    });
+    let properties = "scanout-id=1 enable=true reconnect-timeout=60000";
+    let mut source = Source::new(peer.port(), properties);
+    source.pull();
+    assert_eq!((source.stat("reconnects"), source.stat("errors")), (0, 0));
 }
 
 #[test]
