@@ -24,6 +24,7 @@
 //!
 //! Since: 0.1
 
+use std::io;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 use gst::glib;
@@ -189,7 +190,7 @@ impl VideoEncoderImpl for VsockEnc {
             ));
         }
         let resources = self.find_resources(&settings)?;
-        let failed = |error: std::io::Error| {
+        let failed = |error: io::Error| {
             gst::error_msg!(
                 gst::ResourceError::Failed,
                 ["cannot start a session: {error}"]
@@ -257,6 +258,11 @@ impl VideoEncoderImpl for VsockEnc {
                 state.caps()
             ));
         };
+        let refuse = |text: String| {
+            gst::element_imp_error!(self, gst::StreamError::Format, ("{text}"));
+            gst::loggable_error!(CAT, "{text}")
+        };
+        formats::check_progressive(&info).map_err(refuse)?;
         // What is under way belongs to the format before. Where a flush or a state change ends
         // this wait, or the next one, that is no error: upstream would take it for one.
         self.drain();
@@ -273,10 +279,7 @@ impl VideoEncoderImpl for VsockEnc {
         };
         let pixels = self.pixels_of(&info);
         let mut format = Format { config, pixels };
-        self.check_limits(&info, &format).map_err(|text| {
-            gst::element_imp_error!(self, gst::StreamError::Format, ("{text}"));
-            gst::loggable_error!(CAT, "{text}")
-        })?;
+        self.check_limits(&info, &format).map_err(refuse)?;
         let duration = gst::ClockTime::SECOND
             .mul_div_ceil(den.into(), num.into())
             .unwrap_or(gst::ClockTime::ZERO);
@@ -302,7 +305,11 @@ impl VideoEncoderImpl for VsockEnc {
         &self,
         frame: gst_video::VideoCodecFrame,
     ) -> Result<gst::FlowSuccess, gst::FlowError> {
-        lock(&self.output).take_flow()?;
+        let needs_keyframe = {
+            let mut output = lock(&self.output);
+            output.take_flow()?;
+            output.needs_keyframe()
+        };
         let number = frame.system_frame_number();
         let buffer = frame.input_buffer_owned().ok_or(gst::FlowError::Error)?;
         let nanos = |time: Option<gst::ClockTime>| time.map_or(0, |time| time.nseconds() as i64);
@@ -339,7 +346,7 @@ impl VideoEncoderImpl for VsockEnc {
             frame: number,
             pts,
             duration,
-            force_keyframe,
+            force_keyframe: force_keyframe || needs_keyframe,
             resource: self.resource(&picture, resources.as_deref())?,
             picture,
         };
@@ -354,6 +361,7 @@ impl VideoEncoderImpl for VsockEnc {
             }
             Submission::Cancelled => Err(gst::FlowError::Flushing),
             Submission::Failed => Err(gst::FlowError::Error),
+            Submission::CannotWait(reason) => Err(self.cannot_wait(reason)),
         }
     }
 
@@ -361,6 +369,7 @@ impl VideoEncoderImpl for VsockEnc {
         match self.drain() {
             Submission::Cancelled => Err(gst::FlowError::Flushing),
             Submission::Failed => Err(gst::FlowError::Error),
+            Submission::CannotWait(reason) => Err(self.cannot_wait(reason)),
             Submission::Accepted | Submission::NoHost => lock(&self.output).take_flow(),
         }
     }
@@ -448,6 +457,19 @@ impl VsockEnc {
             return Submission::Accepted;
         }
         self.wait(Session::drain).unwrap_or(Submission::Cancelled)
+    }
+
+    /// Posts why the streaming thread could not wait.
+    fn cannot_wait(&self, reason: io::ErrorKind) -> gst::FlowError {
+        gst::element_imp_error!(
+            self,
+            gst::ResourceError::Failed,
+            [
+                "wait for the host: {reason}; something else in this process may have closed a \
+                 descriptor of this element. Stop the element and start it again"
+            ]
+        );
+        gst::FlowError::Error
     }
 
     fn change_bitrate(&self) {
