@@ -341,7 +341,7 @@ impl State {
         self.open.set(None);
         self.missed.set(true);
         self.had_format.set(true);
-        self.waits.format_fixed();
+        self.waits.format_fixed(format.framerate.0 > 0);
         self.link.counters.set_stage(Stage::Paused);
         // Each Format needs its own answers, also when it is the same as before (L5).
         let answers = negotiate::format_answers(&format, self.timelines);
