@@ -340,7 +340,9 @@ impl VideoEncoderImpl for VsockEnc {
             );
             gst::FlowError::Error
         })?;
-        self.wait_for_writers(&picture)?;
+        if !self.wait_for_writers(&picture)? {
+            return self.pass_over(number, "what draws it is not done");
+        }
         let request = Request {
             frame: number,
             pts,
