@@ -184,7 +184,7 @@ impl PipeWireZeroCopySrc {
                 }
                 return Err(format!("downstream refused {caps}"));
             }
-            self.agreed(Arc::new(Negotiated {
+            self.agreed(&Arc::new(Negotiated {
                 source: wanted,
                 info,
                 memory,
@@ -193,7 +193,7 @@ impl PipeWireZeroCopySrc {
         }
     }
 
-    fn agreed(&self, negotiated: Arc<Negotiated>) {
+    fn agreed(&self, negotiated: &Arc<Negotiated>) {
         let mut changed = false;
         if let Some(streaming) = &mut *lock(&self.streaming) {
             let before = streaming.negotiated.replace(negotiated.clone());
