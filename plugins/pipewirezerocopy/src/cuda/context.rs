@@ -66,6 +66,15 @@ impl Context {
         self.object.property("cuda-device-id")
     }
 
+    /// Whether it is this object.
+    pub(super) fn is(&self, object: &gst::Object) -> bool {
+        self.object == *object
+    }
+
+    pub(super) fn downgrade(&self) -> glib::WeakRef<gst::Object> {
+        self.object.downgrade()
+    }
+
     /// Makes it the thread's current context until the guard is dropped.
     pub(super) fn enter(&self) -> Result<Entered<'_>, Error> {
         let library = gstcuda::library()?;

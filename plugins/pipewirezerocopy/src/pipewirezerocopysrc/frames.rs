@@ -13,15 +13,19 @@ use zerocopy_plugin_common::wait::Waiter;
 
 use super::abilities::Use;
 use super::caps::OutputMemory;
+use super::cuda::Copied;
 use super::dmabuf::pass_on;
+use super::figures::WaitedBy;
 use super::imp::{CAT, PipeWireZeroCopySrc, lock};
 use super::output::{can_leave_in_place, copy_frame, draw, in_place, orientation};
 use super::settings::LiveSettings;
 use super::streaming::{Negotiated, Streaming};
 use crate::capture::damage::Damage;
+use crate::capture::dmabuf::Fence;
 use crate::capture::frame::{Frame, Sync};
 use crate::capture::meta::Transform;
-use crate::capture::{Monotonic, StreamFormat};
+use crate::capture::{Inbox, Monotonic, StreamFormat};
+use crate::cuda::Error;
 
 impl PipeWireZeroCopySrc {
     /// Gives a frame that nobody wants back to the producer.
@@ -72,7 +76,7 @@ impl PipeWireZeroCopySrc {
             };
             in_place && frame.reserve()
         });
-        let (mut frame, pooled) = match (spared, memory) {
+        let (frame, pooled) = match (spared, memory) {
             (Some(frame), _) => (frame, None),
             (None, OutputMemory::DmaBuf) => {
                 // Nothing else would do for downstream. The newest frame stays in the inbox.
@@ -83,23 +87,30 @@ impl PipeWireZeroCopySrc {
             }
             (None, OutputMemory::System | OutputMemory::Cuda) => {
                 // The pool may make us wait: no frame is held meanwhile (L4).
-                let buffer = self.pooled_buffer()?;
+                let Some(buffer) = self.pooled_buffer_of(&negotiated)? else {
+                    return Ok(None);
+                };
                 match inbox.take(format, |_| true) {
                     Some(frame) => (frame, Some(buffer)),
                     None => return Ok(None),
                 }
             }
         };
-        if self.must_latch(&frame, memory)
-            && let Some(streaming) = &mut *lock(&self.streaming)
-        {
-            let time = Duration::from(Self::interval(Some(&negotiated)));
-            match streaming.latch.exchange(frame, Instant::now(), time) {
-                Some(before) => frame = before,
-                // It leaves with the next one, or when none comes.
-                None => return Ok(None),
-            }
+        self.look_at_sync(&frame, memory);
+        let interval = Duration::from(Self::interval(Some(&negotiated)));
+        let (leaves, of_no_use) = match &mut *lock(&self.streaming) {
+            Some(streaming) => streaming.latch.exchange(frame, Instant::now(), interval),
+            None => return Err(gst::FlowError::Flushing),
+        };
+        if of_no_use.is_some() {
+            inbox.miss();
+            let figures = lock(&self.figures);
+            figures.counters.dropped.fetch_add(1, Ordering::Relaxed);
         }
+        // One that is kept leaves with the next one, or when none comes.
+        let Some(frame) = leaves else {
+            return Ok(None);
+        };
         self.finish(frame, pooled, &negotiated, settings, waiter)
     }
 
@@ -109,30 +120,37 @@ impl PipeWireZeroCopySrc {
         settings: &LiveSettings,
         waiter: &mut Waiter,
     ) -> Result<Option<gst::Buffer>, gst::FlowError> {
-        let pooled = self.pooled_buffer()?;
+        let negotiated = match &*lock(&self.streaming) {
+            Some(streaming) => streaming.negotiated.clone(),
+            None => return Err(gst::FlowError::Flushing),
+        };
+        let pooled = match &negotiated {
+            Some(negotiated) => self.pooled_buffer_of(negotiated)?,
+            None => None,
+        };
         let kept = lock(&self.streaming)
             .as_mut()
-            .and_then(|streaming| streaming.latch.take().zip(streaming.negotiated.clone()));
-        match kept {
-            Some((frame, negotiated)) => {
+            .and_then(|streaming| streaming.latch.take());
+        match (kept, negotiated, pooled) {
+            (Some(frame), Some(negotiated), Some(pooled)) => {
                 self.finish(frame, Some(pooled), &negotiated, settings, waiter)
             }
-            None => Ok(None),
+            // It was for what was negotiated before.
+            _ => Ok(None),
         }
     }
 
-    /// Whether frames must be kept because nothing says when they are drawn. Tells when that changes:
-    /// it is a frame's time of latency.
-    fn must_latch(&self, frame: &Frame, memory: OutputMemory) -> bool {
+    /// Looks whether frames must be kept because nothing says when they are drawn. Tells when that
+    /// changes: it is a frame's time of latency.
+    fn look_at_sync(&self, frame: &Frame, memory: OutputMemory) {
         let sync = match frame.dmabuf() {
             _ if frame.has_acquire_point() => Sync::Explicit,
             Some(_) => Sync::Implicit,
             None => Sync::None,
         };
         let mut changed = false;
-        let mut latching = false;
         if let Some(streaming) = &mut *lock(&self.streaming) {
-            latching = streaming.latch.is_needed(sync, memory);
+            let latching = streaming.latch.is_needed(sync, memory);
             changed = streaming.latch.active != latching;
             streaming.latch.active = latching;
         }
@@ -141,7 +159,6 @@ impl PipeWireZeroCopySrc {
             // Fails only while the element is being disposed of.
             let _ = self.obj().post_message(message);
         }
-        latching
     }
 
     /// A frame as a buffer, and all that is to be remembered of it.
@@ -168,25 +185,26 @@ impl PipeWireZeroCopySrc {
             memory,
         } = negotiated;
         let memory = *memory;
-        let sync = match frame.fence() {
-            Ok((sync, fence)) => {
-                let drawn = self.wait_for(&fence, waiter);
-                if !drawn.inspect_err(|_| inbox.miss())? {
-                    inbox.miss();
-                    let figures = lock(&self.figures);
-                    figures.counters.corrupted.fetch_add(1, Ordering::Relaxed);
-                    return Ok(None);
-                }
-                match sync {
-                    Sync::Implicit if without_fences => Sync::None,
-                    sync => sync,
-                }
-            }
+        let for_gpu = memory == OutputMemory::Cuda;
+        let (sync, fence) = match frame.fence(for_gpu) {
+            Ok((Sync::Implicit, fence)) if without_fences => (Sync::None, fence),
+            Ok(known) => known,
             Err(error) => {
                 gst::warning!(CAT, imp = self, "a frame is taken as it is: {error}");
-                Sync::None
+                (Sync::None, Fence::default())
             }
         };
+        // Where the GPU copies it, it may be the GPU that waits.
+        let mut waited = WaitedBy::Nobody;
+        if !for_gpu && fence.pending().is_some() {
+            waited = WaitedBy::Thread;
+            if !self
+                .wait_for(&fence, waiter)
+                .inspect_err(|_| inbox.miss())?
+            {
+                return Ok(self.never_drawn(&inbox));
+            }
+        }
         let (captured, transform) = (frame.captured, frame.transform);
         let damage = std::mem::replace(&mut frame.damage, Damage::Everything);
         let copied = pooled.is_some() && memory == OutputMemory::System;
@@ -201,9 +219,14 @@ impl PipeWireZeroCopySrc {
             },
             (None, OutputMemory::System | OutputMemory::Cuda) => in_place(frame, info),
             (Some(mut buffer), OutputMemory::Cuda) => {
-                if !self.copy_to_cuda(&frame, &mut buffer, info, format)? {
-                    inbox.miss();
-                    return Ok(None);
+                let copied = self.copy_to_cuda(&frame, &fence, &mut buffer, negotiated, waiter);
+                match copied.inspect_err(|_| inbox.miss())? {
+                    Copied::Done(by) => waited = by,
+                    Copied::NeverDrawn => return Ok(self.never_drawn(&inbox)),
+                    Copied::Not => {
+                        inbox.miss();
+                        return Ok(None);
+                    }
                 }
                 Some(buffer)
             }
@@ -224,6 +247,7 @@ impl PipeWireZeroCopySrc {
             figures.add_transfer(copied);
             figures.memory = Some(memory);
             figures.sync = sync;
+            figures.waited = waited;
             figures.latched = latching;
         }
         let buffer = self.leave(&picture, damage, captured)?;
@@ -254,6 +278,14 @@ impl PipeWireZeroCopySrc {
         }
         gst::trace!(CAT, imp = self, "frame {:?}", buffer.pts());
         Ok(Some(buffer))
+    }
+
+    /// Nothing leaves: what draws the frame has not ended in time.
+    fn never_drawn(&self, inbox: &Inbox) -> Option<gst::Buffer> {
+        inbox.miss();
+        let figures = lock(&self.figures);
+        figures.counters.corrupted.fetch_add(1, Ordering::Relaxed);
+        None
     }
 
     /// Copies a frame into a buffer. False where that cannot be done with this frame.
@@ -396,6 +428,26 @@ impl PipeWireZeroCopySrc {
         let pool = self.obj().buffer_pool();
         pool.ok_or(gst::FlowError::NotNegotiated)?
             .acquire_buffer(None)
+    }
+
+    /// The same for a new frame. None where the GPU has no memory left, and other memory is to be agreed on.
+    fn pooled_buffer_of(
+        &self,
+        negotiated: &Negotiated,
+    ) -> Result<Option<gst::Buffer>, gst::FlowError> {
+        match self.pooled_buffer() {
+            Err(gst::FlowError::Error) if negotiated.memory == OutputMemory::Cuda => {
+                let info = &negotiated.info;
+                let error = Error::Exhausted(format!(
+                    "no CUDA memory can be had for one more picture of {}x{}",
+                    info.width(),
+                    info.height()
+                ));
+                self.give_up_cuda(&negotiated.source, &error)?;
+                Ok(None)
+            }
+            other => other.map(Some),
+        }
     }
 
     /// Says downstream how the frames from now on are turned.

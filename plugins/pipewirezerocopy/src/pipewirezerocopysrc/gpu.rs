@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::capture::PixelFormat;
 use crate::capture::dmabuf::{IMPLICIT, LINEAR};
-use crate::cuda::image_formats;
+use crate::cuda::{self, image_formats};
 use crate::egl::{Display, Format};
 
 /// Where the kernel's DRM nodes are.
@@ -50,13 +50,48 @@ impl Gpu {
     }
 
     fn open(node: &Path) -> Result<Self, String> {
-        let display = Display::open(node).map_err(|error| error.to_string())?;
+        Self::of_display(Display::open(node).map_err(|error| error.to_string())?)
+    }
+
+    /// The GPU that is the CUDA device of this number, without a DRM node.
+    pub fn of_cuda_device(number: u32) -> Result<Self, String> {
+        Self::of_display(Display::of_cuda_device(number).map_err(|error| error.to_string())?)
+    }
+
+    /// The number of the CUDA device that it is. The error says what is missing, or that another one
+    /// was asked for.
+    pub fn cuda_device(&self, asked: Option<Asked>) -> Result<u32, String> {
+        cuda::available().map_err(|error| error.to_string())?;
+        let device = cuda::of_display(&self.display).map_err(|error| error.to_string())?;
+        match asked {
+            Some(asked) if asked.device != device => Err(format!(
+                "it is CUDA device {device}, not the device {} of {}",
+                asked.device,
+                if asked.by_name {
+                    "cuda-device-id"
+                } else {
+                    "the CUDA context that is shared"
+                }
+            )),
+            _ => Ok(device),
+        }
+    }
+
+    fn of_display(display: Display) -> Result<Self, String> {
         let formats = display.formats().map_err(|error| error.to_string())?;
         Ok(Self {
             display,
             importable: Importable(formats),
         })
     }
+}
+
+/// The CUDA device that frames are to be on.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Asked {
+    pub device: u32,
+    /// By cuda-device-id, and not by a context that somebody shares.
+    pub by_name: bool,
 }
 
 /// Whether there is a node at all: much cheaper than [`Gpu::find`].

@@ -21,15 +21,15 @@ use crate::cuda;
 use crate::egl::Display;
 
 impl PipeWireZeroCopySrc {
-    /// What can leave on this machine, and the GPU that has to do with it. An error where nothing
-    /// of what is wanted can.
+    /// What can leave on this machine, the display of the GPU that has to do with it, and the number of
+    /// the CUDA device which that is, if it is one. An error where nothing of what is wanted can. Calls
+    /// downstream.
     pub(super) fn look_for_gpu(
         &self,
         settings: &Settings,
-    ) -> Result<(Abilities, Option<Display>), gst::ErrorMessage> {
-        let wanted = settings
-            .wanted()
-            .map_err(|text| gst::error_msg!(gst::ResourceError::Settings, ["{text}"]))?;
+    ) -> Result<(Abilities, Option<Display>, Option<u32>), gst::ErrorMessage> {
+        let unusable = |text: String| gst::error_msg!(gst::ResourceError::Settings, ["{text}"]);
+        let wanted = settings.wanted().map_err(unusable)?;
         let mut can = Abilities {
             system: wanted.system,
             dmabuf: wanted.dmabuf,
@@ -48,19 +48,40 @@ impl PipeWireZeroCopySrc {
             // What is missing is said before what a GPU might lack.
             cuda::available().map_err(|error| without_cuda(&error))?;
         }
-        let found = Gpu::find(settings.render_node.as_deref(), |gpu| {
-            if no_other { self.has_cuda(gpu) } else { Ok(()) }
-        });
+        let has_cuda = wanted.cuda && cuda::available().is_ok();
+        let asked = has_cuda.then(|| self.asked_device(settings)).flatten();
+        let node = settings.render_node.as_deref();
+        let found = if no_other || asked.is_some() {
+            let suiting = Gpu::find(node, |gpu| gpu.cuda_device(asked).map(drop));
+            let or_none = |reason| match node {
+                // A GPU without a DRM node, as in a container that was given no more than CUDA.
+                None if has_cuda => Gpu::of_cuda_device(asked.map_or(0, |asked| asked.device))
+                    .map_err(|without| format!("{reason}; {without}")),
+                _ => Err(reason),
+            };
+            match suiting.or_else(or_none) {
+                Err(reason) if !no_other => match Gpu::find(node, |_| Ok(())) {
+                    Ok(_) if asked.is_some_and(|asked| asked.by_name) && node.is_some() => {
+                        return Err(unusable(reason));
+                    }
+                    other => other,
+                },
+                found => found,
+            }
+        } else {
+            Gpu::find(node, |_| Ok(()))
+        };
         match found {
             Ok(gpu) => {
-                let node = gpu.display.node().display();
-                gst::info!(CAT, imp = self, "DMA-BUFs as {node} imports them");
-                if let Err(reason) = self.has_cuda(&gpu) {
+                let name = gpu.display.node().display();
+                gst::info!(CAT, imp = self, "DMA-BUFs as {name} imports them");
+                let device = wanted.cuda.then(|| gpu.cuda_device(asked));
+                if let Some(Err(reason)) = &device {
                     gst::info!(CAT, imp = self, "no CUDA memory leaves here: {reason}");
                     can.cuda = false;
                 }
                 can.gpu = Some(gpu.importable);
-                Ok((can, Some(gpu.display)))
+                Ok((can, Some(gpu.display), device.and_then(Result::ok)))
             }
             Err(reason) if no_other => Err(without_cuda(&reason)),
             Err(reason) if !wanted.system => Err(gst::error_msg!(
@@ -72,7 +93,7 @@ impl PipeWireZeroCopySrc {
             )),
             Err(reason) => {
                 gst::info!(CAT, imp = self, "no DMA-BUFs leave here: {reason}");
-                Ok((can, None))
+                Ok((can, None, None))
             }
         }
     }
@@ -95,8 +116,11 @@ impl PipeWireZeroCopySrc {
         let Ok(wanted) = settings.wanted() else {
             return caps::template();
         };
-        let gpu = has_node(settings.render_node.as_deref());
-        let cuda = wanted.cuda && gpu && cuda::available().is_ok();
+        let node = settings.render_node.as_deref();
+        let mut gpu = has_node(node);
+        // A GPU need not have a node for CUDA's sake, unless one is named.
+        let cuda = wanted.cuda && (gpu || node.is_none()) && cuda::available().is_ok();
+        gpu |= cuda;
         let mut caps = caps::template();
         if let Some(caps) = caps.get_mut() {
             caps.filter_map_in_place(|features, _| {
@@ -173,7 +197,7 @@ impl PipeWireZeroCopySrc {
             if memory == OutputMemory::Cuda
                 && let Err(error) = self.prepare_cuda(&caps, &info)
             {
-                self.give_up_cuda(&wanted, &error);
+                self.do_without_cuda(&wanted, &error);
                 continue;
             }
             let what = match memory {

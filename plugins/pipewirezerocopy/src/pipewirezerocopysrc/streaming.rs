@@ -55,6 +55,8 @@ pub(super) struct Streaming {
     pub can: Abilities,
     /// The GPU's, where there is one.
     pub display: Option<Display>,
+    /// The number of the CUDA device that it is, where CUDA memory is wanted and it is one.
+    pub cuda_device: Option<u32>,
     /// Reads what only the GPU can; made when first needed.
     pub reader: Option<Reader>,
     /// Copies into CUDA memory; made when that is first negotiated.
@@ -88,6 +90,8 @@ pub(super) struct Streaming {
     pub waits_for_buffer: bool,
     /// The producer is gone; there is nothing to keep alive.
     pub vanished: bool,
+    /// So is it, for this reason, once a frame that is kept has left.
+    gone: Option<String>,
     pub ending: Ending,
 }
 
@@ -113,16 +117,18 @@ impl Streaming {
         target: String,
         can: Abilities,
         display: Option<Display>,
+        cuda_device: Option<u32>,
     ) -> Self {
-        // NVIDIA's driver.
-        let cuda = display.as_ref().and_then(Display::cuda_device);
-        let without_fences = cuda.is_some();
+        // NVIDIA's driver has none (L14), and says so of itself or is libcuda's.
+        let of_nvidia = display.as_ref().and_then(Display::cuda_device);
+        let without_fences = cuda_device.or(of_nvidia).is_some();
         Self {
             capture,
             waiter: Some(waiter),
             target,
             can,
             display,
+            cuda_device,
             reader: None,
             cuda: None,
             latch: Latch::new(without_fences),
@@ -142,6 +148,7 @@ impl Streaming {
             announced: None,
             waits_for_buffer: false,
             vanished: false,
+            gone: None,
             ending: Ending::No,
         }
     }
@@ -150,11 +157,16 @@ impl Streaming {
     fn next_step(&mut self, settings: &LiveSettings, counters: &Counters, now: Instant) -> Step {
         match self.ending {
             Ending::No => {}
+            // What is kept is newer than what has left.
+            Ending::ResendLast | Ending::Now if self.keeps_frame() => return Step::Flush,
             Ending::ResendLast if self.last.is_some() => {
                 self.ending = Ending::Now;
                 return Step::Resend;
             }
             Ending::ResendLast | Ending::Now => return Step::End,
+        }
+        if let Some(reason) = self.gone.take() {
+            return Step::Vanished(reason);
         }
         let early = settings
             .min_interval()
@@ -175,9 +187,15 @@ impl Streaming {
             (Look::Frame(format), None) if self.is_stale(&format) => Step::Discard(format),
             (Look::Frame(format), None) => match &self.negotiated {
                 Some(negotiated) if negotiated.source == format => Step::Push(format),
+                // The new format is not that of the frame that is kept.
+                Some(_) if self.keeps_frame() => Step::Flush,
                 _ => Step::Negotiate(format),
             },
             (Look::Cursor, None) if self.last.is_some() && !self.vanished => Step::Resend,
+            (Look::Vanished(reason), _) if self.keeps_frame() => {
+                self.gone = Some(reason);
+                Step::Flush
+            }
             (Look::Vanished(reason), _) => Step::Vanished(reason),
             (Look::Failed(failure), _) => Step::Fail(failure_message(&failure)),
             (Look::Absent(reason), _) if settings.on_disconnect != OnDisconnect::None => {
@@ -188,6 +206,11 @@ impl Streaming {
             // Without a picture to draw it on, a pointer waits for the next one.
             (Look::Cursor | Look::Nothing, None) => self.idle_step(settings, counters, now),
         }
+    }
+
+    /// Whether the latch has a frame that can still leave.
+    fn keeps_frame(&self) -> bool {
+        self.latch.due().is_some() && self.negotiated.is_some()
     }
 
     fn is_stale(&self, format: &StreamFormat) -> bool {
@@ -275,11 +298,11 @@ impl PipeWireZeroCopySrc {
         let counters = lock(&self.figures).counters.clone();
         loop {
             if self.obj().src_pad().needs_reconfigure() && !self.obj().negotiate() {
-                return Err(if self.is_flushing() {
-                    gst::FlowError::Flushing
-                } else {
-                    gst::FlowError::NotNegotiated
-                });
+                if self.is_flushing() {
+                    return Err(gst::FlowError::Flushing);
+                }
+                self.tell_given_up();
+                return Err(gst::FlowError::NotNegotiated);
             }
             let settings = lock(&self.settings).live;
             let step = match &mut *lock(&self.streaming) {
@@ -330,7 +353,10 @@ impl PipeWireZeroCopySrc {
         if self.is_flushing() {
             return Err(gst::FlowError::Flushing);
         }
-        if !agreed {
+        if agreed {
+            return Ok(());
+        }
+        if !self.tell_given_up() {
             gst::element_imp_error!(
                 self,
                 gst::CoreError::Negotiation,
@@ -347,9 +373,33 @@ impl PipeWireZeroCopySrc {
                     self.given_up()
                 ]
             );
-            return Err(gst::FlowError::NotNegotiated);
         }
-        Ok(())
+        Err(gst::FlowError::NotNegotiated)
+    }
+
+    /// Posts an error where downstream takes nothing of what is left after something was given up, and
+    /// says whether that is so.
+    fn tell_given_up(&self) -> bool {
+        let (left, reason) = match &*lock(&self.streaming) {
+            Some(Streaming {
+                can,
+                fallback: Some(reason),
+                ..
+            }) => (can.caps(), reason.clone()),
+            _ => return false,
+        };
+        // Downstream is called: no lock is held.
+        let taken = self.obj().src_pad().peer_query_caps(None);
+        if taken.can_intersect(&left) {
+            return false;
+        }
+        lock(&self.figures).errors += 1;
+        gst::element_imp_error!(
+            self,
+            gst::CoreError::Negotiation,
+            ["nothing is left that downstream takes: {reason}"]
+        );
+        true
     }
 
     /// The format that frames have now is of no use any more; another is on its way.
