@@ -102,15 +102,15 @@ impl PipeWireZeroCopySrc {
             Some(streaming) => streaming.latch.exchange(frame, Instant::now(), interval),
             None => return Err(gst::FlowError::Flushing),
         };
-        if of_no_use.is_some() {
-            inbox.miss();
+        // One that is kept leaves with the next one, or when none comes.
+        let Some(mut frame) = leaves else {
+            return Ok(None);
+        };
+        if let Some(older) = of_no_use {
+            frame.damage.add(older.damage);
             let figures = lock(&self.figures);
             figures.counters.dropped.fetch_add(1, Ordering::Relaxed);
         }
-        // One that is kept leaves with the next one, or when none comes.
-        let Some(frame) = leaves else {
-            return Ok(None);
-        };
         self.finish(frame, pooled, &negotiated, settings, waiter)
     }
 
@@ -128,16 +128,32 @@ impl PipeWireZeroCopySrc {
             Some(negotiated) => self.pooled_buffer_of(negotiated)?,
             None => None,
         };
-        let kept = lock(&self.streaming)
-            .as_mut()
-            .and_then(|streaming| streaming.latch.take());
+        let (inbox, kept) = match &mut *lock(&self.streaming) {
+            Some(streaming) => (streaming.capture.inbox().clone(), streaming.latch.take()),
+            None => return Err(gst::FlowError::Flushing),
+        };
         match (kept, negotiated, pooled) {
             (Some(frame), Some(negotiated), Some(pooled)) => {
                 self.finish(frame, Some(pooled), &negotiated, settings, waiter)
             }
-            // It was for what was negotiated before.
-            _ => Ok(None),
+            (Some(frame), ..) => {
+                inbox.put_back(frame);
+                Ok(None)
+            }
+            (None, ..) => Ok(None),
         }
+    }
+
+    /// Lets another attempt find the newest picture, which did not leave as was agreed: this one, or the one
+    /// that is kept after it.
+    fn hand_back(&self, inbox: &Inbox, frame: Frame) {
+        let kept = lock(&self.streaming)
+            .as_mut()
+            .and_then(|streaming| streaming.latch.take());
+        if let Some(kept) = kept {
+            inbox.put_back(kept);
+        }
+        inbox.put_back(frame);
     }
 
     /// Looks whether frames must be kept because nothing says when they are drawn. Tells when that
@@ -224,7 +240,7 @@ impl PipeWireZeroCopySrc {
                     Copied::Done(by) => waited = by,
                     Copied::NeverDrawn => return Ok(self.never_drawn(&inbox)),
                     Copied::Not => {
-                        inbox.miss();
+                        self.hand_back(&inbox, frame);
                         return Ok(None);
                     }
                 }

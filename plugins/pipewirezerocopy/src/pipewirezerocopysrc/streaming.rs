@@ -490,8 +490,77 @@ impl PipeWireZeroCopySrc {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::sync::Arc;
+
     use crate::capture::negotiate::Color;
+    use crate::capture::tests::{frame, idle, put_frame, put_vanished};
     use crate::capture::{OfferEntry, PixelFormat, Span};
+
+    /// Frames one pixel wide are agreed on, and the latch keeps one.
+    fn keeping() -> (Streaming, Arc<Counters>) {
+        gst::init().unwrap();
+        let counters = Arc::new(Counters::default());
+        let waiter = Waiter::new().unwrap();
+        let capture = idle(waiter.waker(), &counters);
+        let can = Abilities::default();
+        let mut streaming = Streaming::new(capture, waiter, "nobody".into(), can, None, None);
+        let kept = frame(1, &counters);
+        let info = gst_video::VideoInfo::builder(gst_video::VideoFormat::Bgrx, 1, 1);
+        streaming.negotiated = Some(Negotiated {
+            source: kept.format,
+            info: info.build().unwrap(),
+            memory: OutputMemory::Cuda,
+        });
+        streaming.frame_seen = true;
+        streaming.latch.active = true;
+        let long = Duration::from_hours(1);
+        let (left, _) = streaming.latch.exchange(kept, Instant::now(), long);
+        assert!(left.is_none());
+        (streaming, counters)
+    }
+
+    fn step(streaming: &mut Streaming, counters: &Counters) -> Step {
+        streaming.next_step(&LiveSettings::default(), counters, Instant::now())
+    }
+
+    #[test]
+    fn a_kept_frame_waits_for_the_next_one() {
+        let (mut streaming, counters) = keeping();
+        assert!(matches!(step(&mut streaming, &counters), Step::Wait(_)));
+        put_frame(&streaming.capture, frame(1, &counters));
+        assert!(matches!(step(&mut streaming, &counters), Step::Push(_)));
+    }
+
+    #[test]
+    fn a_kept_frame_leaves_before_the_end_of_the_stream() {
+        for ending in [Ending::ResendLast, Ending::Now] {
+            let (mut streaming, counters) = keeping();
+            streaming.ending = ending;
+            assert!(matches!(step(&mut streaming, &counters), Step::Flush));
+            streaming.latch.take();
+            assert!(matches!(step(&mut streaming, &counters), Step::End));
+        }
+    }
+
+    #[test]
+    fn a_kept_frame_leaves_before_one_of_another_size() {
+        let (mut streaming, counters) = keeping();
+        put_frame(&streaming.capture, frame(2, &counters));
+        assert!(matches!(step(&mut streaming, &counters), Step::Flush));
+        streaming.latch.take();
+        let next = step(&mut streaming, &counters);
+        assert!(matches!(next, Step::Negotiate(format) if format.width == 2));
+    }
+
+    #[test]
+    fn a_kept_frame_leaves_before_its_producers_end_is_told() {
+        let (mut streaming, counters) = keeping();
+        put_vanished(&streaming.capture, "gone");
+        assert!(matches!(step(&mut streaming, &counters), Step::Flush));
+        streaming.latch.take();
+        let next = step(&mut streaming, &counters);
+        assert!(matches!(next, Step::Vanished(reason) if reason == "gone"));
+    }
 
     fn format(format: PixelFormat, width: u32) -> StreamFormat {
         StreamFormat {

@@ -18,6 +18,8 @@ use super::{AGAIN, LIMIT, LINEAR, STALE, Stage, When, expect, offer, padded};
 use crate::Outcome;
 use crate::node::{Kind, Node, VIRTIO_GPU};
 
+pub mod still;
+
 /// What takes all kinds of memory, CUDA's first.
 const ALL: &str = "video/x-raw(memory:CUDAMemory); video/x-raw(memory:DMABuf); video/x-raw";
 const CUDA: &str = "video/x-raw(memory:CUDAMemory)";
@@ -364,6 +366,21 @@ pub fn fence(node: &str) -> Outcome<()> {
         for number in 2..=4 {
             stage.waited_for(number)?;
             expect(way, stage.run.stat("waited-by"), by)?;
+        }
+    }
+    Ok(())
+}
+
+/// Who wants no CUDA memory has nothing to do with libcuda.
+pub fn unwanted(node: &str) -> Outcome<()> {
+    let _gpu = Gpu::new()?;
+    fake().calls();
+    for mode in ["dmabuf", "system"] {
+        let stage = start(&format!("{node}-{mode}"), Pixels::Bgrx, mode, ALL)?;
+        stage.shown(1)?;
+        let calls = fake().calls();
+        if !calls.is_empty() {
+            return Err(format!("{mode}: {calls:?}").into());
         }
     }
     Ok(())

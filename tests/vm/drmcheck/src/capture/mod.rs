@@ -97,6 +97,8 @@ const SCENES: &[(&str, Scene)] = &[
     ("cuda-exhausted", cuda::exhausted),
     ("cuda-strict", cuda::strict),
     ("cuda-only", cuda::only),
+    ("cuda-still", cuda::still::fallback),
+    ("cuda-unwanted", cuda::unwanted),
     ("cuda-cycles", cuda::cycles),
     ("system", system),
     ("read", read),
