@@ -70,8 +70,8 @@ pub fn content(importer: &mut Importer, picture: &Exported) -> Outcome<bool> {
     let mut right = true;
     for fourcc in [picture.fourcc(), picture.swapped()] {
         let name = String::from_utf8_lossy(&fourcc.to_le_bytes()).into_owned();
-        let imported = picture.with_dmabuf_as(fourcc, |dmabuf| importer.prepare(dmabuf));
-        let source = match imported {
+        let source = picture.with_dmabuf_as(fourcc, |dmabuf| importer.prepare(dmabuf));
+        let source = match source {
             Ok(source) => source,
             Err(error) => {
                 println!("{way} {name}: not checked: {error}");

@@ -41,7 +41,7 @@ pub struct Session {
     daemon: Child,
     quit: Option<Sender<()>>,
     links: Option<JoinHandle<()>>,
-    _folder: tempfile::TempDir,
+    folder: tempfile::TempDir,
 }
 
 impl Session {
@@ -61,9 +61,9 @@ impl Session {
             daemon,
             quit: None,
             links: None,
-            _folder: folder,
+            folder,
         };
-        let socket = session._folder.path().join("pipewire-0");
+        let socket = session.folder.path().join("pipewire-0");
         let end = Instant::now() + LIMIT;
         while !socket.exists() {
             if let Some(status) = session.daemon.try_wait()? {

@@ -165,13 +165,9 @@ impl DmaBuffer {
             }
             // A snapshot: nobody who writes later is waited for. Before Linux 6.0 only the memory
             // itself can be asked.
-            *slot = match export_sync_file(block.as_fd()) {
-                Ok(file) => Some(file),
-                Err(_) => {
-                    fence.of_files = false;
-                    block.file.try_clone().map(OwnedFd::from).ok()
-                }
-            };
+            let file = export_sync_file(block.as_fd()).ok();
+            fence.of_files &= file.is_some();
+            *slot = file.or_else(|| block.file.try_clone().map(OwnedFd::from).ok());
         }
         fence
     }

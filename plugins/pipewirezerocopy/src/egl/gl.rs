@@ -175,7 +175,7 @@ impl Current<'_> {
         // SAFETY: the list ends with EGL_NONE; the display is initialised.
         let sync =
             unsafe { (fences.create)(display, SYNC_NATIVE_FENCE_ANDROID, attributes.as_ptr()) };
-        if sync == ptr::null_mut() {
+        if sync.is_null() {
             return Err(unavailable("eglCreateSync takes a fence for none".into()));
         }
         // It belongs to the sync object from here on.

@@ -211,9 +211,9 @@ impl PipeWireZeroCopySrc {
             }
         };
         // Where the GPU copies it, it may be the GPU that waits.
-        let mut waited = WaitedBy::Nobody;
+        let mut by = WaitedBy::Nobody;
         if !for_gpu && fence.pending().is_some() {
-            waited = WaitedBy::Thread;
+            by = WaitedBy::Thread;
             if !self
                 .wait_for(&fence, waiter)
                 .inspect_err(|_| inbox.miss())?
@@ -237,7 +237,7 @@ impl PipeWireZeroCopySrc {
             (Some(mut buffer), OutputMemory::Cuda) => {
                 let copied = self.copy_to_cuda(&frame, &fence, &mut buffer, negotiated, waiter);
                 match copied.inspect_err(|_| inbox.miss())? {
-                    Copied::Done(by) => waited = by,
+                    Copied::Done(who) => by = who,
                     Copied::NeverDrawn => return Ok(self.never_drawn(&inbox)),
                     Copied::Not => {
                         self.hand_back(&inbox, frame);
@@ -263,7 +263,7 @@ impl PipeWireZeroCopySrc {
             figures.add_transfer(copied);
             figures.memory = Some(memory);
             figures.sync = sync;
-            figures.waited = waited;
+            figures.waited = by;
             figures.latched = latching;
         }
         let buffer = self.leave(&picture, damage, captured)?;
