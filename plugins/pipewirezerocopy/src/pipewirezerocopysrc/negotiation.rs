@@ -229,6 +229,7 @@ impl PipeWireZeroCopySrc {
 
     fn agreed(&self, negotiated: &Negotiated) {
         let mut changed = false;
+        let mut kept = None;
         if let Some(streaming) = &mut *lock(&self.streaming) {
             let before = streaming.negotiated.replace(negotiated.clone());
             streaming.stale = None;
@@ -238,10 +239,16 @@ impl PipeWireZeroCopySrc {
                     || before.memory != negotiated.memory
             });
             if changed {
-                // They have the old format.
+                // It has the old format.
                 streaming.last = None;
-                streaming.latch.take();
+                let inbox = streaming.capture.inbox().clone();
+                kept = streaming.latch.take().map(|frame| (frame, inbox));
             }
+        }
+        if let Some((frame, inbox)) = kept {
+            // The producer has not changed what it gives, or the frame would have left: it leaves as is
+            // agreed now.
+            inbox.put_back(frame);
         }
         if changed {
             let message = gst::message::Latency::builder().src(&*self.obj()).build();

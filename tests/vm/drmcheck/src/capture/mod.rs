@@ -98,6 +98,8 @@ const SCENES: &[(&str, Scene)] = &[
     ("cuda-strict", cuda::strict),
     ("cuda-only", cuda::only),
     ("cuda-still", cuda::still::fallback),
+    ("cuda-kept", cuda::still::kept),
+    ("cuda-agreed-again", cuda::still::agreed_again),
     ("cuda-unwanted", cuda::unwanted),
     ("cuda-cycles", cuda::cycles),
     ("system", system),
