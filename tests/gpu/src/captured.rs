@@ -17,8 +17,10 @@ use crate::dumb::Dumb;
 use crate::exported::Exported;
 use crate::{Outcome, pictures};
 
-/// Pixels; a width with which the GPU's rows do not end.
+/// Pixels that the GPU draws; a width with which its rows do not end.
 const SIZE: (u32, u32) = (1366, 768);
+/// Pixels that the processor draws, which may be an emulated one.
+const SMALL: (u32, u32) = (250, 130);
 /// Generous: catches a hang.
 const LIMIT: Duration = Duration::from_mins(1);
 /// A picture that meets a busy machine is thrown away by PipeWire: shown again after this.
@@ -57,6 +59,8 @@ impl Consumer {
             .name(format!("{producer}-consumer"))
             .property("target-object", producer)
             .property("keepalive-time", 0_u32)
+            // The waits here have limits of their own.
+            .property("first-frame-timeout", 0_u32)
             .property_from_str("output-mode", "cuda")
             // It may not have shown up yet.
             .property_from_str("on-disconnect", "none")
@@ -147,7 +151,12 @@ pub fn check(
     way: Way,
     frames: usize,
 ) -> Outcome<bool> {
-    let (drawing, offer) = match (Exported::new(display, SIZE), node) {
+    // What is exported may be nothing that can be imported: llvmpipe's is on some displays.
+    let exported = Exported::new(display, SIZE).and_then(|picture| {
+        picture.with_dmabuf(|dmabuf| display.import(dmabuf).map(drop))?;
+        Ok(picture)
+    });
+    let (drawing, offer) = match (exported, node) {
         (Ok(picture), _) => (Drawing::Gpu(display.clone()), picture.offer()?),
         (Err(error), Some(node)) => {
             println!(
@@ -155,7 +164,7 @@ pub fn check(
             );
             let offer = Offer {
                 pixels: Pixels::Bgrx,
-                size: SIZE,
+                size: SMALL,
                 modifiers: vec![LINEAR],
                 shared: false,
                 most: Some(60),
@@ -229,9 +238,8 @@ fn one_by_one(producer: &Producer, consumer: &Consumer) -> Outcome<bool> {
 /// that does not is of a buffer that was read before it was drawn.
 fn race(producer: &Producer, consumer: &Consumer, frames: usize) -> Outcome<bool> {
     let numbers = || (0..frames).map(|number| (u32::from(ONE_BY_ONE) + 1 + number as u32) as u8);
-    let Some(last) = numbers().next_back() else {
-        return Ok(true);
-    };
+    // What was shown before may come once more.
+    while consumer.picture(AGAIN)?.is_some() {}
     numbers().for_each(|number| producer.show(number, When::Before));
     let (mut seen, mut wrong, mut before) = (0, 0, ONE_BY_ONE);
     let end = Instant::now() + LIMIT.max(Duration::from_millis(100) * frames as u32);
@@ -240,9 +248,7 @@ fn race(producer: &Producer, consumer: &Consumer, frames: usize) -> Outcome<bool
         match consumer.picture(AGAIN)? {
             Some(Ok(number)) => {
                 seen += 1;
-                let ahead = number.wrapping_sub(before).cast_signed();
-                // The last of the pictures before may come once more.
-                if ahead < 0 || (ahead == 0 && seen > 1) {
+                if number.wrapping_sub(before).cast_signed() <= 0 {
                     wrong += 1;
                     println!("through PipeWire: WRONG: picture {number} after {before}");
                 }
@@ -261,13 +267,7 @@ fn race(producer: &Producer, consumer: &Consumer, frames: usize) -> Outcome<bool
         }
     }
     println!(
-        "through PipeWire: {wrong} stale or torn of {seen} frames that came of {frames} drawn; the last: {}",
-        if before == last {
-            "came"
-        } else {
-            "did NOT come"
-        }
+        "through PipeWire: {wrong} stale or torn of {seen} frames that came of {frames} drawn"
     );
-    // A busy machine may lose the last on its way through PipeWire; a stale one is never right.
     Ok(wrong == 0)
 }

@@ -52,7 +52,7 @@ fn pci_address(node: &Path) -> Result<String, Error> {
         .into_iter()
         .find(|name| parse(name).is_some())
         .map(str::to_lowercase)
-        .ok_or_else(|| unavailable(format!("{} is on no PCI device", target.display())))
+        .ok_or_else(|| unavailable(format!("{} is no PCI device", target.display())))
 }
 
 /// Domain, bus, device and function. The two sides write the domain with different numbers of
