@@ -116,7 +116,7 @@ impl Exported {
     /// Makes one of this many pixels, on the GPU of a display.
     pub fn new(display: &egl::Display, size: (u32, u32)) -> Outcome<Self> {
         let egl = Egl::get()?;
-        let gl = Gl::new(display)?;
+        let gl = Gl::new(display, 3)?;
         let current = gl.enter()?;
         // SAFETY: the context is current, what is exported is what was made just now, and all that
         // is written is ours. One plane is asked for and there is room for four.

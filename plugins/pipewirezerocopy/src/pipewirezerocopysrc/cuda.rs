@@ -14,7 +14,6 @@ use super::CudaImport;
 use super::abilities::Use;
 use super::dmabuf::with_dmabuf;
 use super::figures::WaitedBy;
-use super::gpu::Asked;
 use super::imp::{CAT, PipeWireZeroCopySrc, lock};
 use super::settings::Settings;
 use super::streaming::{Negotiated, Streaming};
@@ -44,25 +43,16 @@ struct Imported {
 }
 
 impl PipeWireZeroCopySrc {
-    /// The CUDA device that frames are to be on, if that is not for the render node to say: the one that
-    /// is named, else, where no node is, that of a context which downstream or the application shares.
+    /// The device of a CUDA context that downstream or the application shares, where CUDA memory is wanted.
     /// Calls downstream.
-    pub(super) fn asked_device(&self, settings: &Settings) -> Option<Asked> {
-        if let Some(device) = settings.cuda_device() {
-            return Some(Asked {
-                device,
-                by_name: true,
-            });
-        }
-        if settings.render_node.is_some() {
+    pub(super) fn shared_device(&self, settings: &Settings) -> Option<u32> {
+        let wanted = settings.wanted().is_ok_and(|wanted| wanted.cuda);
+        if !wanted || cuda::available().is_err() {
             return None;
         }
         let obj = self.obj();
-        let shared = cuda::shared_with(obj.upcast_ref(), obj.src_pad().upcast_ref()).next()?;
-        Some(Asked {
-            device: shared.device(),
-            by_name: false,
-        })
+        let mut shared = cuda::shared_with(obj.upcast_ref(), obj.src_pad().upcast_ref());
+        shared.next().map(|context| context.device())
     }
 
     /// Finds or makes the context that is shared with downstream, and what copies into it. Calls

@@ -94,11 +94,13 @@ pub(super) struct Asked {
     pub by_name: bool,
 }
 
-/// Whether there is a node at all: much cheaper than [`Gpu::find`].
-pub(super) fn has_node(node: Option<&str>) -> bool {
-    match node {
-        Some(node) => Path::new(node).exists(),
-        None => !nodes(Path::new(NODES)).is_empty(),
+impl Asked {
+    /// The one that is named, else, where no node is, that of a context that is shared. None where it
+    /// is for the node to say.
+    pub fn for_node(node: Option<&str>, named: Option<u32>, shared: Option<u32>) -> Option<Self> {
+        let by_name = named.is_some();
+        let device = named.or(shared.filter(|_| node.is_none()))?;
+        Some(Self { device, by_name })
     }
 }
 
@@ -264,6 +266,20 @@ mod tests {
         let names: Vec<_> = found.iter().map(|path| path.file_name().unwrap()).collect();
         assert_eq!(names, ["renderD128", "renderD129", "card0", "card1"]);
         assert!(nodes(Path::new("/nonexistent")).is_empty());
+    }
+
+    #[test]
+    fn a_device_that_is_named_goes_before_a_shared_one_and_a_node_says_its_own() {
+        let of = |node, named, shared| {
+            let asked = Asked::for_node(node, named, shared);
+            asked.map(|asked| (asked.device, asked.by_name))
+        };
+        let node = Some("/dev/dri/renderD128");
+        assert_eq!(of(None, Some(1), Some(2)), Some((1, true)));
+        assert_eq!(of(node, Some(1), Some(2)), Some((1, true)));
+        assert_eq!(of(None, None, Some(2)), Some((2, false)));
+        assert_eq!(of(node, None, Some(2)), None);
+        assert_eq!(of(None, None, None), None);
     }
 
     #[test]

@@ -10,7 +10,8 @@ use gst_base::prelude::*;
 
 use super::abilities::{Abilities, Use};
 use super::caps::{self, OutputMemory};
-use super::gpu::{Gpu, has_node};
+use super::dmabuf::describe;
+use super::gpu::{Asked, Gpu};
 use super::imp::{CAT, PipeWireZeroCopySrc, lock};
 use super::offers;
 use super::output::Takes;
@@ -22,11 +23,12 @@ use crate::egl::Display;
 
 impl PipeWireZeroCopySrc {
     /// What can leave on this machine, the display of the GPU that has to do with it, and the number of
-    /// the CUDA device which that is, if it is one. An error where nothing of what is wanted can. Calls
-    /// downstream.
+    /// the CUDA device which that is, if it is one. An error where nothing of what is wanted can. `shared`
+    /// is the device of a CUDA context that others have.
     pub(super) fn look_for_gpu(
         &self,
         settings: &Settings,
+        shared: Option<u32>,
     ) -> Result<(Abilities, Option<Display>, Option<u32>), gst::ErrorMessage> {
         let unusable = |text: String| gst::error_msg!(gst::ResourceError::Settings, ["{text}"]);
         let wanted = settings.wanted().map_err(unusable)?;
@@ -49,8 +51,9 @@ impl PipeWireZeroCopySrc {
             cuda::available().map_err(|error| without_cuda(&error))?;
         }
         let has_cuda = wanted.cuda && cuda::available().is_ok();
-        let asked = has_cuda.then(|| self.asked_device(settings)).flatten();
         let node = settings.render_node.as_deref();
+        let asked = has_cuda.then(|| Asked::for_node(node, settings.cuda_device(), shared));
+        let asked = asked.flatten();
         let found = if no_other || asked.is_some() {
             let suiting = Gpu::find(node, |gpu| gpu.cuda_device(asked).map(drop));
             let or_none = |reason| match node {
@@ -105,44 +108,25 @@ impl PipeWireZeroCopySrc {
             .ok()
     }
 
-    /// The caps of what can leave. Before the start only as far as that is seen without asking the
-    /// GPU's driver.
+    /// The caps of what can leave: nothing that the GPU's driver does not know. It is asked once; the
+    /// display stays open.
     pub(super) fn possible_caps(&self) -> gst::Caps {
         if let Some(streaming) = &*lock(&self.streaming) {
             return streaming.can.caps();
         }
         let settings = lock(&self.settings).clone();
         // What is wrong with the settings is an error at the start.
-        let Ok(wanted) = settings.wanted() else {
+        if settings.wanted().is_err() {
             return caps::template();
-        };
-        let node = settings.render_node.as_deref();
-        let mut gpu = has_node(node);
-        // A GPU need not have a node for CUDA's sake, unless one is named.
-        let cuda = wanted.cuda && (gpu || node.is_none()) && cuda::available().is_ok();
-        gpu |= cuda;
-        let mut caps = caps::template();
-        if let Some(caps) = caps.get_mut() {
-            caps.filter_map_in_place(|features, _| {
-                let kept = if caps::is_cuda(features) {
-                    cuda
-                } else if caps::is_dmabuf(features) {
-                    wanted.dmabuf && gpu
-                } else {
-                    wanted.system
-                };
-                if kept {
-                    gst::CapsFilterMapAction::Keep
-                } else {
-                    gst::CapsFilterMapAction::Remove
-                }
-            });
         }
-        caps
+        // Nobody is asked for a context here: who asks for caps may not want to be asked.
+        let found = self.look_for_gpu(&settings, None);
+        found.map_or_else(|_| gst::Caps::new_empty(), |(can, ..)| can.caps())
     }
 
-    /// Tells PipeWire what downstream takes and, once the producer has fixed a format, sets caps.
-    pub(super) fn agree(&self) -> Result<(), gst::LoggableError> {
+    /// Tells PipeWire what downstream takes and, once the producer has fixed a format, sets caps. The
+    /// error says why that cannot be.
+    pub(super) fn agree(&self) -> Result<(), String> {
         // Each round but the last does without one more kind of DMA-BUFs.
         loop {
             let pad = self.obj().src_pad().clone();
@@ -152,14 +136,13 @@ impl PipeWireZeroCopySrc {
             let (can, wanted, allowed, offered_anew) = {
                 let mut streaming = lock(&self.streaming);
                 let Some(streaming) = &mut *streaming else {
-                    return Err(gst::loggable_error!(CAT, "not started"));
+                    return Err("it is not started".into());
                 };
                 let can = streaming.can.clone();
                 let allowed = taken.intersect_with_mode(&can.caps(), gst::CapsIntersectMode::First);
                 let offer = offers::offer(&allowed, &can);
                 if offer.0.is_empty() {
-                    return Err(gst::loggable_error!(
-                        CAT,
+                    return Err(format!(
                         "downstream takes {taken}, and what can leave here is {}",
                         can.caps()
                     ));
@@ -186,14 +169,21 @@ impl PipeWireZeroCopySrc {
                     self.forget_format();
                     return Ok(());
                 }
-                return Err(gst::loggable_error!(
-                    CAT,
-                    "the producer gives {wanted:?}, which downstream does not take"
+                return Err(format!(
+                    "downstream does not take what the producer gives: {} of {}x{} pixels{} \
+                     (videoconvert or videoscale help)",
+                    wanted.format.name(),
+                    wanted.width,
+                    wanted.height,
+                    match wanted.modifier {
+                        Some(modifier) => format!(", {}", describe(wanted.format, modifier)),
+                        None => " in system memory".into(),
+                    }
                 ));
             };
             gst::info!(CAT, imp = self, "caps {caps}");
-            let (memory, info) = caps::video_info(&caps)
-                .ok_or_else(|| gst::loggable_error!(CAT, "{caps} are no video"))?;
+            let (memory, info) =
+                caps::video_info(&caps).ok_or_else(|| format!("{caps} are no video"))?;
             if memory == OutputMemory::Cuda
                 && let Err(error) = self.prepare_cuda(&caps, &info)
             {
@@ -216,7 +206,7 @@ impl PipeWireZeroCopySrc {
                     self.refuse(&wanted, what, &format!("downstream refused {caps}"));
                     continue;
                 }
-                return Err(gst::loggable_error!(CAT, "downstream refused {caps}"));
+                return Err(format!("downstream refused {caps}"));
             }
             self.agreed(&Negotiated {
                 source: wanted,

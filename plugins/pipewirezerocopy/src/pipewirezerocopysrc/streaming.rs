@@ -14,7 +14,6 @@ use super::OnDisconnect;
 use super::abilities::Abilities;
 use super::caps::OutputMemory;
 use super::cuda::CudaOutput;
-use super::dmabuf::describe;
 use super::imp::{CAT, PipeWireZeroCopySrc, failure_message, lock};
 use super::latch::Latch;
 use super::output::Takes;
@@ -197,7 +196,7 @@ impl Streaming {
                 Step::Flush
             }
             (Look::Vanished(reason), _) => Step::Vanished(reason),
-            (Look::Failed(failure), _) => Step::Fail(failure_message(&failure)),
+            (Look::Failed(failure), _) => Step::Fail(failure_message(&failure, &self.given_up())),
             (Look::Absent(reason), _) if settings.on_disconnect != OnDisconnect::None => {
                 Step::Fail(gst::error_msg!(gst::ResourceError::NotFound, ["{reason}"]))
             }
@@ -297,12 +296,8 @@ impl PipeWireZeroCopySrc {
     pub(super) fn next_buffer(&self, waiter: &mut Waiter) -> Result<gst::Buffer, gst::FlowError> {
         let counters = lock(&self.figures).counters.clone();
         loop {
-            if self.obj().src_pad().needs_reconfigure() && !self.obj().negotiate() {
-                if self.is_flushing() {
-                    return Err(gst::FlowError::Flushing);
-                }
-                self.tell_given_up();
-                return Err(gst::FlowError::NotNegotiated);
+            if self.obj().src_pad().needs_reconfigure() {
+                self.renegotiate()?;
             }
             let settings = lock(&self.settings).live;
             let step = match &mut *lock(&self.streaming) {
@@ -320,7 +315,12 @@ impl PipeWireZeroCopySrc {
                         return Ok(buffer);
                     }
                 }
-                Step::Negotiate(format) => self.renegotiate(format)?,
+                Step::Negotiate(format) => {
+                    if let Some(streaming) = &mut *lock(&self.streaming) {
+                        streaming.wanted = Some(format);
+                    }
+                    self.renegotiate()?;
+                }
                 Step::Discard(format) => self.discard(&format),
                 Step::Resend => {
                     if let Some(buffer) = self.resend(&settings)? {
@@ -344,62 +344,14 @@ impl PipeWireZeroCopySrc {
         }
     }
 
-    /// Sets caps for a frame that is there.
-    fn renegotiate(&self, format: StreamFormat) -> Result<(), gst::FlowError> {
-        if let Some(streaming) = &mut *lock(&self.streaming) {
-            streaming.wanted = Some(format);
-        }
+    /// Agrees with downstream and the producer anew, as far as the producer's format is known.
+    fn renegotiate(&self) -> Result<(), gst::FlowError> {
         let agreed = self.obj().negotiate();
         if self.is_flushing() {
             return Err(gst::FlowError::Flushing);
         }
-        if agreed {
-            return Ok(());
-        }
-        if !self.tell_given_up() {
-            gst::element_imp_error!(
-                self,
-                gst::CoreError::Negotiation,
-                [
-                    "downstream does not take what the producer gives: {} of {}x{} pixels{}{} \
-                     (videoconvert or videoscale help)",
-                    format.format.name(),
-                    format.width,
-                    format.height,
-                    match format.modifier {
-                        Some(modifier) => format!(", {}", describe(format.format, modifier)),
-                        None => " in system memory".into(),
-                    },
-                    self.given_up()
-                ]
-            );
-        }
-        Err(gst::FlowError::NotNegotiated)
-    }
-
-    /// Posts an error where downstream takes nothing of what is left after something was given up, and
-    /// says whether that is so.
-    fn tell_given_up(&self) -> bool {
-        let (left, reason) = match &*lock(&self.streaming) {
-            Some(Streaming {
-                can,
-                fallback: Some(reason),
-                ..
-            }) => (can.caps(), reason.clone()),
-            _ => return false,
-        };
-        // Downstream is called: no lock is held.
-        let taken = self.obj().src_pad().peer_query_caps(None);
-        if taken.can_intersect(&left) {
-            return false;
-        }
-        lock(&self.figures).errors += 1;
-        gst::element_imp_error!(
-            self,
-            gst::CoreError::Negotiation,
-            ["nothing is left that downstream takes: {reason}"]
-        );
-        true
+        // Why not was told where it was found.
+        agreed.then_some(()).ok_or(gst::FlowError::NotNegotiated)
     }
 
     /// The format that frames have now is of no use any more; another is on its way.
@@ -451,7 +403,7 @@ impl PipeWireZeroCopySrc {
     }
 
     /// See [`Streaming::given_up`].
-    fn given_up(&self) -> String {
+    pub(super) fn given_up(&self) -> String {
         let streaming = lock(&self.streaming);
         streaming
             .as_ref()

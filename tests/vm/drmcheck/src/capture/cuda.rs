@@ -88,7 +88,7 @@ impl Gpu {
         fake().set_devices(&[ELSEWHERE, address]);
         let mut gl = lock(&GL);
         if gl.is_none() {
-            *gl = Some(Gl::new(&Display::open(node.path())?)?);
+            *gl = Some(Gl::new(&Display::open(node.path())?, 3)?);
         }
         fake().lend_gl(Some(with_gl), true);
         let node = node.path().display().to_string();
