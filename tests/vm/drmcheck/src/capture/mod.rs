@@ -11,17 +11,15 @@ use std::time::{Duration, Instant};
 
 mod canvas;
 mod cuda;
-mod pods;
-mod producer;
 mod run;
 mod sync;
 
-use canvas::{Memory, Pixels, Style};
-use pods::Offer;
-use producer::{Event, Producer, STALE, Shown, When};
+use canvas::{Memory, Style};
 use run::{Frame, Run};
+use zerocopy_test_producer::{Event, Offer, Pixels, Producer, STALE, Shown, SyncNode, When};
 
 use crate::Outcome;
+use crate::node::{Kind, Node, VIRTIO_GPU};
 
 /// DRM_FORMAT_MOD_LINEAR.
 const LINEAR: u64 = 0;
@@ -90,9 +88,20 @@ const SCENES: &[(&str, Scene)] = &[
     ("cuda", |node| cuda::copied(node, Pixels::Bgrx)),
     ("cuda-rgba", |node| cuda::copied(node, Pixels::Rgba)),
     ("cuda-nv12", |node| cuda::copied(node, Pixels::Nv12)),
+    ("cuda-device", cuda::device),
+    ("cuda-shared", cuda::shared),
+    ("cuda-latch", cuda::latched),
+    ("cuda-fence", cuda::fence),
     ("cuda-lost", cuda::lost),
+    ("cuda-refused", cuda::refused),
     ("cuda-exhausted", cuda::exhausted),
     ("cuda-strict", cuda::strict),
+    ("cuda-only", cuda::only),
+    ("cuda-still", cuda::still::fallback),
+    ("cuda-kept", cuda::still::kept),
+    ("cuda-agreed-again", cuda::still::agreed_again),
+    ("cuda-unwanted", cuda::unwanted),
+    ("cuda-cycles", cuda::cycles),
     ("system", system),
     ("read", read),
     ("second-modifier", second_modifier),
@@ -154,6 +163,7 @@ fn offer(pixels: Pixels, modifiers: &[u64], shared: bool) -> Offer {
         size: SIZE,
         modifiers: modifiers.to_vec(),
         shared,
+        most: Some(60),
     }
 }
 
@@ -188,9 +198,23 @@ impl Stage {
         mode: &str,
         (caps, sync): (&str, bool),
     ) -> Outcome<Self> {
+        Self::watched(node, offer, style, mode, (caps, sync), |_, _| Ok(()))
+    }
+
+    /// See [`Run::watched`].
+    fn watched(
+        node: &str,
+        offer: Offer,
+        style: Style,
+        mode: &str,
+        (caps, sync): (&str, bool),
+        watch: impl FnOnce(&gst::Pipeline, &gst::Pad) -> Outcome<()>,
+    ) -> Outcome<Self> {
         let (pixels, size) = (offer.pixels, offer.size);
+        let timelines = || SyncNode::new(Node::open(VIRTIO_GPU, Kind::Render)?);
+        let sync = sync.then(timelines).transpose()?;
         let producer = Producer::start(node, offer, style, sync)?;
-        let run = Run::start(node, mode, caps)?;
+        let run = Run::watched(node, mode, caps, watch)?;
         Ok(Self {
             producer,
             run,
