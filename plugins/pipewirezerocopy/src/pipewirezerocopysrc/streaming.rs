@@ -442,11 +442,10 @@ impl PipeWireZeroCopySrc {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::sync::Arc;
 
     use crate::capture::negotiate::Color;
     use crate::capture::tests::{frame, idle, put_frame, put_vanished};
-    use crate::capture::{OfferEntry, PixelFormat, Span};
+    use crate::capture::{Counters, OfferEntry, PixelFormat, Span};
 
     /// Frames one pixel wide are agreed on, and the latch keeps one.
     fn keeping() -> (Streaming, Arc<Counters>) {
@@ -458,11 +457,11 @@ mod tests {
         let mut streaming = Streaming::new(capture, waiter, "nobody".into(), can, None, None);
         let kept = frame(1, &counters);
         let info = gst_video::VideoInfo::builder(gst_video::VideoFormat::Bgrx, 1, 1);
-        streaming.negotiated = Some(Negotiated {
+        streaming.negotiated = Some(Arc::new(Negotiated {
             source: kept.format,
             info: info.build().unwrap(),
             memory: OutputMemory::Cuda,
-        });
+        }));
         streaming.frame_seen = true;
         streaming.latch.active = true;
         let long = Duration::from_hours(1);
@@ -471,26 +470,26 @@ mod tests {
         (streaming, counters)
     }
 
-    fn step(streaming: &mut Streaming, counters: &Counters) -> Step {
-        streaming.next_step(&LiveSettings::default(), counters, Instant::now())
+    fn step(streaming: &mut Streaming) -> Step {
+        streaming.next_step(&LiveSettings::default(), Instant::now())
     }
 
     #[test]
     fn a_kept_frame_waits_for_the_next_one() {
         let (mut streaming, counters) = keeping();
-        assert!(matches!(step(&mut streaming, &counters), Step::Wait(_)));
+        assert!(matches!(step(&mut streaming), Step::Wait(_)));
         put_frame(&streaming.capture, frame(1, &counters));
-        assert!(matches!(step(&mut streaming, &counters), Step::Push(_)));
+        assert!(matches!(step(&mut streaming), Step::Push(_)));
     }
 
     #[test]
     fn a_kept_frame_leaves_before_the_end_of_the_stream() {
         for ending in [Ending::ResendLast, Ending::Now] {
-            let (mut streaming, counters) = keeping();
+            let (mut streaming, _) = keeping();
             streaming.ending = ending;
-            assert!(matches!(step(&mut streaming, &counters), Step::Flush));
+            assert!(matches!(step(&mut streaming), Step::Flush));
             streaming.latch.take();
-            assert!(matches!(step(&mut streaming, &counters), Step::End));
+            assert!(matches!(step(&mut streaming), Step::End));
         }
     }
 
@@ -498,19 +497,19 @@ mod tests {
     fn a_kept_frame_leaves_before_one_of_another_size() {
         let (mut streaming, counters) = keeping();
         put_frame(&streaming.capture, frame(2, &counters));
-        assert!(matches!(step(&mut streaming, &counters), Step::Flush));
+        assert!(matches!(step(&mut streaming), Step::Flush));
         streaming.latch.take();
-        let next = step(&mut streaming, &counters);
+        let next = step(&mut streaming);
         assert!(matches!(next, Step::Negotiate(format) if format.width == 2));
     }
 
     #[test]
     fn a_kept_frame_leaves_before_its_producers_end_is_told() {
-        let (mut streaming, counters) = keeping();
+        let (mut streaming, _) = keeping();
         put_vanished(&streaming.capture, "gone");
-        assert!(matches!(step(&mut streaming, &counters), Step::Flush));
+        assert!(matches!(step(&mut streaming), Step::Flush));
         streaming.latch.take();
-        let next = step(&mut streaming, &counters);
+        let next = step(&mut streaming);
         assert!(matches!(next, Step::Vanished(reason) if reason == "gone"));
     }
 
