@@ -28,9 +28,11 @@ use super::{Counters, Monotonic};
 const KEPT_BACK: usize = 4;
 /// The same where nothing is copied: those who take DMA-BUFs take nothing else.
 const KEPT_BACK_OF_DMABUFS: usize = 3;
-/// DMA-BUFs that may be out of a small pool as well. Sinks keep their last buffer until the next one
-/// comes: with one, that would never be.
-const LEAST_OF_DMABUFS: usize = 2;
+/// Those that may be out of a small pool all the same. Sinks keep their last buffer until the next one
+/// comes: of DMA-BUFs, which cannot be copied instead, none would come if one alone may be out.
+const LEAST: usize = 2;
+/// Buffers that the producer has left then, where the next one can be copied.
+const LEAST_LEFT: usize = 2;
 
 /// Buffers that the producer has at least while others wait to be given back; it also has half of
 /// all.
@@ -41,6 +43,8 @@ const ENOUGH: usize = 2;
 #[derive(Debug, Default)]
 pub struct Pool {
     buffers: AtomicUsize,
+    /// The most that there were.
+    most: AtomicUsize,
     passed: AtomicUsize,
     /// Those that the producer has not.
     out: AtomicUsize,
@@ -49,7 +53,14 @@ pub struct Pool {
 impl Pool {
     /// A buffer has come. How many there are now.
     pub(super) fn add(&self) -> usize {
-        self.buffers.fetch_add(1, Ordering::Relaxed) + 1
+        let buffers = self.buffers.fetch_add(1, Ordering::Relaxed) + 1;
+        self.most.fetch_max(buffers, Ordering::Relaxed);
+        buffers
+    }
+
+    /// Whether it has never had more than one buffer: with that one out, nothing can be drawn.
+    fn is_single(&self) -> bool {
+        self.most.load(Ordering::Relaxed) < 2
     }
 
     /// A buffer was taken away.
@@ -77,9 +88,10 @@ impl Pool {
             usize::MAX
         } else if dmabufs {
             let spared = buffers.saturating_sub(KEPT_BACK_OF_DMABUFS);
-            spared.max(LEAST_OF_DMABUFS).min(buffers)
+            spared.max(LEAST).min(buffers)
         } else {
-            buffers.saturating_sub(KEPT_BACK)
+            let least = LEAST.min(buffers.saturating_sub(LEAST_LEFT));
+            buffers.saturating_sub(KEPT_BACK).max(least)
         }
     }
 
@@ -272,9 +284,13 @@ impl Frame {
     }
 
     /// What must have happened before the frame may be looked at or passed on, and how that is known.
-    pub fn fence(&self) -> io::Result<(Sync, Fence)> {
+    /// `for_gpu`: as something that a GPU can wait for, where that can be had.
+    pub fn fence(&self, for_gpu: bool) -> io::Result<(Sync, Fence)> {
         match (&self.acquire, self.dmabuf()) {
             (Some(point), _) => {
+                if for_gpu && let Ok(file) = point.timeline.promised(point.value) {
+                    return Ok((Sync::Explicit, Fence::of_file(file)));
+                }
                 let reached = point.timeline.reached(point.value)?;
                 Ok((Sync::Explicit, Fence::new(reached)))
             }
@@ -286,6 +302,11 @@ impl Frame {
     /// Whether the producer says when it may be looked at.
     pub fn has_acquire_point(&self) -> bool {
         self.acquire.is_some()
+    }
+
+    /// Whether its buffer is the only one that the producer has.
+    pub fn is_in_single_buffer(&self) -> bool {
+        self.lease.pool.is_single()
     }
 
     /// Reserves the frame's buffer for [`parts`](Self::parts) or [`into_lease`](Self::into_lease).
@@ -308,22 +329,20 @@ impl Frame {
     }
 
     /// The frame's memory as it lies, a part for each of the layout's extents.
-    pub fn parts(self) -> Vec<Part> {
-        let Pixels::Blocks(memory) = self.pixels else {
-            return Vec::new();
-        };
-        let lease = Arc::new(self.lease);
-        self.layout
-            .extents()
-            .filter_map(|extent| {
-                Some(Part {
-                    memory: memory[extent.block].clone()?,
+    pub fn parts(self) -> impl Iterator<Item = Part> {
+        let mut parts = [const { None }; MAX_PLANES];
+        if let Pixels::Blocks(memory) = self.pixels {
+            let lease = Arc::new(self.lease);
+            for (part, extent) in parts.iter_mut().zip(self.layout.extents()) {
+                *part = memory[extent.block].clone().map(|memory| Part {
+                    memory,
                     start: extent.start,
                     len: extent.len,
                     _lease: lease.clone(),
-                })
-            })
-            .collect()
+                });
+            }
+        }
+        parts.into_iter().flatten()
     }
 
     /// Must be held while planes of a DMA-BUF are copied.
@@ -538,7 +557,7 @@ pub(super) mod tests {
         let (mut frame, counters) = frame(&[7; 24], 2, 2, 12);
         assert!(frame.is_mapped() && frame.reserve());
         let pool = frame.lease.pool.clone();
-        let parts = frame.parts();
+        let parts: Vec<_> = frame.parts().collect();
         assert_eq!(parts.len(), 1);
         assert_eq!(parts[0].as_ref(), [7; 24], "whole rows");
         assert_eq!(counters.held.load(Ordering::Relaxed), 1);
@@ -555,13 +574,22 @@ pub(super) mod tests {
         let access = frame.begin_cpu_access().unwrap();
         assert!(frame.copy_plane(0, &mut [1; 16], 8, None));
         drop(access);
-        assert!(frame.parts().is_empty());
+        assert!(frame.parts().next().is_none());
         assert_eq!(counters.held.load(Ordering::Relaxed), 0);
     }
 
     #[test]
     fn buffers_are_passed_on_only_as_long_as_the_producer_has_enough() {
-        for (buffers, most) in [(0, 0), (2, 0), (4, 0), (5, 1), (8, 4), (16, 12)] {
+        for (buffers, most) in [
+            (0, 0),
+            (2, 0),
+            (3, 1),
+            (4, 2),
+            (6, 2),
+            (7, 3),
+            (8, 4),
+            (16, 12),
+        ] {
             let pool = Pool::default();
             for _ in 0..buffers {
                 pool.add();
@@ -580,6 +608,16 @@ pub(super) mod tests {
             assert_eq!((0..32).filter(|_| pool.pass_one(true)).count(), most);
             assert!(!pool.has_one(true));
         }
+    }
+
+    #[test]
+    fn a_pool_that_is_taken_away_buffer_by_buffer_was_more_than_one() {
+        let pool = Pool::default();
+        pool.add();
+        assert!(pool.is_single());
+        pool.add();
+        pool.remove();
+        assert!(!pool.is_single());
     }
 
     #[test]

@@ -7,12 +7,11 @@
 //! stream may be destroyed.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ffi::CStr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
 
 use libspa::param::ParamType;
 use libspa::pod::Pod;
@@ -32,21 +31,9 @@ use super::offer::Offer;
 use super::raw::{Chunks, datas, metas};
 use super::registry::Node;
 use super::timeline;
+use super::waits::Waits;
 use super::worker::Link;
 use super::{Level, Monotonic, Stage};
-
-/// How long a producer's buffers may be gone without a new format before it counts as vanished.
-/// Renegotiation removes them for some milliseconds.
-const GONE_AFTER: Duration = Duration::from_secs(1);
-
-/// How long after a format a frame is waited for before the producer is asked for one; doubled
-/// each time, so that a producer which has nothing to show is asked only a few times.
-const FRAME_AFTER: Duration = Duration::from_millis(500);
-const MOST_REQUESTS: u32 = 4;
-
-/// How long a producer may take to choose among modifiers before we do: it has to try allocating
-/// with them.
-const CHOOSE_AFTER: Duration = Duration::from_millis(500);
 
 /// Why a buffer holds no frame.
 enum Skip {
@@ -62,26 +49,21 @@ struct State {
     /// All here know explicit synchronization; the producer may.
     timelines: bool,
     format: Cell<Option<StreamFormat>>,
-    /// A format whose modifier the producer is to choose, and how long it may take.
-    open: Cell<Option<(StreamFormat, Instant)>>,
+    /// A format whose modifier the producer is to choose.
+    open: Cell<Option<StreamFormat>>,
     /// What the producer was last told that we take.
     offer: RefCell<Offer>,
-    /// By the address that PipeWire knows them by.
-    buffers: RefCell<HashMap<*mut pw_buffer, Buffer>>,
+    /// By our number for them, with the address that PipeWire knows them by.
+    buffers: RefCell<BTreeMap<u64, (*mut pw_buffer, Buffer)>>,
     /// Counts the buffers of this generation.
     pool: RefCell<Arc<Pool>>,
     /// Something was drawn that never came: the next frame's damage does not cover it.
     missed: Cell<bool>,
-    /// Set when the last buffer went, unset by the next format or buffer.
-    gone_since: Cell<Option<Instant>>,
     /// The pointer, as the producer last said.
     cursor: RefCell<Cursor>,
     error: RefCell<Option<String>>,
     had_format: Cell<bool>,
-    /// Set by a format, unset by the next frame.
-    frame_due: Cell<Option<Instant>>,
-    /// Times that a frame was asked for since the format.
-    requests: Cell<u32>,
+    waits: Waits,
     /// An unreadable frame was reported; more of them are only traced.
     complained: Cell<bool>,
 }
@@ -140,22 +122,32 @@ impl CaptureStream {
 
     /// Replaces what is offered to the producer.
     pub fn renegotiate(&self, offer: &Offer) -> Result<(), pipewire::Error> {
-        self.state.offer.replace(offer.clone());
-        self.state.open.set(None);
+        let state = &self.state;
+        state.offer.replace(offer.clone());
+        // One that has not answered the last offer may not be linked yet.
+        let answers = state.format.get().is_some() || state.open.take().is_some();
+        if answers || state.waits.is_answer_pending() {
+            state.waits.offered();
+        }
         self.offer_pods(&offer.pods())
     }
 
-    /// When to choose a modifier that the producer has left open.
-    pub fn choice_due(&self) -> Option<Instant> {
-        self.state.open.get().map(|(_, at)| at)
+    /// Notes that the stream was linked to the producer, which is to fix its first format now.
+    pub fn see_link(&self) {
+        let state = &self.state;
+        if state.open.get().is_none() && !state.waits.is_answer_pending() {
+            state.waits.offered();
+            state.link.counters.set_stage(Stage::Negotiating);
+        }
     }
 
     /// Chooses the modifier that the producer has left open, as the producer should have done: by
     /// offering that one before the rest.
     pub fn choose_modifier(&self) -> Result<(), pipewire::Error> {
-        let Some((format, _)) = self.state.open.take() else {
+        let Some(format) = self.state.open.take() else {
             return Ok(());
         };
+        self.state.waits.offered();
         let mut pods = vec![format.pod()];
         pods.extend(self.state.offer.borrow().pods());
         self.offer_pods(&pods)
@@ -166,17 +158,9 @@ impl CaptureStream {
         self.stream.update_params(&mut params)
     }
 
-    /// Gives a buffer back to the producer, unless it has been removed meanwhile.
-    pub fn requeue(&self, id: u64) {
-        let mut buffers = self.state.buffers.borrow_mut();
-        let found = buffers
-            .iter_mut()
-            .find(|(_, buffer)| buffer.id == id && buffer.out);
-        if let Some((raw, buffer)) = found {
-            // SAFETY: The buffer was dequeued from this stream, whose list of buffers still has
-            // it, and it is given back only once: `out` says.
-            unsafe { self.state.give_back(&self.stream, *raw, buffer) };
-        }
+    /// Gives the producer the buffers back that have returned.
+    pub fn take_back(&self) {
+        self.state.take_back(&self.stream);
     }
 
     /// Gives all buffers back before the stream ends, those that somebody still reads as well:
@@ -186,7 +170,7 @@ impl CaptureStream {
     /// when the consumer went, and after as many such ends as it has buffers it streams no more.
     pub fn reclaim(&self) {
         let mut buffers = self.state.buffers.borrow_mut();
-        for (raw, buffer) in buffers.iter_mut().filter(|(_, buffer)| buffer.out) {
+        for (raw, buffer) in buffers.values_mut().filter(|(_, buffer)| buffer.out) {
             if let Err(error) = buffer.detach() {
                 self.state.log(
                     Level::Warning,
@@ -194,7 +178,7 @@ impl CaptureStream {
                 );
                 continue;
             }
-            // SAFETY: As in `requeue`.
+            // SAFETY: As in `take_back`.
             unsafe { self.state.give_back(&self.stream, *raw, buffer) };
         }
     }
@@ -209,9 +193,14 @@ impl CaptureStream {
         self.state.error.borrow_mut().take()
     }
 
-    /// When to ask the producer for a frame.
-    pub fn frame_due(&self) -> Option<Instant> {
-        self.state.frame_due.get()
+    /// What is waited for.
+    pub fn waits(&self) -> &Waits {
+        &self.state.waits
+    }
+
+    /// The stream's own node.
+    pub fn node_id(&self) -> u32 {
+        self.stream.node_id()
     }
 
     /// Asks the producer for a frame by pausing the stream and letting it go on.
@@ -220,19 +209,9 @@ impl CaptureStream {
     /// late, and draws none when a new format resizes a virtual monitor: with nothing moving on
     /// the screen there would be no picture until something does.
     pub fn ask_for_frame(&self) -> Result<(), pipewire::Error> {
-        let requests = self.state.requests.get() + 1;
-        self.state.requests.set(requests);
-        let next = Instant::now() + FRAME_AFTER * 2_u32.pow(requests.min(MOST_REQUESTS));
-        self.state
-            .frame_due
-            .set((requests < MOST_REQUESTS).then_some(next));
+        self.state.waits.frame_asked();
         self.stream.set_active(false)?;
         self.stream.set_active(true)
-    }
-
-    /// When the producer counts as vanished, if its buffers stay away until then.
-    pub fn gone_at(&self) -> Option<Instant> {
-        self.state.gone_since.get().map(|since| since + GONE_AFTER)
     }
 }
 
@@ -285,12 +264,10 @@ impl State {
             buffers: RefCell::default(),
             pool: RefCell::default(),
             missed: Cell::new(true),
-            gone_since: Cell::default(),
             cursor: RefCell::default(),
             error: RefCell::default(),
             had_format: Cell::default(),
-            frame_due: Cell::default(),
-            requests: Cell::default(),
+            waits: Waits::default(),
             complained: Cell::default(),
         }
     }
@@ -308,13 +285,14 @@ impl State {
             }
             StreamState::Unconnected => {
                 // WirePlumber 0.4 does this to a stream whose target is gone (L2).
-                if self.gone_since.get().is_none() && *old != StreamState::Unconnected {
-                    self.gone_since.set(Some(Instant::now()));
+                if *old != StreamState::Unconnected {
+                    self.waits.producer_gone();
                 }
                 Stage::Linking
             }
             StreamState::Connecting => Stage::Linking,
-            StreamState::Paused if self.format.get().is_none() => Stage::Negotiating,
+            // Linked or not.
+            StreamState::Paused if self.format.get().is_none() => return,
             StreamState::Paused => Stage::Paused,
             StreamState::Streaming => Stage::Streaming,
         };
@@ -326,6 +304,8 @@ impl State {
             self.log(Level::Debug, format_args!("format cleared"));
             self.format.set(None);
             self.open.set(None);
+            self.waits.format_cleared();
+            self.link.counters.set_stage(Stage::Negotiating);
             return;
         };
         let format = match StreamFormat::parse(pod) {
@@ -336,7 +316,8 @@ impl State {
                     format_args!("the producer is to choose a modifier of {modifiers:x?}"),
                 );
                 self.format.set(None);
-                self.open.set(Some((format, Instant::now() + CHOOSE_AFTER)));
+                self.open.set(Some(format));
+                self.waits.format_open();
                 return;
             }
             Err(what) => {
@@ -352,9 +333,7 @@ impl State {
         self.open.set(None);
         self.missed.set(true);
         self.had_format.set(true);
-        self.requests.set(0);
-        self.frame_due.set(Some(Instant::now() + FRAME_AFTER));
-        self.gone_since.set(None);
+        self.waits.format_fixed(format.framerate.0 > 0);
         self.link.counters.set_stage(Stage::Paused);
         // Each Format needs its own answers, also when it is the same as before (L5).
         let answers = negotiate::format_answers(&format, self.timelines);
@@ -367,7 +346,7 @@ impl State {
     }
 
     fn add_buffer(&self, raw: *mut pw_buffer) {
-        self.gone_since.set(None);
+        self.waits.buffer_added();
         let id = self.link.next_buffer.get();
         self.link.next_buffer.set(id + 1);
         // SAFETY: PipeWire passes a buffer that is valid until remove_buffer; what it has lies in
@@ -390,12 +369,15 @@ impl State {
             self.pool.replace(Arc::default());
         }
         self.pool.borrow().add();
-        buffers.insert(raw, buffer);
+        // SAFETY: It is PipeWire's own structure, valid as above, and the field is ours.
+        unsafe { (*raw).user_data = std::ptr::without_provenance_mut(id as usize) };
+        buffers.insert(id, (raw, buffer));
     }
 
     fn remove_buffer(&self, raw: *mut pw_buffer) {
         let mut buffers = self.buffers.borrow_mut();
-        if let Some(mut buffer) = buffers.remove(&raw) {
+        // SAFETY: PipeWire passes a buffer that is valid until this returns.
+        if let Some((_, mut buffer)) = buffers.remove(&unsafe { number(raw) }) {
             self.pool.borrow().remove();
             self.end_loan(&mut buffer);
         }
@@ -404,12 +386,14 @@ impl State {
                 Level::Debug,
                 format_args!("the producer's buffers are gone"),
             );
-            self.gone_since.set(Some(Instant::now()));
+            self.waits.producer_gone();
         }
     }
 
-    /// Takes all buffers that have come; the newest frame is what remains in the inbox.
+    /// Takes all buffers that have come; the newest frame is what remains in the inbox. What has
+    /// returned goes back first: PipeWire passes it on when this ends.
     fn process(&self, stream: &Stream) {
+        self.take_back(stream);
         loop {
             // SAFETY: A buffer that is not null is given back: below, or by the frame's lease.
             let raw = unsafe { stream.dequeue_raw_buffer() };
@@ -418,7 +402,7 @@ impl State {
             }
             match self.frame(raw) {
                 Ok(frame) => {
-                    self.frame_due.set(None);
+                    self.waits.frame_came();
                     self.link.counters.received.fetch_add(1, Ordering::Relaxed);
                     self.link.inbox.put_frame(frame);
                     continue;
@@ -440,11 +424,26 @@ impl State {
             }
             // SAFETY: It was dequeued above, and no frame was made of it.
             unsafe {
-                match self.buffers.borrow_mut().get_mut(&raw) {
-                    Some(buffer) => self.give_back(stream, raw, buffer),
+                match self.buffers.borrow_mut().get_mut(&number(raw)) {
+                    Some((_, buffer)) => self.give_back(stream, raw, buffer),
                     None => stream.queue_raw_buffer(raw),
                 }
             }
+        }
+    }
+
+    /// Gives the buffers back that have returned, but for those that were removed meanwhile.
+    fn take_back(&self, stream: &Stream) {
+        while let Some(id) = self.link.returns.next() {
+            let mut buffers = self.buffers.borrow_mut();
+            let found = buffers.get_mut(&id).filter(|(_, buffer)| buffer.out);
+            if let Some((raw, buffer)) = found {
+                // SAFETY: The buffer was dequeued from this stream, whose list of buffers still has
+                // it, and it is given back only once: `out` says.
+                unsafe { self.give_back(stream, *raw, buffer) };
+            }
+            drop(buffers);
+            self.link.inbox.put_returned();
         }
     }
 
@@ -476,7 +475,8 @@ impl State {
     fn frame(&self, raw: *mut pw_buffer) -> Result<Frame, Skip> {
         let received = Monotonic::now();
         let mut buffers = self.buffers.borrow_mut();
-        let Some(buffer) = buffers.get_mut(&raw) else {
+        // SAFETY: PipeWire has added what it lets us dequeue.
+        let Some((_, buffer)) = buffers.get_mut(&unsafe { number(raw) }) else {
             return Err(Skip::Corrupted(Some("its buffer was never added".into())));
         };
         // SAFETY: The buffer is in our list, so PipeWire has added and not yet removed it.
@@ -484,6 +484,9 @@ impl State {
 
         // Before anything can be wrong with it: the producer waits for its point in any case.
         let acquire = buffer.comes(metas.sync_timeline());
+        if acquire.is_some() {
+            metas.promise_release();
+        }
         let Some(format) = self.format.get() else {
             return Err(Skip::Corrupted(Some("it belongs to no format".into())));
         };
@@ -554,18 +557,27 @@ impl State {
 impl Drop for State {
     /// The stream ends with buffers that were not given back: the daemon is gone, not the producer.
     fn drop(&mut self) {
-        for buffer in std::mem::take(self.buffers.get_mut()).values_mut() {
+        for (_, buffer) in std::mem::take(self.buffers.get_mut()).values_mut() {
             self.end_loan(buffer);
         }
     }
 }
 
+/// Our number for a buffer, 0 for one that was never added.
+///
+/// # Safety
+/// `raw` must be valid.
+unsafe fn number(raw: *mut pw_buffer) -> u64 {
+    // SAFETY: By the contract above. The field is set by `add_buffer` alone.
+    unsafe { (*raw).user_data }.addr() as u64
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::capture::buffers::tests::with_timelines;
+    use crate::capture::buffers::tests::{with_timelines, without_timelines};
     use crate::capture::frame::Returns;
-    use crate::capture::timeline::{SPA_META_SYNC_TIMELINE, SyncTimelineMeta};
+    use crate::capture::timeline::{SPA_META_SYNC_TIMELINE, SyncTimelineMeta, UNSCHEDULED_RELEASE};
     use crate::capture::{Counters, Inbox};
     use std::sync::Mutex;
     use zerocopy_plugin_common::wait::Waiter;
@@ -599,12 +611,12 @@ mod tests {
         raw: pw_buffer,
         _buffer: Box<spa_sys::spa_buffer>,
         _meta: Box<spa_sys::spa_meta>,
-        _points: Box<SyncTimelineMeta>,
+        points: Box<SyncTimelineMeta>,
     }
 
     fn coming() -> Coming {
         let mut points = Box::new(SyncTimelineMeta {
-            flags: 0,
+            flags: UNSCHEDULED_RELEASE,
             padding: 0,
             acquire_point: 1,
             release_point: 2,
@@ -627,7 +639,7 @@ mod tests {
             raw,
             _buffer: buffer,
             _meta: meta,
-            _points: points,
+            points,
         }
     }
 
@@ -638,7 +650,10 @@ mod tests {
             let (state, warnings) = state();
             let mut coming = coming();
             let raw = &raw mut coming.raw;
-            state.buffers.borrow_mut().insert(raw, with_timelines(1));
+            state
+                .buffers
+                .borrow_mut()
+                .insert(0, (raw, with_timelines(1)));
             assert!(state.frame(raw).is_err(), "there is no format");
             assert!(warnings.lock().unwrap().is_empty());
             if what == "removed" {
@@ -648,6 +663,18 @@ mod tests {
             let warnings = warnings.lock().unwrap();
             assert_eq!(warnings.len(), 1, "{what}: {warnings:?}");
             assert!(warnings[0].contains("not told that it may draw"), "{what}");
+        }
+    }
+
+    #[test]
+    fn a_release_is_promised_where_it_can_be_kept() {
+        for (buffer, promised) in [(with_timelines(1), true), (without_timelines(1), false)] {
+            let (state, _) = state();
+            let mut coming = coming();
+            let raw = &raw mut coming.raw;
+            state.buffers.borrow_mut().insert(0, (raw, buffer));
+            assert!(state.frame(raw).is_err(), "there is no format");
+            assert_eq!(coming.points.flags & UNSCHEDULED_RELEASE == 0, promised);
         }
     }
 }

@@ -21,10 +21,12 @@ use pipewire::core::{CoreRc, Listener};
 use pipewire::loop_::{LoopRc, Timeout};
 use pipewire::properties::properties;
 
+use super::data_loop::{self, DataLoop};
 use super::frame::Returns;
 use super::registry::{Node, NodeList};
 use super::stream::CaptureStream;
 use super::timeline::{self, SyncNode};
+use super::waits::is_due;
 use super::{Config, Counters, Failure, Inbox, Level, Log, Offer, Remote, Stage};
 
 /// How often to try again to stream from a node that exists but has stopped streaming.
@@ -81,10 +83,12 @@ enum Told {
 }
 
 /// What is wrong with a stream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 enum Trouble {
     /// PipeWire says so.
-    Error,
+    Error(String),
+    /// The producer fixes no format.
+    Unanswered,
     /// It was unlinked, or its buffers are gone.
     Gone,
 }
@@ -126,8 +130,11 @@ struct Worker {
     /// Somebody else has the connection's socket open as well.
     shared_socket: bool,
     _core_listener: Listener,
-    // Last: everything above was made by it.
+    // Behind everything that was made by it.
     core: CoreRc,
+    /// What moves frames, where that is not the main loop.
+    data_loop: Option<DataLoop>,
+    looped: LoopRc,
 }
 
 /// Runs until told to quit, or until the connection is lost.
@@ -148,8 +155,8 @@ pub(super) fn run(config: Config, link: Link, receiver: Receiver<Command>) {
         move |command| commands.borrow_mut().push_back(command)
     });
 
-    // The loop stays entered throughout. Between turns of a loop that is not entered, PipeWire's
-    // data thread would run our callbacks itself instead of handing them to this thread.
+    // The loop stays entered throughout. Between turns of a loop that is not entered, any thread of
+    // PipeWire's would run our callbacks itself instead of handing them to this one.
     // SAFETY: Paired with the leave below, on the same thread.
     unsafe { looped.enter() };
     stay_connected(config, &looped, &link, &commands);
@@ -181,13 +188,11 @@ fn stay_connected(
             Ok(mut worker) => {
                 worker.past = past;
                 while worker.end.is_none() {
-                    let timeout = worker.timeout();
-                    // SAFETY: Entered by `run`, and left after this.
-                    unsafe { looped.iterate_unguarded(timeout) };
+                    worker.turn(worker.timeout());
                     worker.after_turn();
                 }
                 let end = worker.end;
-                past = worker.say_goodbye(looped);
+                past = worker.say_goodbye();
                 if once || end == Some(End::Quit) {
                     return;
                 }
@@ -239,8 +244,12 @@ impl Worker {
         let cannot = |what: &str, error: &dyn std::fmt::Display| {
             Failure::Connect(format!("{what} failed: {error}"))
         };
-        let context = ContextRc::new(looped, None)
+        let (key, value) = data_loop::NONE;
+        let context = ContextRc::new(looped, Some(properties! { key => value }))
             .map_err(|error| cannot("setting up a PipeWire context", &error))?;
+        // SAFETY: `run` has entered the main loop, and leaves it when the worker is gone.
+        let data_loop = unsafe { DataLoop::take_over(&context, looped) }
+            .map_err(|error| cannot("taking over PipeWire's data loop", &error))?;
         let shared_socket = matches!(remote, Remote::Socket(_));
         let name = properties! { *pipewire::keys::APP_NAME => config.name.as_str() };
         let core = match remote {
@@ -317,6 +326,8 @@ impl Worker {
             shared_socket,
             _core_listener: core_listener,
             core,
+            data_loop,
+            looped: looped.clone(),
         })
     }
 
@@ -327,12 +338,7 @@ impl Worker {
     /// How long the loop may wait for events.
     fn timeout(&self) -> Timeout {
         let stream = self.stream.as_ref();
-        let moments = [
-            stream.and_then(CaptureStream::gone_at),
-            stream.and_then(CaptureStream::frame_due),
-            stream.and_then(CaptureStream::choice_due),
-            self.retry_at,
-        ];
+        let moments = [stream.and_then(|s| s.waits().next()), self.retry_at];
         match moments.into_iter().flatten().min() {
             // Rounded up to the loop's milliseconds, so that it does not spin to the moment.
             Some(moment) => Timeout::Finite(
@@ -340,6 +346,15 @@ impl Worker {
             ),
             None if self.commands.borrow().is_empty() => Timeout::Infinite,
             None => Timeout::None,
+        }
+    }
+
+    /// Waits for something to do, and lets PipeWire do it.
+    fn turn(&self, timeout: Timeout) {
+        match &self.data_loop {
+            Some(data_loop) => data_loop.iterate(timeout),
+            // SAFETY: `run` has entered the loop, and leaves it after this.
+            None => _ = unsafe { self.looped.iterate_unguarded(timeout) },
         }
     }
 
@@ -377,24 +392,23 @@ impl Worker {
 
     /// Gives the producer the buffers back that have returned.
     fn give_back(&self) {
-        while let Some(buffer) = self.link.returns.next() {
-            if let Some(stream) = &self.stream {
-                stream.requeue(buffer);
-            }
+        if let Some(stream) = &self.stream {
+            stream.take_back();
+        }
+        // Without a stream they are no more.
+        while self.link.returns.next().is_some() {
             self.link.inbox.put_returned();
         }
     }
 
     fn obey(&mut self) {
-        self.give_back();
         loop {
             // In a statement of its own: the borrow must end before the command runs.
             let Some(command) = self.commands.borrow_mut().pop_front() else {
                 return;
             };
             match command {
-                // That was done above.
-                Command::TakeBack => {}
+                Command::TakeBack => self.give_back(),
                 Command::Offer(offer) => self.set_offer(offer),
                 Command::Quit => self.end = Some(End::Quit),
             }
@@ -431,7 +445,7 @@ impl Worker {
         self.vanish(reason, None);
     }
 
-    /// The stream reports an error, or its buffers have been gone for too long.
+    /// The stream reports an error, has no format, or its buffers have been gone for too long.
     fn see_trouble(&mut self) {
         let Some(stream) = &self.stream else {
             return;
@@ -440,35 +454,38 @@ impl Worker {
             self.past.told = None;
             self.refusals = 0;
         }
-        if stream.frame_due().is_some_and(|at| at <= Instant::now()) {
+        if !stream.had_format() && self.nodes.had_link_to(stream.node_id()) {
+            stream.see_link();
+        }
+        if is_due(stream.waits().frame_due()) {
             self.log(Level::Debug, format_args!("asking for a frame"));
             if let Err(error) = stream.ask_for_frame() {
                 self.log(Level::Warning, format_args!("pausing failed: {error}"));
             }
         }
-        if stream.choice_due().is_some_and(|at| at <= Instant::now()) {
+        if is_due(stream.waits().choice_due()) {
             self.log(Level::Debug, format_args!("choosing a modifier"));
             if let Err(error) = stream.choose_modifier() {
                 self.log(Level::Warning, format_args!("choosing failed: {error}"));
             }
         }
-        let known = stream.had_format() || self.past.told == Some(Told::Vanished);
-        let (what, reason) = if let Some(error) = stream.take_error() {
-            (Trouble::Error, error)
-        } else if stream.gone_at().is_some_and(|at| at <= Instant::now()) {
-            (Trouble::Gone, String::new())
+        let trouble = if let Some(error) = stream.take_error() {
+            Trouble::Error(error)
+        } else if is_due(stream.waits().answer_due()) {
+            Trouble::Unanswered
+        } else if is_due(stream.waits().gone_due()) {
+            Trouble::Gone
         } else {
             return;
         };
-        let target = self
-            .past
-            .node
-            .as_ref()
-            .map_or_else(|| self.config.target.to_string(), |(id, n)| n.describe(*id));
-        if known {
-            let reason = match what {
-                Trouble::Error => format!("the stream from {target} broke off: {reason}"),
-                Trouble::Gone => {
+        // Else it would be called again and again, to no effect.
+        let unanswered = stream.waits().is_answer_pending();
+        let known = stream.had_format() || self.past.told == Some(Told::Vanished);
+        let target = self.describe_target();
+        if known && !unanswered {
+            let reason = match trouble {
+                Trouble::Error(reason) => format!("the stream from {target} broke off: {reason}"),
+                Trouble::Gone | Trouble::Unanswered => {
                     format!("{target} has stopped streaming and taken its buffers away")
                 }
             };
@@ -476,29 +493,45 @@ impl Worker {
             return;
         }
         self.refusals += 1;
-        if what == Trouble::Error && self.refusals < LINK_TRIES {
+        if let Trouble::Error(reason) = &trouble
+            && self.refusals < LINK_TRIES
+        {
             self.log(Level::Debug, format_args!("{target}: {reason}; once more"));
-            self.stream = None;
+            self.end_stream();
             self.retry_at = Some(Instant::now() + LINK_AGAIN_AFTER);
             return;
         }
-        let reason = match what {
-            Trouble::Error => reason,
+        let takes = self.past.offer.as_ref().map(Offer::to_string);
+        let takes = takes.unwrap_or_default();
+        let reason = match trouble {
+            Trouble::Error(reason) => reason,
+            Trouble::Unanswered => "it has fixed none".into(),
             Trouble::Gone => "the session manager has not linked the two".into(),
         };
-        let offer = self.past.offer.as_ref().map(Offer::to_string);
-        self.stream = None;
-        self.link.inbox.put_failed(Failure::Stream(format!(
-            "streaming from {target} failed: {reason} (what is downstream takes {})",
-            offer.unwrap_or_default()
-        )));
+        self.end_stream();
+        self.link
+            .inbox
+            .put_failed(Failure::Stream(if unanswered {
+                format!(
+                    "{target} and what is downstream share no format: {reason}; what is downstream \
+                     takes {takes} (pw-dump shows what the producer has; videoconvert and videoscale \
+                     take more, and so may another output-mode)"
+                )
+            } else {
+                format!(
+                    "streaming from {target} failed: {reason} (what is downstream takes {takes})"
+                )
+            }));
+    }
+
+    fn describe_target(&self) -> String {
+        let node = self.past.node.as_ref();
+        node.map_or_else(|| self.config.target.to_string(), |(id, n)| n.describe(*id))
     }
 
     fn vanish(&mut self, reason: String, retry_at: Option<Instant>) {
         self.log(Level::Info, format_args!("{reason}"));
-        if let Some(stream) = self.stream.take() {
-            stream.reclaim();
-        }
+        self.end_stream();
         self.retry_at = retry_at;
         self.link.counters.set_stage(Stage::Absent);
         if self.past.told.replace(Told::Vanished) != Some(Told::Vanished) {
@@ -506,8 +539,15 @@ impl Worker {
         }
     }
 
+    /// Ends the stream, if there is one; its producer gets all buffers back.
+    fn end_stream(&mut self) {
+        if let Some(stream) = self.stream.take() {
+            stream.reclaim();
+        }
+    }
+
     fn retry_due(&self) -> bool {
-        self.retry_at.is_some_and(|at| at <= Instant::now())
+        is_due(self.retry_at)
     }
 
     /// Connects a stream to the target, if it is there and none is.
@@ -564,7 +604,7 @@ impl Worker {
     /// Ends what the daemon does for us. On a socket that somebody else keeps open, such as the
     /// portal's, the daemon does not notice that we have gone, and would go on streaming to us:
     /// there, wait until it has confirmed.
-    fn say_goodbye(mut self, looped: &LoopRc) -> Past {
+    fn say_goodbye(mut self) -> Past {
         if self.end == Some(End::Lost) {
             return self.past;
         }
@@ -573,29 +613,26 @@ impl Worker {
             // libpipewire before 0.3.72 loses the descriptors in what comes for a stream that is no
             // more. Of one that was only just set up the daemon gets to know with the first of
             // these; with the second its descriptors are here.
-            self.wait_for_daemon(looped, deadline);
-            self.wait_for_daemon(looped, deadline);
+            self.wait_for_daemon(deadline);
+            self.wait_for_daemon(deadline);
         }
         self.give_back();
-        if let Some(stream) = self.stream.take() {
-            stream.reclaim();
-        }
+        self.end_stream();
         if self.shared_socket {
-            self.wait_for_daemon(looped, deadline);
+            self.wait_for_daemon(deadline);
         }
         self.past
     }
 
     /// Waits until the daemon has done all that it was asked for, and its answers are here. Past the
     /// deadline it is still asked.
-    fn wait_for_daemon(&self, looped: &LoopRc, deadline: Instant) {
+    fn wait_for_daemon(&self, deadline: Instant) {
         let Ok(sync) = self.core.sync(0) else {
             return;
         };
         while self.notes.done.get() != Some(sync.seq()) && self.notes.lost.borrow().is_none() {
             let left = deadline.saturating_duration_since(Instant::now());
-            // SAFETY: `run` has entered the loop, and leaves it after this.
-            unsafe { looped.iterate_unguarded(Timeout::Finite(left)) };
+            self.turn(Timeout::Finite(left));
             if left.is_zero() {
                 return;
             }

@@ -5,6 +5,8 @@
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::ops::Deref;
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd};
+use std::ptr;
 
 use khronos_egl as egl;
 
@@ -14,12 +16,46 @@ use super::{Error, library};
 /// GL_OES_EGL_image. `GLeglImageOES` is a `void *`.
 type ImageTargetTexture = unsafe extern "system" fn(u32, *mut c_void);
 
-/// An OpenGL ES 3 context with no surface. It may be used on any thread, on one at a time.
+// From eglext.h.
+const SYNC_NATIVE_FENCE_ANDROID: egl::Enum = 0x3144;
+const SYNC_NATIVE_FENCE_FD_ANDROID: egl::Int = 0x3145;
+
+type RawSync = *mut c_void;
+
+/// EGL_KHR_fence_sync and EGL_KHR_wait_sync, for EGL_ANDROID_native_fence_sync.
+#[derive(Clone, Copy)]
+struct Fences {
+    create: unsafe extern "system" fn(egl::EGLDisplay, egl::Enum, *const egl::Int) -> RawSync,
+    wait: unsafe extern "system" fn(egl::EGLDisplay, RawSync, egl::Int) -> egl::Int,
+    destroy: unsafe extern "system" fn(egl::EGLDisplay, RawSync) -> egl::Boolean,
+}
+
+impl Fences {
+    /// None where the display cannot wait for sync files.
+    fn of(display: &Display) -> Option<Self> {
+        let extensions = ["EGL_ANDROID_native_fence_sync", "EGL_KHR_wait_sync"];
+        if !extensions.iter().all(|name| display.has_extension(name)) {
+            return None;
+        }
+        let egl = display.inner().egl;
+        // SAFETY: the types are those of EGL_KHR_fence_sync and EGL_KHR_wait_sync.
+        unsafe {
+            Some(Self {
+                create: library::extension(egl, "eglCreateSyncKHR").ok()?,
+                wait: library::extension(egl, "eglWaitSyncKHR").ok()?,
+                destroy: library::extension(egl, "eglDestroySyncKHR").ok()?,
+            })
+        }
+    }
+}
+
+/// An OpenGL ES context with no surface. It may be used on any thread, on one at a time.
 pub struct Gl {
     display: Display,
     context: egl::Context,
     functions: glow::Context,
     image_target_texture: ImageTargetTexture,
+    fences: Option<Fences>,
 }
 
 // SAFETY: a GL context may go from thread to thread as long as it is current on one at most; it is
@@ -27,8 +63,8 @@ pub struct Gl {
 unsafe impl Send for Gl {}
 
 impl Gl {
-    /// Makes a context.
-    pub fn new(display: &Display) -> Result<Self, Error> {
+    /// Makes a context of OpenGL ES `version` or newer.
+    pub fn new(display: &Display, version: u8) -> Result<Self, Error> {
         let inner = display.inner();
         let (egl, raw) = (inner.egl, inner.raw);
         let unavailable =
@@ -41,15 +77,14 @@ impl Gl {
         // SAFETY: the type is that of GL_OES_EGL_image.
         let image_target_texture =
             unsafe { library::extension(egl, "glEGLImageTargetTexture2DOES") }?;
-        let failed = |call: &str, error: egl::Error| unavailable(format!("{call}: {error}"));
-        egl.bind_api(egl::OPENGL_ES_API)
-            .map_err(|error| failed("eglBindAPI", error))?;
+        let api = Api::bind(display)?;
         // SAFETY: EGL_NO_CONFIG_KHR is null, and the display takes it.
-        let no_config = unsafe { egl::Config::from_ptr(std::ptr::null_mut()) };
-        let attributes = [egl::CONTEXT_CLIENT_VERSION, 3, egl::NONE];
+        let no_config = unsafe { egl::Config::from_ptr(ptr::null_mut()) };
+        let attributes = [egl::CONTEXT_CLIENT_VERSION, version.into(), egl::NONE];
         let context = egl
             .create_context(raw, no_config, None, &attributes)
-            .map_err(|error| failed("eglCreateContext", error))?;
+            .map_err(|error| unavailable(format!("eglCreateContext: {error}")))?;
+        drop(api);
         let before = match Before::replace(display, context) {
             Ok(before) => before,
             Err(error) => {
@@ -61,7 +96,7 @@ impl Gl {
         let functions = unsafe {
             glow::Context::from_loader_function(|name| {
                 egl.get_proc_address(name)
-                    .map_or(std::ptr::null(), |function| function as *const c_void)
+                    .map_or(ptr::null(), |function| function as *const c_void)
             })
         };
         drop(before);
@@ -70,7 +105,13 @@ impl Gl {
             context,
             functions,
             image_target_texture,
+            fences: Fences::of(display),
         })
+    }
+
+    /// Whether the GPU can wait for sync files.
+    pub fn takes_fences(&self) -> bool {
+        self.fences.is_some()
     }
 
     /// Makes it current on this thread, until what is returned is dropped; then the thread has what
@@ -115,12 +156,79 @@ impl Current<'_> {
         // SAFETY: the context is current; the caller vouches for the image.
         unsafe { (self.gl.image_target_texture)(glow::TEXTURE_2D, image) }
     }
+
+    /// Lets the GPU begin what is drawn from here on only when a sync file is signalled. Nobody waits
+    /// here, unless the GPU is the processor.
+    pub fn wait_for(&self, fence: BorrowedFd<'_>) -> Result<(), Error> {
+        let node = self.gl.display.node().display();
+        let unavailable = |text: String| Error::Unavailable(format!("{node}: {text}"));
+        let fences = self
+            .gl
+            .fences
+            .ok_or_else(|| unavailable("its driver has no EGL_ANDROID_native_fence_sync".into()))?;
+        let fd = fence
+            .try_clone_to_owned()
+            .map_err(|error| unavailable(format!("no descriptor: {error}")))?;
+        let attributes = [SYNC_NATIVE_FENCE_FD_ANDROID, fd.as_raw_fd(), egl::NONE];
+        let display = self.gl.display.inner().raw.as_ptr();
+        // SAFETY: the list ends with EGL_NONE; the display is initialised.
+        let sync =
+            unsafe { (fences.create)(display, SYNC_NATIVE_FENCE_ANDROID, attributes.as_ptr()) };
+        if sync.is_null() {
+            return Err(unavailable("eglCreateSync takes a fence for none".into()));
+        }
+        // It belongs to the sync object from here on.
+        let _ = fd.into_raw_fd();
+        // SAFETY: the context is current, no flags are defined, and the object was made just now; what
+        // waits for it keeps it.
+        let (waits, _) = unsafe {
+            (
+                (fences.wait)(display, sync, 0),
+                (fences.destroy)(display, sync),
+            )
+        };
+        if waits != egl::TRUE as egl::Int {
+            return Err(unavailable("eglWaitSync failed".into()));
+        }
+        Ok(())
+    }
+}
+
+/// OpenGL ES is the kind of context that calls on this thread are about, until this is dropped. Which kind
+/// that is, each thread has a setting for.
+struct Api {
+    display: Display,
+    before: egl::Enum,
+}
+
+impl Api {
+    fn bind(display: &Display) -> Result<Self, Error> {
+        let egl = display.inner().egl;
+        let before = egl.query_api();
+        egl.bind_api(egl::OPENGL_ES_API).map_err(|error| {
+            let node = display.node().display();
+            Error::Unavailable(format!("{node}: eglBindAPI: {error}"))
+        })?;
+        Ok(Self {
+            display: display.clone(),
+            before,
+        })
+    }
+}
+
+impl Drop for Api {
+    fn drop(&mut self) {
+        // It was bound before.
+        let _ = self.display.inner().egl.bind_api(self.before);
+    }
 }
 
 /// What was current on this thread, and will be again: the thread may be the application's.
 struct Before {
     display: Display,
     others: Option<Others>,
+    /// Until that was restored.
+    _api: Api,
     /// What is current is so on a thread.
     _one_thread: PhantomData<*const ()>,
 }
@@ -134,6 +242,7 @@ struct Others {
 
 impl Before {
     fn replace(display: &Display, context: egl::Context) -> Result<Self, Error> {
+        let api = Api::bind(display)?;
         let inner = display.inner();
         let egl = inner.egl;
         let others = egl.get_current_context().zip(egl.get_current_display());
@@ -151,6 +260,7 @@ impl Before {
         Ok(Self {
             display: display.clone(),
             others,
+            _api: api,
             _one_thread: PhantomData,
         })
     }

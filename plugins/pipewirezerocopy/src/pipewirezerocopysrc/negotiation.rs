@@ -10,7 +10,8 @@ use gst_base::prelude::*;
 
 use super::abilities::{Abilities, Use};
 use super::caps::{self, OutputMemory};
-use super::gpu::{Gpu, has_node};
+use super::dmabuf::describe;
+use super::gpu::{Asked, Gpu};
 use super::imp::{CAT, PipeWireZeroCopySrc, lock};
 use super::offers;
 use super::output::Takes;
@@ -21,15 +22,16 @@ use crate::cuda;
 use crate::egl::Display;
 
 impl PipeWireZeroCopySrc {
-    /// What can leave on this machine, and the GPU that has to do with it. An error where nothing
-    /// of what is wanted can.
+    /// What can leave on this machine, the display of the GPU that has to do with it, and the number of
+    /// the CUDA device which that is, if it is one. An error where nothing of what is wanted can. `shared`
+    /// is the device of a CUDA context that others have.
     pub(super) fn look_for_gpu(
         &self,
         settings: &Settings,
-    ) -> Result<(Abilities, Option<Display>), gst::ErrorMessage> {
-        let wanted = settings
-            .wanted()
-            .map_err(|text| gst::error_msg!(gst::ResourceError::Settings, ["{text}"]))?;
+        shared: Option<u32>,
+    ) -> Result<(Abilities, Option<Display>, Option<u32>), gst::ErrorMessage> {
+        let unusable = |text: String| gst::error_msg!(gst::ResourceError::Settings, ["{text}"]);
+        let wanted = settings.wanted().map_err(unusable)?;
         let mut can = Abilities {
             system: wanted.system,
             dmabuf: wanted.dmabuf,
@@ -48,19 +50,41 @@ impl PipeWireZeroCopySrc {
             // What is missing is said before what a GPU might lack.
             cuda::available().map_err(|error| without_cuda(&error))?;
         }
-        let found = Gpu::find(settings.render_node.as_deref(), |gpu| {
-            if no_other { self.has_cuda(gpu) } else { Ok(()) }
-        });
+        let has_cuda = wanted.cuda && cuda::available().is_ok();
+        let node = settings.render_node.as_deref();
+        let asked = has_cuda.then(|| Asked::for_node(node, settings.cuda_device(), shared));
+        let asked = asked.flatten();
+        let found = if no_other || asked.is_some() {
+            let suiting = Gpu::find(node, |gpu| gpu.cuda_device(asked).map(drop));
+            let or_none = |reason| match node {
+                // A GPU without a DRM node, as in a container that was given no more than CUDA.
+                None if has_cuda => Gpu::of_cuda_device(asked.map_or(0, |asked| asked.device))
+                    .map_err(|without| format!("{reason}; {without}")),
+                _ => Err(reason),
+            };
+            match suiting.or_else(or_none) {
+                Err(reason) if !no_other => match Gpu::find(node, |_| Ok(())) {
+                    Ok(_) if asked.is_some_and(|asked| asked.by_name) && node.is_some() => {
+                        return Err(unusable(reason));
+                    }
+                    other => other,
+                },
+                found => found,
+            }
+        } else {
+            Gpu::find(node, |_| Ok(()))
+        };
         match found {
             Ok(gpu) => {
-                let node = gpu.display.node().display();
-                gst::info!(CAT, imp = self, "DMA-BUFs as {node} imports them");
-                if let Err(reason) = self.has_cuda(&gpu) {
+                let name = gpu.display.node().display();
+                gst::info!(CAT, imp = self, "DMA-BUFs as {name} imports them");
+                let device = wanted.cuda.then(|| gpu.cuda_device(asked));
+                if let Some(Err(reason)) = &device {
                     gst::info!(CAT, imp = self, "no CUDA memory leaves here: {reason}");
                     can.cuda = false;
                 }
                 can.gpu = Some(gpu.importable);
-                Ok((can, Some(gpu.display)))
+                Ok((can, Some(gpu.display), device.and_then(Result::ok)))
             }
             Err(reason) if no_other => Err(without_cuda(&reason)),
             Err(reason) if !wanted.system => Err(gst::error_msg!(
@@ -72,7 +96,7 @@ impl PipeWireZeroCopySrc {
             )),
             Err(reason) => {
                 gst::info!(CAT, imp = self, "no DMA-BUFs leave here: {reason}");
-                Ok((can, None))
+                Ok((can, None, None))
             }
         }
     }
@@ -84,41 +108,25 @@ impl PipeWireZeroCopySrc {
             .ok()
     }
 
-    /// The caps of what can leave. Before the start only as far as that is seen without asking the
-    /// GPU's driver.
+    /// The caps of what can leave: nothing that the GPU's driver does not know. It is asked once; the
+    /// display stays open.
     pub(super) fn possible_caps(&self) -> gst::Caps {
         if let Some(streaming) = &*lock(&self.streaming) {
             return streaming.can.caps();
         }
         let settings = lock(&self.settings).clone();
         // What is wrong with the settings is an error at the start.
-        let Ok(wanted) = settings.wanted() else {
+        if settings.wanted().is_err() {
             return caps::template();
-        };
-        let gpu = has_node(settings.render_node.as_deref());
-        let cuda = wanted.cuda && gpu && cuda::available().is_ok();
-        let mut caps = caps::template();
-        if let Some(caps) = caps.get_mut() {
-            caps.filter_map_in_place(|features, _| {
-                let kept = if caps::is_cuda(features) {
-                    cuda
-                } else if caps::is_dmabuf(features) {
-                    wanted.dmabuf && gpu
-                } else {
-                    wanted.system
-                };
-                if kept {
-                    gst::CapsFilterMapAction::Keep
-                } else {
-                    gst::CapsFilterMapAction::Remove
-                }
-            });
         }
-        caps
+        // Nobody is asked for a context here: who asks for caps may not want to be asked.
+        let found = self.look_for_gpu(&settings, None);
+        found.map_or_else(|_| gst::Caps::new_empty(), |(can, ..)| can.caps())
     }
 
-    /// Tells PipeWire what downstream takes and, once the producer has fixed a format, sets caps.
-    pub(super) fn agree(&self) -> Result<(), gst::LoggableError> {
+    /// Tells PipeWire what downstream takes and, once the producer has fixed a format, sets caps. The
+    /// error says why that cannot be.
+    pub(super) fn agree(&self) -> Result<(), String> {
         // Each round but the last does without one more kind of DMA-BUFs.
         loop {
             let pad = self.obj().src_pad().clone();
@@ -128,14 +136,13 @@ impl PipeWireZeroCopySrc {
             let (can, wanted, allowed, offered_anew) = {
                 let mut streaming = lock(&self.streaming);
                 let Some(streaming) = &mut *streaming else {
-                    return Err(gst::loggable_error!(CAT, "not started"));
+                    return Err("it is not started".into());
                 };
                 let can = streaming.can.clone();
                 let allowed = taken.intersect_with_mode(&can.caps(), gst::CapsIntersectMode::First);
                 let offer = offers::offer(&allowed, &can);
                 if offer.0.is_empty() {
-                    return Err(gst::loggable_error!(
-                        CAT,
+                    return Err(format!(
                         "downstream takes {taken}, and what can leave here is {}",
                         can.caps()
                     ));
@@ -162,18 +169,25 @@ impl PipeWireZeroCopySrc {
                     self.forget_format();
                     return Ok(());
                 }
-                return Err(gst::loggable_error!(
-                    CAT,
-                    "the producer gives {wanted:?}, which downstream does not take"
+                return Err(format!(
+                    "downstream does not take what the producer gives: {} of {}x{} pixels{} \
+                     (videoconvert or videoscale help)",
+                    wanted.format.name(),
+                    wanted.width,
+                    wanted.height,
+                    match wanted.modifier {
+                        Some(modifier) => format!(", {}", describe(wanted.format, modifier)),
+                        None => " in system memory".into(),
+                    }
                 ));
             };
             gst::info!(CAT, imp = self, "caps {caps}");
-            let (memory, info) = caps::video_info(&caps)
-                .ok_or_else(|| gst::loggable_error!(CAT, "{caps} are no video"))?;
+            let (memory, info) =
+                caps::video_info(&caps).ok_or_else(|| format!("{caps} are no video"))?;
             if memory == OutputMemory::Cuda
                 && let Err(error) = self.prepare_cuda(&caps, &info)
             {
-                self.give_up_cuda(&wanted, &error);
+                self.do_without_cuda(&wanted, &error);
                 continue;
             }
             let what = match memory {
@@ -192,19 +206,20 @@ impl PipeWireZeroCopySrc {
                     self.refuse(&wanted, what, &format!("downstream refused {caps}"));
                     continue;
                 }
-                return Err(gst::loggable_error!(CAT, "downstream refused {caps}"));
+                return Err(format!("downstream refused {caps}"));
             }
-            self.agreed(&Negotiated {
+            self.agreed(&Arc::new(Negotiated {
                 source: wanted,
                 info,
                 memory,
-            });
+            }));
             return Ok(());
         }
     }
 
-    fn agreed(&self, negotiated: &Negotiated) {
+    fn agreed(&self, negotiated: &Arc<Negotiated>) {
         let mut changed = false;
+        let mut kept = None;
         if let Some(streaming) = &mut *lock(&self.streaming) {
             let before = streaming.negotiated.replace(negotiated.clone());
             streaming.stale = None;
@@ -214,10 +229,16 @@ impl PipeWireZeroCopySrc {
                     || before.memory != negotiated.memory
             });
             if changed {
-                // They have the old format.
+                // It has the old format.
                 streaming.last = None;
-                streaming.latch.take();
+                let inbox = streaming.capture.inbox().clone();
+                kept = streaming.latch.take().map(|frame| (frame, inbox));
             }
+        }
+        if let Some((frame, inbox)) = kept {
+            // The producer has not changed what it gives, or the frame would have left: it leaves as is
+            // agreed now.
+            inbox.put_back(frame);
         }
         if changed {
             let message = gst::message::Latency::builder().src(&*self.obj()).build();

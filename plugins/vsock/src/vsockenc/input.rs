@@ -2,6 +2,7 @@
 
 //! What becomes of a frame before it is submitted: when it may be read, and as what it may go.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -105,20 +106,21 @@ impl VsockEnc {
     }
 
     /// Waits, cancellably, until what draws into a picture's DMA-BUFs is done: neither a mapping
-    /// nor, on the host, a resource shows the picture before.
-    pub(super) fn wait_for_writers(&self, picture: &Picture) -> Result<(), gst::FlowError> {
+    /// nor, on the host, a resource shows the picture before. Whether it is: where not, nobody may
+    /// map the picture, as the kernel would wait for the same, for ever and for no signal.
+    pub(super) fn wait_for_writers(&self, picture: &Picture) -> Result<bool, gst::FlowError> {
         let deadline = Deadline::after(WRITERS_LIMIT);
         while let Some(memory) = picture.unready_memory() {
             if deadline.has_passed() {
                 gst::warning!(
                     CAT,
                     imp = self,
-                    "a picture was still drawn after {WRITERS_LIMIT:?}"
+                    "a picture is dropped: what draws it was not done after {WRITERS_LIMIT:?}"
                 );
-                return Ok(());
+                return Ok(false);
             }
             let Some(dmabuf) = dmabuf::dmabuf(&memory) else {
-                return Ok(());
+                return Ok(true);
             };
             let fd = dmabuf::fd(dmabuf);
             let ended = self.wait(|_, waiter| {
@@ -132,11 +134,24 @@ impl VsockEnc {
                 Some(Ok(_)) => {}
                 Some(Err(error)) => {
                     gst::debug!(CAT, imp = self, "wait for what draws a picture: {error}");
-                    return Ok(());
+                    return Ok(true);
                 }
             }
         }
-        Ok(())
+        Ok(true)
+    }
+
+    /// Posts why the streaming thread could not wait.
+    pub(super) fn cannot_wait(&self, reason: io::ErrorKind) -> gst::FlowError {
+        gst::element_imp_error!(
+            self,
+            gst::ResourceError::Failed,
+            [
+                "wait for the host: {reason}; something else in this process may have closed a \
+                 descriptor of this element. Stop the element and start it again"
+            ]
+        );
+        gst::FlowError::Error
     }
 
     /// Bytes of pixels that a frame takes on its way; 0 where only resource ids may go.

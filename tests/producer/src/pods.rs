@@ -14,8 +14,8 @@ use libspa::pod::{ChoiceValue, Object, Pod, Property, PropertyFlags, Value};
 use libspa::sys as spa_sys;
 use libspa::utils::{Choice, ChoiceEnum, ChoiceFlags, Fraction, Id, Rectangle, SpaTypes};
 
-use super::canvas::Pixels;
 use crate::Outcome;
+use crate::pixels::Pixels;
 
 // From the headers of PipeWire 1.2 and newer; those of Debian 12 lack them.
 /// `SPA_META_SyncTimeline` (spa/buffer/meta.h).
@@ -26,6 +26,10 @@ pub const DATA_SYNC_OBJ: u32 = 5;
 const BUFFERS_META_TYPE: u32 = 7;
 /// `SPA_POD_PROP_FLAG_DONT_FIXATE` (spa/pod/pod.h): the producer chooses, not PipeWire.
 const DONT_FIXATE: PropertyFlags = PropertyFlags::from_bits_retain(1 << 4);
+
+/// `SPA_META_SYNC_TIMELINE_UNSCHEDULED_RELEASE` (spa/buffer/meta.h, PipeWire 1.6): nobody has promised yet
+/// to signal the release point.
+pub const UNSCHEDULED_RELEASE: u32 = 1;
 
 /// `struct spa_meta_sync_timeline` (spa/buffer/meta.h).
 #[repr(C)]
@@ -40,6 +44,7 @@ pub struct SyncTimeline {
 /// What a producer can make.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Offer {
+    /// How they lie in memory.
     pub pixels: Pixels,
     /// Width and height.
     pub size: (u32, u32),
@@ -47,6 +52,8 @@ pub struct Offer {
     pub modifiers: Vec<u64>,
     /// Whether shared memory is offered as well, after the DMA-BUFs.
     pub shared: bool,
+    /// The most frames in a second, where that is said.
+    pub most: Option<u32>,
 }
 
 impl Offer {
@@ -104,8 +111,11 @@ impl Offer {
                 Value::Rectangle(Rectangle { width, height }),
             ),
             property(FormatProperties::VideoFramerate, rate(0)),
-            property(FormatProperties::VideoMaxFramerate, rate(60)),
         ]);
+        properties.extend(
+            self.most
+                .map(|most| property(FormatProperties::VideoMaxFramerate, rate(most))),
+        );
         bytes(
             SpaTypes::ObjectParamFormat,
             ParamType::EnumFormat,
@@ -128,8 +138,11 @@ pub enum Modifier {
 /// A `Format` object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Agreed {
+    /// How pixels lie in memory.
     pub pixels: Pixels,
+    /// Width and height.
     pub size: (u32, u32),
+    /// What the memory is.
     pub modifier: Modifier,
 }
 
