@@ -209,16 +209,16 @@ impl PipeWireZeroCopySrc {
                 }
                 return Err(format!("downstream refused {caps}"));
             }
-            self.agreed(&Negotiated {
+            self.agreed(&Arc::new(Negotiated {
                 source: wanted,
                 info,
                 memory,
-            });
+            }));
             return Ok(());
         }
     }
 
-    fn agreed(&self, negotiated: &Negotiated) {
+    fn agreed(&self, negotiated: &Arc<Negotiated>) {
         let mut changed = false;
         let mut kept = None;
         if let Some(streaming) = &mut *lock(&self.streaming) {
