@@ -672,7 +672,7 @@ mod tests {
             let (state, _) = state();
             let mut coming = coming();
             let raw = &raw mut coming.raw;
-            state.buffers.borrow_mut().insert(raw, buffer);
+            state.buffers.borrow_mut().insert(0, (raw, buffer));
             assert!(state.frame(raw).is_err(), "there is no format");
             assert_eq!(coming.points.flags & UNSCHEDULED_RELEASE == 0, promised);
         }
