@@ -147,6 +147,10 @@ gst::glib::wrapper! {
 
 /// A host with such an encoder, and a moving screen.
 fn host() -> Server {
+    host_with(common::config())
+}
+
+fn host_with(config: Config) -> Server {
     static INIT: Once = Once::new();
     INIT.call_once(|| {
         gst::init().unwrap();
@@ -161,7 +165,7 @@ fn host() -> Server {
                           video/x-raw,width=320,height=240,framerate=60/1"
                 .to_owned(),
         }],
-        ..common::config()
+        ..config
     })
 }
 
@@ -178,6 +182,7 @@ fn bitrate(bits: u32) -> encode::Head {
 fn odd_encoders_are_coped_with() {
     a_bitrate_that_it_does_not_take_while_playing_makes_a_new_one();
     one_that_hangs_when_the_last_subscriber_goes_does_not_take_the_scanout_along();
+    who_waits_for_one_with_all_open_that_may_be_still_gets_pongs();
 }
 
 fn a_bitrate_that_it_does_not_take_while_playing_makes_a_new_one() {
@@ -221,4 +226,39 @@ fn one_that_hangs_when_the_last_subscriber_goes_does_not_take_the_scanout_along(
     assert!(is_start(&peer.next_frame().bytes));
     *HANGING.0.lock().unwrap() = 0;
     HANGING.1.notify_all();
+}
+
+fn who_waits_for_one_with_all_open_that_may_be_still_gets_pongs() {
+    // All by number; and by bytes, of one picture and of some.
+    for (most, side, max_frame_bytes) in [
+        (16, 16, 1 << 20),
+        (1, 64, 64 * 64 * 4),
+        (3, 64, 3 * 64 * 64 * 4 - 1),
+    ] {
+        let server = host_with(Config {
+            max_frame_bytes,
+            ..common::config()
+        });
+        let mut peer = Peer::of(&server);
+        peer.greet(&common::hello());
+        let picture = common::Rgb::pattern(side, side, 0);
+        let request = |peer: &mut Peer, pts| {
+            let (request, pixels) = picture.request(PixelFormat::Bgra, 0, pts, false);
+            peer.request(&request, pixels);
+        };
+        *HANGING.0.lock().unwrap() = u64::MAX;
+        for pts in 0..most {
+            request(&mut peer, pts);
+        }
+        for _ in 0..3 {
+            peer.expect_pong();
+        }
+        // One too many is not lost.
+        request(&mut peer, most);
+        *HANGING.0.lock().unwrap() = 0;
+        HANGING.1.notify_all();
+        for pts in 0..=most {
+            assert_eq!(peer.next_frame().response.pts, pts);
+        }
+    }
 }

@@ -15,7 +15,7 @@ use super::damage::Damage;
 use super::frame::Frame;
 use super::meta::Cursor;
 use super::negotiate::StreamFormat;
-use super::{Counters, Failure};
+use super::{Counters, Failure, Stage};
 
 /// What there is to do for the consumer. More urgent things are reported first.
 #[derive(Debug)]
@@ -76,6 +76,11 @@ impl Inbox {
             waker,
             counters,
         }
+    }
+
+    /// How far the capture has come.
+    pub(super) fn stage(&self) -> Stage {
+        self.counters.stage()
     }
 
     fn lock(&self) -> MutexGuard<'_, Contents> {

@@ -25,6 +25,7 @@
 //! | `waits` | how long a stream waits for what |
 //! | `buffers` | the buffers of a stream |
 //! | `raw` | PipeWire's own structures for them |
+//! | `data_loop` | PipeWire's second loop, run by the same thread |
 //! | `registry` | which nodes there are |
 //! | `worker` | the loop thread itself |
 
@@ -40,6 +41,7 @@ use zerocopy_plugin_common::wait::Waker;
 mod buffers;
 pub mod clock;
 pub mod damage;
+mod data_loop;
 pub mod dmabuf;
 pub mod format;
 pub mod frame;
@@ -256,7 +258,7 @@ impl Capture {
             returns: Arc::new(frame::Returns::new(commands.clone())),
             log: config.log.clone(),
             sync: config.sync.clone(),
-            next_buffer: std::cell::Cell::new(0),
+            next_buffer: std::cell::Cell::new(1),
         };
         let thread = thread::Builder::new()
             .name("pw-capture".into())
@@ -271,6 +273,11 @@ impl Capture {
     /// Where frames and news come.
     pub fn inbox(&self) -> &Arc<Inbox> {
         &self.inbox
+    }
+
+    /// How far it has come.
+    pub fn stage(&self) -> Stage {
+        self.inbox.stage()
     }
 
     /// Says what is taken from now on. The producer may fix another format in answer.

@@ -47,13 +47,16 @@ impl Waits {
         self.choice.set(Some(Instant::now() + CHOOSE_AFTER));
     }
 
-    /// It has fixed a format.
-    pub fn format_fixed(&self) {
+    /// It has fixed a format. One that is `paced`, with a rate of its own, is not asked for a frame: it
+    /// draws anyhow, and being paused does harm. Debian 12's pipewiresink loses a buffer with each frame
+    /// that it has meanwhile, and stands still when none is left.
+    pub fn format_fixed(&self, paced: bool) {
         self.answer.set(None);
         self.choice.set(None);
         self.gone.set(None);
         self.requests.set(0);
-        self.frame.set(Some(Instant::now() + FRAME_AFTER));
+        let at = Instant::now() + FRAME_AFTER;
+        self.frame.set((!paced).then_some(at));
     }
 
     /// There is no format.
@@ -142,7 +145,7 @@ mod tests {
         assert_eq!(waits.next(), waits.answer_due());
         waits.format_open();
         assert!(waits.gone_due().is_some(), "it has answered");
-        waits.format_fixed();
+        waits.format_fixed(false);
         assert_eq!((waits.gone_due(), waits.answer_due()), (None, None));
     }
 
@@ -160,16 +163,18 @@ mod tests {
     #[test]
     fn a_frame_is_asked_for_a_few_times_only() {
         let waits = Waits::default();
-        waits.format_fixed();
+        waits.format_fixed(false);
         let mut asked = 0;
         while waits.frame_due().is_some() {
             waits.frame_asked();
             asked += 1;
         }
         assert_eq!(asked, MOST_REQUESTS);
-        waits.format_fixed();
+        waits.format_fixed(false);
         assert!(waits.frame_due().is_some());
         waits.frame_came();
+        assert_eq!(waits.next(), None);
+        waits.format_fixed(true);
         assert_eq!(waits.next(), None);
     }
 }

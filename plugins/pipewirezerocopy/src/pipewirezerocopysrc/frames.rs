@@ -60,7 +60,7 @@ impl PipeWireZeroCopySrc {
                 streaming.takes,
             )
         };
-        let Negotiated { info, memory, .. } = &negotiated;
+        let Negotiated { info, memory, .. } = &*negotiated;
         let memory = *memory;
         // A new frame replaces it, and may leave in place only because its buffer is back.
         drop(last);
@@ -233,7 +233,7 @@ impl PipeWireZeroCopySrc {
             figures.sync = sync;
             figures.latched = latching;
         }
-        let buffer = self.leave(&picture, damage, captured)?;
+        let buffer = self.leave(picture, damage, captured, settings)?;
         let now = Instant::now();
         lock(&self.figures).add_frame(info.size(), Monotonic::now().since(captured));
         let mut announce = None;
@@ -241,10 +241,6 @@ impl PipeWireZeroCopySrc {
             streaming.frame_seen = true;
             streaming.waiting_since = None;
             streaming.schedule.frame_left(now, settings.min_interval());
-            let keep = settings.keepalive_time > 0
-                || settings.resend_last
-                || streaming.pointer.overlay().is_some();
-            streaming.last = keep.then_some(picture);
             if streaming.announced.is_some() && streaming.vanished {
                 announce = Some(("returned", None));
             } else if streaming.announced != Some(memory) {
@@ -325,7 +321,8 @@ impl PipeWireZeroCopySrc {
             }
             (last, moved)
         };
-        let buffer = self.leave(&last, Damage::Rects(Vec::new()), Monotonic::now())?;
+        let unchanged = Damage::Rects(Vec::new());
+        let buffer = self.leave(last, unchanged, Monotonic::now(), settings)?;
         let mut figures = lock(&self.figures);
         if moved {
             figures.add_pointer(buffer.size());
@@ -337,20 +334,23 @@ impl PipeWireZeroCopySrc {
         Ok(Some(buffer))
     }
 
-    /// A picture as it leaves: with the pointer, a timestamp, and what has changed.
+    /// A picture as it leaves: with the pointer, a timestamp, and what has changed. It is kept where it
+    /// may have to be resent.
     fn leave(
         &self,
-        picture: &gst::Buffer,
+        mut picture: gst::Buffer,
         mut damage: Damage,
         captured: Monotonic,
+        settings: &LiveSettings,
     ) -> Result<gst::Buffer, gst::FlowError> {
-        let (overlay, info, memory, takes) = {
+        let (overlay, negotiated, takes) = {
             let mut streaming = lock(&self.streaming);
             let Some(Streaming {
                 capture,
                 pointer,
                 negotiated: Some(negotiated),
                 takes,
+                last,
                 ..
             }) = streaming.as_mut()
             else {
@@ -359,17 +359,22 @@ impl PipeWireZeroCopySrc {
             if let Some(cursor) = capture.inbox().take_cursor() {
                 pointer.update(cursor);
             }
-            let info = negotiated.info.clone();
+            let info = &negotiated.info;
             damage.add(Damage::Rects(pointer.leaves(info.width(), info.height())));
-            let memory = negotiated.memory;
-            (pointer.overlay().cloned(), info, memory, *takes)
+            let keep = settings.keepalive_time > 0
+                || settings.resend_last
+                || pointer.overlay().is_some()
+                || last.is_some();
+            *last = keep.then(|| picture.clone());
+            (pointer.overlay().cloned(), negotiated.clone(), *takes)
         };
+        let info = &negotiated.info;
         // Nobody draws into a producer's DMA-BUFs, and not with the processor on a GPU.
-        let drawn = !takes.overlays && memory == OutputMemory::System;
+        let drawn = !takes.overlays && negotiated.memory == OutputMemory::System;
         let mut buffer;
         if let Some(overlay) = overlay.as_ref().filter(|_| drawn) {
             buffer = self.pooled_buffer()?;
-            if let Err(error) = draw(picture, overlay, &mut buffer, &info) {
+            if let Err(error) = draw(&picture, overlay, &mut buffer, info) {
                 return self.fail(gst::error_msg!(
                     gst::StreamError::Failed,
                     ["drawing the pointer into the picture failed: {error}"]
@@ -377,13 +382,19 @@ impl PipeWireZeroCopySrc {
             }
             lock(&self.figures).add_transfer(true);
         } else {
-            buffer = picture.copy();
-            if let Some(buffer) = buffer.get_mut() {
-                // So that a pool does not reuse the memory while downstream has this buffer.
-                gst::ParentBufferMeta::add(buffer, picture);
-                if let Some(overlay) = overlay.as_ref().filter(|_| takes.overlays) {
-                    gst_video::VideoOverlayCompositionMeta::add(buffer, overlay);
+            if picture.get_mut().is_some() {
+                buffer = picture;
+            } else {
+                // It is kept, as it is.
+                buffer = picture.copy();
+                if let Some(buffer) = buffer.get_mut() {
+                    // So that a pool does not reuse the memory while downstream has this buffer.
+                    gst::ParentBufferMeta::add(buffer, &picture);
                 }
+            }
+            let overlay = overlay.as_ref().filter(|_| takes.overlays);
+            if let (Some(overlay), Some(buffer)) = (overlay, buffer.get_mut()) {
+                gst_video::VideoOverlayCompositionMeta::add(buffer, overlay);
             }
         }
         // A frame that may have changed everywhere says nothing.

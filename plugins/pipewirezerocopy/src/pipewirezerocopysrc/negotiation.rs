@@ -184,16 +184,16 @@ impl PipeWireZeroCopySrc {
                 }
                 return Err(format!("downstream refused {caps}"));
             }
-            self.agreed(&Negotiated {
+            self.agreed(&Arc::new(Negotiated {
                 source: wanted,
                 info,
                 memory,
-            });
+            }));
             return Ok(());
         }
     }
 
-    fn agreed(&self, negotiated: &Negotiated) {
+    fn agreed(&self, negotiated: &Arc<Negotiated>) {
         let mut changed = false;
         if let Some(streaming) = &mut *lock(&self.streaming) {
             let before = streaming.negotiated.replace(negotiated.clone());

@@ -3,6 +3,7 @@
 //! What the streaming thread does from one buffer to the next: wait, decide what is to leave, tell
 //! the application what has happened to the producer.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
@@ -22,7 +23,7 @@ use super::schedule::Schedule;
 use super::settings::LiveSettings;
 use crate::capture::frame::Frame;
 use crate::capture::meta::{Cursor, Transform};
-use crate::capture::{Capture, Counters, Interest, Look, Offer, StreamFormat};
+use crate::capture::{Capture, Interest, Look, Offer, StreamFormat};
 use crate::egl::{Display, Reader};
 
 /// What downstream and the producer have agreed on.
@@ -65,7 +66,7 @@ pub(super) struct Streaming {
     pub latch: Latch<Frame>,
     /// What the frame that is there needs.
     pub wanted: Option<StreamFormat>,
-    pub negotiated: Option<Negotiated>,
+    pub negotiated: Option<Arc<Negotiated>>,
     /// A format that downstream takes no longer, which the producer was asked to change. Frames
     /// of it may still be under way.
     pub stale: Option<StreamFormat>,
@@ -146,7 +147,7 @@ impl Streaming {
     }
 
     /// Decides what to do at `now`.
-    fn next_step(&mut self, settings: &LiveSettings, counters: &Counters, now: Instant) -> Step {
+    fn next_step(&mut self, settings: &LiveSettings, now: Instant) -> Step {
         match self.ending {
             Ending::No => {}
             Ending::ResendLast if self.last.is_some() => {
@@ -185,7 +186,7 @@ impl Streaming {
             // Its return is waited for; look again for what else there is.
             (Look::Absent(_), _) => Step::Wait(Deadline::at(now)),
             // Without a picture to draw it on, a pointer waits for the next one.
-            (Look::Cursor | Look::Nothing, None) => self.idle_step(settings, counters, now),
+            (Look::Cursor | Look::Nothing, None) => self.idle_step(settings, now),
         }
     }
 
@@ -201,7 +202,7 @@ impl Streaming {
     }
 
     /// What to do while no frame comes.
-    fn idle_step(&mut self, settings: &LiveSettings, counters: &Counters, now: Instant) -> Step {
+    fn idle_step(&mut self, settings: &LiveSettings, now: Instant) -> Step {
         if self.vanished {
             return Step::Wait(Deadline::NEVER);
         }
@@ -226,7 +227,7 @@ impl Streaming {
                     "no frame from {} within {limit} ms (first-frame-timeout): {} (what is \
                      downstream takes {}){}",
                     self.target,
-                    counters.stage().advice(),
+                    self.capture.stage().advice(),
                     self.offer,
                     self.given_up()
                 ]
@@ -271,14 +272,13 @@ fn is_stale(stale: &StreamFormat, format: &StreamFormat, offer: &Offer) -> bool 
 impl PipeWireZeroCopySrc {
     /// Waits for the next thing to push. Nothing is locked while it waits.
     pub(super) fn next_buffer(&self, waiter: &mut Waiter) -> Result<gst::Buffer, gst::FlowError> {
-        let counters = lock(&self.figures).counters.clone();
         loop {
             if self.obj().src_pad().needs_reconfigure() {
                 self.renegotiate()?;
             }
             let settings = lock(&self.settings).live;
             let step = match &mut *lock(&self.streaming) {
-                Some(streaming) => streaming.next_step(&settings, &counters, Instant::now()),
+                Some(streaming) => streaming.next_step(&settings, Instant::now()),
                 None => return Err(gst::FlowError::Flushing),
             };
             match step {

@@ -322,8 +322,7 @@ impl VideoEncoderImpl for VsockEnc {
         drop(frame);
         if is_late && !force_keyframe {
             // Raw frames may go, encoded ones may not (L26).
-            self.finish_without_output(number, "it is too late for the sink (qos)");
-            return Ok(gst::FlowSuccess::Ok);
+            return self.pass_over(number, "it is too late for the sink (qos)");
         }
 
         let (info, resources) = lock(&self.streaming)
@@ -341,7 +340,9 @@ impl VideoEncoderImpl for VsockEnc {
             );
             gst::FlowError::Error
         })?;
-        self.wait_for_writers(&picture)?;
+        if !self.wait_for_writers(&picture)? {
+            return self.pass_over(number, "what draws it is not done");
+        }
         let request = Request {
             frame: number,
             pts,
@@ -355,10 +356,7 @@ impl VideoEncoderImpl for VsockEnc {
             self.wait(|session, waiter| session.submit(waiter, max_in_flight, request));
         match submission.unwrap_or(Submission::Cancelled) {
             Submission::Accepted => Ok(gst::FlowSuccess::Ok),
-            Submission::NoHost => {
-                self.finish_without_output(number, "no host");
-                Ok(gst::FlowSuccess::Ok)
-            }
+            Submission::NoHost => self.pass_over(number, "no host"),
             Submission::Cancelled => Err(gst::FlowError::Flushing),
             Submission::Failed => Err(gst::FlowError::Error),
             Submission::CannotWait(reason) => Err(self.cannot_wait(reason)),
@@ -446,6 +444,18 @@ impl VsockEnc {
             streaming.waiter = Some(waiter);
         }
         Some(result)
+    }
+
+    /// Finishes a frame that is not sent, on the streaming thread. With it leave the events of all
+    /// frames up to it, which must not overtake the access units of those under way.
+    fn pass_over(&self, number: u32, reason: &str) -> Result<gst::FlowSuccess, gst::FlowError> {
+        // These frames hold the stream lock.
+        let has_events = self.obj().frames().iter().any(release::has_events);
+        if has_events && self.drain() == Submission::Cancelled {
+            return Err(gst::FlowError::Flushing);
+        }
+        self.finish_without_output(number, reason);
+        Ok(gst::FlowSuccess::Ok)
     }
 
     /// Waits, on the streaming thread, until every frame is finished.
