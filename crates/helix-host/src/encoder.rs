@@ -26,6 +26,7 @@ use crate::access_unit::AccessUnit;
 use crate::edges;
 use crate::picture::Picture;
 use crate::settings::{EncoderSpec, Tuning};
+use crate::teardown;
 
 /// The step from one picture's timestamp to the next, as the encoder sees it. Rate control takes
 /// it seriously, so nothing absurd from a client may get there.
@@ -254,9 +255,10 @@ impl<T: Send + 'static> Encoder<T> {
         })
     }
 
-    /// Changes the bitrate, in bit/s, from the next picture on.
-    pub fn set_bitrate(&self, bits: u32) {
-        self.spec.set_bitrate(&self.element, bits);
+    /// Changes the bitrate, in bit/s, from the next picture on; whether this encoder can. Where
+    /// not, only a new one has it.
+    pub fn set_bitrate(&self, bits: u32) -> bool {
+        self.spec.change_bitrate(&self.element, bits)
     }
 
     /// The bitrate that it is set to, in bit/s; 0 where it has none.
@@ -272,17 +274,6 @@ impl<T: Send + 'static> Encoder<T> {
     /// Since when the encoder has been at the oldest of them.
     pub fn busy_since(&self) -> Option<Instant> {
         self.shared.pending().front().map(|pending| pending.since)
-    }
-
-    /// Takes the encoder down without waiting for it: for one that hangs.
-    pub fn abandon(self) {
-        let name = self.spec.name();
-        let dropped = std::thread::Builder::new()
-            .name("helix-abandon".to_owned())
-            .spawn(move || drop(self));
-        if let Err(error) = dropped {
-            tracing::error!(encoder = %name, %error, "no thread to take the encoder down");
-        }
     }
 
     /// Our own monotonic time of a picture.
@@ -307,9 +298,7 @@ impl<T: Send + 'static> Drop for Encoder<T> {
     fn drop(&mut self) {
         // Whatever still comes out is nobody's.
         self.shared.failed().get_or_insert_default();
-        if self.pipeline.set_state(gst::State::Null).is_err() {
-            tracing::debug!(encoder = %self.spec.name(), "the pipeline did not stop cleanly");
-        }
+        teardown::stop(&self.pipeline);
     }
 }
 

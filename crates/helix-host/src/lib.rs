@@ -34,6 +34,7 @@ mod session;
 mod settings;
 mod source;
 mod subscriber;
+mod teardown;
 
 pub use access::{TOKEN_SIZE, TokenError};
 pub use access_unit::AccessUnit;

@@ -158,8 +158,10 @@ impl Session {
     pub fn configure(&mut self, config: &Config) {
         if config.bitrate > 0 && self.tuning.bitrate != Some(config.bitrate) {
             self.tuning.bitrate = Some(config.bitrate);
-            if let Some(running) = &self.encoder {
-                running.encoder.set_bitrate(config.bitrate);
+            if let Some(running) = &self.encoder
+                && !running.encoder.set_bitrate(config.bitrate)
+            {
+                self.retire();
             }
         }
         self.framerate = framerate(config);
@@ -253,7 +255,6 @@ impl Session {
             .retain(|running| running.encoder.in_flight() > 0);
         if let Some(running) = self.hanging() {
             self.fail(&running, "it hangs");
-            running.encoder.abandon();
         }
         let ready = self
             .replies

@@ -11,6 +11,10 @@ pub const DEFAULT_BITRATE: u32 = 4_000_000;
 /// bit/s; less than this no encoder keeps to, and some refuse.
 const LEAST_BITRATE: u32 = 16_000;
 
+/// Encoders that change their bitrate while they play although the property does not say so
+/// (gst-plugins-bad, sys/applemedia/vtenc.c).
+const LIVE: [&str; 2] = ["vtenc_h264", "vtenc_h264_hw"];
+
 /// What can be wrong with an encoder's description.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EncoderError {
@@ -281,9 +285,22 @@ impl EncoderSpec {
         Ok(element)
     }
 
-    /// Sets the bitrate, in bit/s, of an element made by [`EncoderSpec::build`]; also while it
-    /// runs.
-    pub fn set_bitrate(&self, element: &gst::Element, bits: u32) {
+    /// Sets the bitrate, in bit/s, of a running element made by [`EncoderSpec::build`], if it can
+    /// change it while it runs; whether it can. One without a bitrate has nothing to change.
+    pub fn change_bitrate(&self, element: &gst::Element, bits: u32) -> bool {
+        let fixed =
+            |property: glib::ParamSpec| !property.flags().contains(gst::PARAM_FLAG_MUTABLE_PLAYING);
+        if element.find_property("bitrate").is_some_and(fixed)
+            && !LIVE.contains(&self.name().as_str())
+        {
+            return false;
+        }
+        self.set_bitrate(element, bits);
+        true
+    }
+
+    /// Sets the bitrate, in bit/s, of an element.
+    fn set_bitrate(&self, element: &gst::Element, bits: u32) {
         let Some(property) = element.find_property("bitrate") else {
             tracing::warn!(encoder = %self.name(), "the encoder has no bitrate to set");
             return;
