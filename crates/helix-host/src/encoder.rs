@@ -24,9 +24,9 @@ use helix_protocol::sps::{self, Changes, Patch};
 
 use crate::access_unit::AccessUnit;
 use crate::edges;
+use crate::ending;
 use crate::picture::Picture;
 use crate::settings::{EncoderSpec, Tuning};
-use crate::teardown;
 
 /// The step from one picture's timestamp to the next, as the encoder sees it. Rate control takes
 /// it seriously, so nothing absurd from a client may get there.
@@ -255,10 +255,14 @@ impl<T: Send + 'static> Encoder<T> {
         })
     }
 
-    /// Changes the bitrate, in bit/s, from the next picture on; whether this encoder can. Where
-    /// not, only a new one has it.
+    /// Changes the bitrate, in bit/s, from the next picture on. Whether this encoder does: some take one
+    /// only before they start, and a new one is to be made.
     pub fn set_bitrate(&self, bits: u32) -> bool {
-        self.spec.change_bitrate(&self.element, bits)
+        let can = self.spec.takes_bitrate_while_playing(&self.element);
+        if can {
+            self.spec.set_bitrate(&self.element, bits);
+        }
+        can
     }
 
     /// The bitrate that it is set to, in bit/s; 0 where it has none.
@@ -298,7 +302,7 @@ impl<T: Send + 'static> Drop for Encoder<T> {
     fn drop(&mut self) {
         // Whatever still comes out is nobody's.
         self.shared.failed().get_or_insert_default();
-        teardown::stop(&self.pipeline);
+        ending::stop(&self.pipeline, &self.spec.name());
     }
 }
 

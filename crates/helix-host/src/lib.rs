@@ -21,6 +21,7 @@ mod client;
 mod edges;
 mod enabling;
 mod encoder;
+mod ending;
 mod greeting;
 mod layout;
 mod monitor;
@@ -34,7 +35,6 @@ mod session;
 mod settings;
 mod source;
 mod subscriber;
-mod teardown;
 
 pub use access::{TOKEN_SIZE, TokenError};
 pub use access_unit::AccessUnit;

@@ -285,22 +285,9 @@ impl EncoderSpec {
         Ok(element)
     }
 
-    /// Sets the bitrate, in bit/s, of a running element made by [`EncoderSpec::build`], if it can
-    /// change it while it runs; whether it can. One without a bitrate has nothing to change.
-    pub fn change_bitrate(&self, element: &gst::Element, bits: u32) -> bool {
-        let fixed =
-            |property: glib::ParamSpec| !property.flags().contains(gst::PARAM_FLAG_MUTABLE_PLAYING);
-        if element.find_property("bitrate").is_some_and(fixed)
-            && !LIVE.contains(&self.name().as_str())
-        {
-            return false;
-        }
-        self.set_bitrate(element, bits);
-        true
-    }
-
-    /// Sets the bitrate, in bit/s, of an element.
-    fn set_bitrate(&self, element: &gst::Element, bits: u32) {
+    /// Sets the bitrate, in bit/s, of an element made by [`EncoderSpec::build`]; also while it
+    /// plays, where it [takes one][EncoderSpec::takes_bitrate_while_playing] then.
+    pub fn set_bitrate(&self, element: &gst::Element, bits: u32) {
         let Some(property) = element.find_property("bitrate") else {
             tracing::warn!(encoder = %self.name(), "the encoder has no bitrate to set");
             return;
@@ -319,6 +306,16 @@ impl EncoderSpec {
         } else {
             tracing::warn!(encoder = %self.name(), bits, "the encoder refuses this bitrate");
         }
+    }
+
+    /// Whether an element that plays heeds another bitrate. Setting a property that is not made for it has no
+    /// effect, or none that its author thought of.
+    pub fn takes_bitrate_while_playing(&self, element: &gst::Element) -> bool {
+        LIVE.contains(&self.name().as_str())
+            || element.find_property("bitrate").is_none_or(|property| {
+                let flags = property.flags();
+                flags.contains(gst::PARAM_FLAG_MUTABLE_PLAYING)
+            })
     }
 
     /// The bitrate that an element made by [`EncoderSpec::build`] is set to, in bit/s; 0 where it

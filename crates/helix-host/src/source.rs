@@ -9,7 +9,7 @@ use gst::prelude::*;
 use gst::{ClockTime, ParseFlags};
 
 use crate::encoder::describe;
-use crate::teardown;
+use crate::ending;
 
 /// What comes out of a description.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -175,7 +175,7 @@ impl Source {
 impl Drop for Source {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Release);
-        teardown::stop(&self.pipeline);
+        ending::stop(&self.pipeline, "a scanout's source");
     }
 }
 

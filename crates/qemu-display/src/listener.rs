@@ -17,6 +17,7 @@ use std::time::Duration;
 use futures_core::Stream;
 use tokio::sync::oneshot::error::TryRecvError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::time::{Instant, sleep_until};
 use zbus::message::{Flags, Type};
 use zbus::{Connection, Fd, Message, MessageStream, Variant};
 
@@ -38,6 +39,10 @@ const UNKNOWN: &str = "org.freedesktop.DBus.Error.UnknownMethod";
 /// ui/dbus.h) and complains.
 const HOLD_LIMIT: Duration = Duration::from_millis(500);
 
+/// How long a picture may wait for the change that comes right behind it. QEMU sends both at once; the time is
+/// that of the change's pixels on their way, some 8 MB of them where it has no shared memory.
+const PAIR_LIMIT: Duration = Duration::from_millis(10);
+
 /// Calls of a listener that may be without an answer: one that the guest's GPU is held with, and one
 /// whose answer is on its way. A QEMU that is held sends no more of them.
 const MOST_HELD: usize = 2;
@@ -51,7 +56,7 @@ enum Answer {
     Interfaces(Vec<&'static str>),
     AllProperties(HashMap<&'static str, Variant<'static>>),
     /// Nothing, when the receiver is told or closed.
-    Later(oneshot::Receiver<()>),
+    Later(u64, oneshot::Receiver<()>),
     Unknown,
 }
 
@@ -59,8 +64,23 @@ enum Answer {
 pub async fn serve(messages: &mut MessageStream, screen: &Arc<Screen>, address: &str) -> Error {
     let connection = Connection::from(&*messages);
     let held = Arc::new(Semaphore::new(MOST_HELD));
+    // Until when a change is expected.
+    let mut expected = None;
     loop {
-        let message = match poll_fn(|context| Pin::new(&mut *messages).poll_next(context)).await {
+        expected = screen
+            .expects()
+            .then(|| expected.unwrap_or_else(|| Instant::now() + PAIR_LIMIT));
+        let next = poll_fn(|context| Pin::new(&mut *messages).poll_next(context));
+        let next = tokio::select! {
+            // The timer first, or whoever never stops could keep a picture waiting.
+            biased;
+            () = sleep_until(expected.unwrap_or_else(Instant::now)), if expected.is_some() => {
+                screen.settle();
+                continue;
+            }
+            next = next => next,
+        };
+        let message = match next {
             Some(Ok(message)) => message,
             Some(Err(error)) => return gone(address, &error.to_string()),
             None => return gone(address, "it closed the connection"),
@@ -104,7 +124,7 @@ async fn reply(
             let text = "no such method here";
             connection.reply_error(&header, UNKNOWN, &text).await
         }
-        Answer::Later(mut receiver) => {
+        Answer::Later(number, mut receiver) => {
             let Some(place) = place(held, &mut receiver) else {
                 return connection.reply(&header, &()).await;
             };
@@ -113,7 +133,7 @@ async fn reply(
             // Ends with the runtime, that is with the connection.
             tokio::spawn(async move {
                 if tokio::time::timeout(HOLD_LIMIT, receiver).await.is_err() {
-                    screen.waited();
+                    screen.waited(number);
                 }
                 // Who cannot be answered has gone, which `serve` notices.
                 let _ = connection.reply(&message.header(), &()).await;
@@ -193,7 +213,8 @@ fn handle(screen: &Screen, message: &Message) -> Result<Answer, Error> {
         (DMABUF2, "ScanoutDMABUF2") => screen.scanout_dmabuf(dmabuf2(message)?),
         (LISTENER, "UpdateDMABUF") => {
             let (x, y, width, height) = arguments!(message, body, At);
-            return Ok(Answer::Later(screen.update_dmabuf((x, y), (width, height))));
+            let (number, receiver) = screen.update_dmabuf((x, y), (width, height));
+            return Ok(Answer::Later(number, receiver));
         }
         (LISTENER, "Disable") => screen.disable(),
         (LISTENER, "MouseSet") => {

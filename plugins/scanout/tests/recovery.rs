@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use common::{Source, host, push};
 use gst::prelude::*;
-use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage};
+use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, ScanoutResp};
 use helix_protocol::{Envelope, Message, encode};
 use zerocopy_test_support::peer::{DELTA, Greets, Hello, LONG, Link, Peer, Seen, Then, hello};
 
@@ -112,6 +112,34 @@ fn a_host_that_has_no_place_for_as_long_as_it_is_called_is_an_error_that_says_so
             assert!(error.contains(part), "{part} is not in {error}");
         }
     }
+}
+
+#[test]
+fn a_screen_that_cannot_be_switched_on_yet_is_asked_for_again() {
+    let mut refusals = 2;
+    let peer = Peer::new(move |link, envelope| {
+        match &envelope.message {
+            Message::EnableScanout(enable) => {
+                let answer = ScanoutResp {
+                    scanout_id: enable.scanout_id,
+                    success: refusals == 0,
+                    connector: String::new(),
+                };
+                refusals -= u32::from(refusals > 0);
+                link.send(encode::scanout_resp(1, &answer));
+            }
+            Message::Subscribe { scanout_id } => {
+                link.send(encode::subscribe_resp(*scanout_id, true));
+                push(link, &[true]);
+            }
+            _ => {}
+        }
+        Then::GoOn
+    });
+    let properties = "scanout-id=1 enable=true reconnect-timeout=60000";
+    let mut source = Source::new(peer.port(), properties);
+    source.pull();
+    assert_eq!((source.stat("reconnects"), source.stat("errors")), (0, 0));
 }
 
 #[test]
@@ -469,4 +497,32 @@ fn a_wrong_token_is_an_error_at_once_even_while_reconnecting() {
         }
         assert!(!error.contains("s3cret"), "{error}");
     }
+}
+
+#[test]
+fn a_host_that_hangs_while_it_is_called_again_is_given_up_in_time() {
+    let mut clients = 0;
+    let peer = Peer::greeting(Greets::Script, move |link, envelope| {
+        match &envelope.message {
+            Message::Hello(_) => clients += 1,
+            Message::Subscribe { scanout_id } => {
+                link.send(encode::subscribe_resp(*scanout_id, true));
+                push(link, &[true]);
+                return Then::CloseAfterSending;
+            }
+            _ if clients == 1 => {
+                link.pong(envelope);
+            }
+            // Not even to a PING.
+            _ => {}
+        }
+        Then::GoOn
+    });
+    let mut source = Source::new(peer.port(), "scanout-id=1 timeout=0 reconnect-timeout=300");
+    source.pull();
+    let error = source.error();
+    assert!(
+        error.contains("300 ms (reconnect-timeout)") && error.contains("no sign of life"),
+        "{error}"
+    );
 }

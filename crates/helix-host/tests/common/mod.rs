@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "each test file uses its part of this")]
 
 pub mod metrics;
+pub mod program;
 pub mod qemu;
 pub mod resources;
 pub mod scripted;

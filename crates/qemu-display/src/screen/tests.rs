@@ -235,6 +235,106 @@ fn the_end_goes_before_everything() {
     assert!(screen.take().unwrap().is_none());
 }
 
+/// Shows `value` all over, as bytes or as memory.
+fn show(screen: &Screen, value: u8, shared: bool) {
+    let whole = layout(4, 4);
+    if shared {
+        let fd = memfd(64);
+        let mut file = File::from(fd.try_clone().unwrap());
+        file.write_all(&[value; 64]).unwrap();
+        screen.scanout_map(fd, 0, whole).unwrap();
+    } else {
+        screen.scanout(whole, canvas(whole, value)).unwrap();
+    }
+}
+
+/// Says that a part of that has changed, which now is `value`.
+fn change(screen: &Screen, value: u8, shared: bool) {
+    if shared {
+        screen.update_map((0, 0), (2, 2));
+    } else {
+        screen.update((0, 0), layout(2, 2), &[value; 16]).unwrap();
+    }
+}
+
+fn shown(screen: &Screen) -> (u8, Damage) {
+    let picture = screen.take().unwrap().unwrap();
+    let mut pixels = [0; 64];
+    picture.pixels.copy_to(&mut pixels, 16).unwrap();
+    (pixels[0], picture.damage)
+}
+
+#[test]
+fn a_picture_and_the_change_right_behind_it_are_one() {
+    for shared in [false, true] {
+        let (screen, calls) = screen();
+        // That they come in pairs is found out with the first.
+        show(&screen, 1, shared);
+        assert_eq!(screen.look(), Look::News);
+        shown(&screen);
+        change(&screen, 1, shared);
+        shown(&screen);
+        for value in 2..9 {
+            let before = calls.load(Ordering::Relaxed);
+            show(&screen, value, shared);
+            assert!(screen.expects());
+            assert_eq!(screen.look(), Look::Still);
+            change(&screen, value, shared);
+            assert!(!screen.expects());
+            assert_eq!(screen.look(), Look::News);
+            assert_eq!(calls.load(Ordering::Relaxed), before + 1);
+            // All of it is new, whatever the change was.
+            assert_eq!(shown(&screen), (value, Damage::All));
+        }
+        // What changes later is news of its own.
+        change(&screen, 9, shared);
+        assert_eq!(screen.look(), Look::News);
+        assert_eq!(shown(&screen).1, Damage::Rects(vec![rect(0, 0, 2, 2)]));
+    }
+}
+
+/// A screen whose pictures come in pairs with changes, the last one taken.
+fn paired() -> Screen {
+    let (screen, _) = screen();
+    show(&screen, 1, false);
+    change(&screen, 1, false);
+    shown(&screen);
+    screen
+}
+
+#[test]
+fn a_picture_without_a_change_behind_it_is_told_all_the_same() {
+    let screen = paired();
+    show(&screen, 2, false);
+    screen.settle();
+    assert_eq!(screen.look(), Look::News);
+    assert_eq!(shown(&screen), (2, Damage::All));
+    // From now on at once.
+    show(&screen, 3, false);
+    assert_eq!(screen.look(), Look::News);
+    // And with the next one in its place.
+    let screen = paired();
+    show(&screen, 2, false);
+    show(&screen, 3, false);
+    assert_eq!(screen.look(), Look::News);
+    assert_eq!(shown(&screen), (3, Damage::All));
+}
+
+#[test]
+fn a_picture_that_waits_for_its_change_can_be_taken() {
+    let screen = paired();
+    show(&screen, 2, false);
+    assert_eq!(shown(&screen), (2, Damage::All));
+    change(&screen, 3, false);
+    assert_eq!(screen.look(), Look::News);
+    assert_eq!(shown(&screen).0, 3);
+    // What is switched off meanwhile stays off.
+    show(&screen, 4, false);
+    screen.disable();
+    assert!(!screen.expects());
+    assert_eq!(screen.look(), Look::Off);
+}
+
 fn dmabuf() -> DmaBuf {
     let fourcc = u32::from_le_bytes(*b"XR24");
     DmaBuf::checked((4, 4), fourcc, 0, vec![], false).unwrap()
@@ -244,8 +344,8 @@ fn dmabuf() -> DmaBuf {
 fn qemu_waits_for_a_picture_on_the_gpu_until_it_is_let_go() {
     let (screen, _) = screen();
     screen.scanout_dmabuf(dmabuf());
-    let mut first = screen.update_dmabuf((0, 0), (1, 1));
-    let mut second = screen.update_dmabuf((2, 2), (1, 1));
+    let (_, mut first) = screen.update_dmabuf((0, 0), (1, 1));
+    let (_, mut second) = screen.update_dmabuf((2, 2), (1, 1));
     assert!(second.try_recv().unwrap_err() == TryRecvError::Closed);
     let picture = screen.take().unwrap().unwrap();
     assert_eq!(first.try_recv(), Err(TryRecvError::Empty));
@@ -257,14 +357,27 @@ fn qemu_waits_for_a_picture_on_the_gpu_until_it_is_let_go() {
 fn qemu_does_not_wait_again_where_nobody_looks() {
     let (screen, _) = screen();
     screen.scanout_dmabuf(dmabuf());
-    let mut held = screen.update_dmabuf((0, 0), (1, 1));
+    let (number, mut held) = screen.update_dmabuf((0, 0), (1, 1));
     assert_eq!(held.try_recv(), Err(TryRecvError::Empty));
-    screen.waited();
-    let mut free = screen.update_dmabuf((0, 0), (1, 1));
+    screen.waited(number);
+    let (_, mut free) = screen.update_dmabuf((0, 0), (1, 1));
     assert_eq!(free.try_recv(), Err(TryRecvError::Closed));
     drop(screen.take().unwrap());
-    let mut held = screen.update_dmabuf((0, 0), (1, 1));
+    let (_, mut held) = screen.update_dmabuf((0, 0), (1, 1));
     assert_eq!(held.try_recv(), Err(TryRecvError::Empty));
+}
+
+#[test]
+fn a_change_that_was_waited_with_too_long_says_nothing_of_the_next() {
+    let (screen, _) = screen();
+    screen.scanout_dmabuf(dmabuf());
+    let (first, _taken) = screen.update_dmabuf((0, 0), (1, 1));
+    let _in_use = screen.take().unwrap();
+    let (second, mut held) = screen.update_dmabuf((0, 0), (1, 1));
+    screen.waited(first);
+    assert_eq!(held.try_recv(), Err(TryRecvError::Empty));
+    screen.waited(second);
+    assert_eq!(held.try_recv(), Err(TryRecvError::Closed));
 }
 
 #[test]

@@ -64,16 +64,23 @@ impl PipeWireZeroCopySrc {
         let memory = *memory;
         // A new frame replaces it, and may leave in place only because its buffer is back.
         drop(last);
+        let mut single = false;
         let spared = inbox.take(format, |frame| {
+            single = frame.is_in_single_buffer();
             let in_place = match memory {
                 OutputMemory::System => can_leave_in_place(frame, info, takes),
-                OutputMemory::DmaBuf => true,
+                OutputMemory::DmaBuf => !single,
                 OutputMemory::Cuda => false,
             };
             in_place && frame.reserve()
         });
         let (mut frame, pooled) = match (spared, memory) {
             (Some(frame), _) => (frame, None),
+            (None, OutputMemory::DmaBuf) if single => {
+                let reason = "the producer has one buffer alone, and draws nothing while it is out";
+                self.refuse(format, Use::PassOn, reason);
+                return Ok(None);
+            }
             (None, OutputMemory::DmaBuf) => {
                 // Nothing else would do for downstream. The newest frame stays in the inbox.
                 if let Some(streaming) = &mut *lock(&self.streaming) {

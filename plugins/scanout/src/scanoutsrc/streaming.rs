@@ -122,7 +122,7 @@ impl ScanoutSrc {
 
     /// Calls the host for the first time.
     fn call(&self, streaming: &mut Streaming) -> Result<(), gst::FlowError> {
-        let target = match self.target(streaming) {
+        let target = match self.target(streaming, Deadline::NEVER) {
             Ok(target) => target,
             Err(LeaseError::Cancelled) => return Err(gst::FlowError::Flushing),
             Err(error) => {
@@ -146,12 +146,13 @@ impl ScanoutSrc {
                 let reason = streaming.settings.connection.refusal(&error);
                 self.lost(streaming, reason)
             }
+            Err(error @ SubscriptionError::NotOn { .. }) => self.lost(streaming, error.to_string()),
             Err(error) => Err(self.fail(streaming, &error.to_string())),
         }
     }
 
-    /// What to subscribe to.
-    fn target(&self, streaming: &mut Streaming) -> Result<Target, LeaseError> {
+    /// What to subscribe to, until `give_up` at the latest.
+    fn target(&self, streaming: &mut Streaming, give_up: Deadline) -> Result<Target, LeaseError> {
         let lease = lock(&self.lease);
         if lease.as_ref().is_some_and(|lease| !lease.is_alive()) {
             // The manager may have lent it to somebody else by now.
@@ -160,15 +161,14 @@ impl ScanoutSrc {
         drop(lease);
         let id = match streaming.scanout_id {
             Some(id) => id,
-            None => self.borrow(streaming)?,
+            None => self.borrow(streaming, give_up)?,
         };
         streaming.scanout_id = Some(id);
-        Ok(streaming.settings.target(id))
+        Ok(streaming.settings.target(id, give_up))
     }
 
     /// Waits until it is known which scanout was lent.
-    fn borrow(&self, streaming: &mut Streaming) -> Result<u16, LeaseError> {
-        let timeout = streaming.settings.connection.timeout();
+    fn borrow(&self, streaming: &mut Streaming, give_up: Deadline) -> Result<u16, LeaseError> {
         // One that has ended before its answer was read is asked for once more.
         let mut again = true;
         loop {
@@ -177,7 +177,7 @@ impl ScanoutSrc {
                 Some(lease) => lease,
                 None => streaming.settings.ask_for_lease()?,
             };
-            let deadline = timeout.map_or(Deadline::NEVER, Deadline::after);
+            let deadline = streaming.settings.connection.reply_deadline().min(give_up);
             match lease.scanout_id(&mut streaming.waiter, deadline) {
                 Ok(id) => {
                     let connector = lease.connector();
@@ -252,7 +252,8 @@ impl ScanoutSrc {
                     Err(error) => return Err(self.fail(streaming, &error.to_string())),
                 }
             }
-            let target = match self.target(streaming) {
+            let give_up = streaming.backoff.as_ref().map(Backoff::attempt_deadline);
+            let target = match self.target(streaming, give_up.unwrap_or(Deadline::NEVER)) {
                 Ok(target) => target,
                 Err(LeaseError::Cancelled) => return Err(gst::FlowError::Flushing),
                 // The manager may come back as the host may.

@@ -162,17 +162,20 @@ fn a_broken_encoder_is_replaced_even_if_it_hangs_and_a_still_screen_comes_all_th
         4,
         STILL,
         encoder(|arrived| {
-            if arrived.instance == 0 {
+            let breaks = arrived.instance < 2;
+            if breaks {
                 arrived.fail();
+            }
+            if arrived.instance == 1 {
                 gate.pass();
             }
-            true
+            !breaks
         }),
     );
     let mut subscriber = Peer::of(&server);
     subscriber.subscribe(4);
     assert!(is_start(&subscriber.next_frame().bytes));
-    assert_eq!(encode_errors(&server, 4), 1);
+    assert_eq!(encode_errors(&server, 4), 2);
 }
 
 #[test]
@@ -263,5 +266,44 @@ fn a_client_whose_encoder_cannot_change_its_bitrate_gets_a_new_one() {
         // No frame is lost, and none is a keyframe for nothing.
         let frame = peer.encode(&picture, PixelFormat::Bgra, pts + 10, false);
         assert!(!frame.response.is_keyframe);
+    }
+}
+
+#[test]
+fn who_waits_for_an_encoder_with_all_open_that_may_be_still_gets_pongs() {
+    // All by number; and by bytes, of one picture and of some.
+    for (most, side, max_frame_bytes) in [
+        (16, 16, 1 << 20),
+        (1, 64, 64 * 64 * 4),
+        (3, 64, 3 * 64 * 64 * 4 - 1),
+    ] {
+        let (gate, opens) = Gate::new();
+        let server = start(Config {
+            encoder: encoder(|_| {
+                gate.pass();
+                true
+            }),
+            max_frame_bytes,
+            ..config()
+        });
+        let mut peer = Peer::of(&server);
+        peer.greet(&common::hello());
+        let picture = Rgb::pattern(side, side, 0);
+        let request = |peer: &mut Peer, pts| {
+            let (request, pixels) = picture.request(PixelFormat::Bgra, 0, pts, false);
+            peer.request(&request, pixels);
+        };
+        for pts in 0..most {
+            request(&mut peer, pts);
+        }
+        for _ in 0..3 {
+            peer.expect_pong();
+        }
+        // One too many is not lost.
+        request(&mut peer, most);
+        drop(opens);
+        for pts in 0..=most {
+            assert_eq!(peer.next_frame().response.pts, pts);
+        }
     }
 }
