@@ -219,14 +219,13 @@ impl Run {
             // What it has not finished is older than this picture.
             self.encoder = None;
         }
-        let encoder = match &mut self.encoder {
-            Some(encoder) => encoder,
-            None => {
-                self.outdated = false;
-                self.started = Some(Instant::now());
-                self.encoder
-                    .insert(start_encoder(&self.scanout, &self.waker)?)
-            }
+        let encoder = if let Some(encoder) = &mut self.encoder {
+            encoder
+        } else {
+            self.outdated = false;
+            self.started = Some(Instant::now());
+            self.encoder
+                .insert(start_encoder(&self.scanout, &self.waker)?)
         };
         encoder.push(picture, keyframe, pts, pts)
     }

@@ -11,8 +11,12 @@ use helix_protocol::Address;
 use super::LONG;
 
 pub fn connect(server: &Server) -> TcpStream {
-    let Some(Address::Tcp { host, port }) = server.metrics() else {
-        panic!("no TCP address");
+    connect_to(server.metrics().expect("a host with --metrics"))
+}
+
+fn connect_to(address: &Address) -> TcpStream {
+    let Address::Tcp { host, port } = address else {
+        panic!("{address} is not TCP");
     };
     let stream = TcpStream::connect((host.as_str(), *port)).unwrap();
     stream.set_read_timeout(Some(LONG)).unwrap();
@@ -20,15 +24,25 @@ pub fn connect(server: &Server) -> TcpStream {
 }
 
 pub fn ask(server: &Server, request: &str) -> String {
-    let mut stream = connect(server);
+    answer(connect(server), request)
+}
+
+fn answer(mut stream: TcpStream, request: &str) -> String {
     stream.write_all(request.as_bytes()).unwrap();
     let mut text = String::new();
     stream.read_to_string(&mut text).unwrap();
     text
 }
 
+const FIGURES: &str = "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n";
+
 pub fn figures(server: &Server) -> String {
-    ask(server, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
+    ask(server, FIGURES)
+}
+
+/// Those of a program.
+pub fn figures_at(address: &Address) -> String {
+    answer(connect_to(address), FIGURES)
 }
 
 /// The value of the line that begins with `name`.
