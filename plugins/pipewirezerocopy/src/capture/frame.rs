@@ -284,9 +284,13 @@ impl Frame {
     }
 
     /// What must have happened before the frame may be looked at or passed on, and how that is known.
-    pub fn fence(&self) -> io::Result<(Sync, Fence)> {
+    /// `for_gpu`: as something that a GPU can wait for, where that can be had.
+    pub fn fence(&self, for_gpu: bool) -> io::Result<(Sync, Fence)> {
         match (&self.acquire, self.dmabuf()) {
             (Some(point), _) => {
+                if for_gpu && let Ok(file) = point.timeline.promised(point.value) {
+                    return Ok((Sync::Explicit, Fence::of_file(file)));
+                }
                 let reached = point.timeline.reached(point.value)?;
                 Ok((Sync::Explicit, Fence::new(reached)))
             }

@@ -13,15 +13,19 @@ use zerocopy_plugin_common::wait::Waiter;
 
 use super::abilities::Use;
 use super::caps::OutputMemory;
+use super::cuda::Copied;
 use super::dmabuf::pass_on;
+use super::figures::WaitedBy;
 use super::imp::{CAT, PipeWireZeroCopySrc, lock};
 use super::output::{can_leave_in_place, copy_frame, draw, in_place, orientation};
 use super::settings::LiveSettings;
 use super::streaming::{Negotiated, Streaming};
 use crate::capture::damage::Damage;
+use crate::capture::dmabuf::Fence;
 use crate::capture::frame::{Frame, Sync};
 use crate::capture::meta::Transform;
-use crate::capture::{Monotonic, StreamFormat};
+use crate::capture::{Inbox, Monotonic, StreamFormat};
+use crate::cuda::Error;
 
 impl PipeWireZeroCopySrc {
     /// Gives a frame that nobody wants back to the producer.
@@ -74,7 +78,7 @@ impl PipeWireZeroCopySrc {
             };
             in_place && frame.reserve()
         });
-        let (mut frame, pooled) = match (spared, memory) {
+        let (frame, pooled) = match (spared, memory) {
             (Some(frame), _) => (frame, None),
             (None, OutputMemory::DmaBuf) if single => {
                 let reason = "the producer has one buffer alone, and draws nothing while it is out";
@@ -90,22 +94,29 @@ impl PipeWireZeroCopySrc {
             }
             (None, OutputMemory::System | OutputMemory::Cuda) => {
                 // The pool may make us wait: no frame is held meanwhile (L4).
-                let buffer = self.pooled_buffer()?;
+                let Some(buffer) = self.pooled_buffer_of(&negotiated)? else {
+                    return Ok(None);
+                };
                 match inbox.take(format, |_| true) {
                     Some(frame) => (frame, Some(buffer)),
                     None => return Ok(None),
                 }
             }
         };
-        if self.must_latch(&frame, memory)
-            && let Some(streaming) = &mut *lock(&self.streaming)
-        {
-            let time = Duration::from(Self::interval(Some(&negotiated)));
-            match streaming.latch.exchange(frame, Instant::now(), time) {
-                Some(before) => frame = before,
-                // It leaves with the next one, or when none comes.
-                None => return Ok(None),
-            }
+        self.look_at_sync(&frame, memory);
+        let interval = Duration::from(Self::interval(Some(&negotiated)));
+        let (leaves, of_no_use) = match &mut *lock(&self.streaming) {
+            Some(streaming) => streaming.latch.exchange(frame, Instant::now(), interval),
+            None => return Err(gst::FlowError::Flushing),
+        };
+        // One that is kept leaves with the next one, or when none comes.
+        let Some(mut frame) = leaves else {
+            return Ok(None);
+        };
+        if let Some(older) = of_no_use {
+            frame.damage.add(older.damage);
+            let figures = lock(&self.figures);
+            figures.counters.dropped.fetch_add(1, Ordering::Relaxed);
         }
         self.finish(frame, pooled, &negotiated, settings, waiter)
     }
@@ -116,30 +127,53 @@ impl PipeWireZeroCopySrc {
         settings: &LiveSettings,
         waiter: &mut Waiter,
     ) -> Result<Option<gst::Buffer>, gst::FlowError> {
-        let pooled = self.pooled_buffer()?;
-        let kept = lock(&self.streaming)
-            .as_mut()
-            .and_then(|streaming| streaming.latch.take().zip(streaming.negotiated.clone()));
-        match kept {
-            Some((frame, negotiated)) => {
+        let negotiated = match &*lock(&self.streaming) {
+            Some(streaming) => streaming.negotiated.clone(),
+            None => return Err(gst::FlowError::Flushing),
+        };
+        let pooled = match &negotiated {
+            Some(negotiated) => self.pooled_buffer_of(negotiated)?,
+            None => None,
+        };
+        let (inbox, kept) = match &mut *lock(&self.streaming) {
+            Some(streaming) => (streaming.capture.inbox().clone(), streaming.latch.take()),
+            None => return Err(gst::FlowError::Flushing),
+        };
+        match (kept, negotiated, pooled) {
+            (Some(frame), Some(negotiated), Some(pooled)) => {
                 self.finish(frame, Some(pooled), &negotiated, settings, waiter)
             }
-            None => Ok(None),
+            (Some(frame), ..) => {
+                inbox.put_back(frame);
+                Ok(None)
+            }
+            (None, ..) => Ok(None),
         }
     }
 
-    /// Whether frames must be kept because nothing says when they are drawn. Tells when that changes:
-    /// it is a frame's time of latency.
-    fn must_latch(&self, frame: &Frame, memory: OutputMemory) -> bool {
+    /// Lets another attempt find the newest picture, which did not leave as was agreed: this one, or the one
+    /// that is kept after it.
+    fn hand_back(&self, inbox: &Inbox, frame: Frame) {
+        let kept = lock(&self.streaming)
+            .as_mut()
+            .and_then(|streaming| streaming.latch.take());
+        if let Some(kept) = kept {
+            inbox.put_back(kept);
+        }
+        inbox.put_back(frame);
+    }
+
+    /// Looks whether frames must be kept because nothing says when they are drawn. Tells when that
+    /// changes: it is a frame's time of latency.
+    fn look_at_sync(&self, frame: &Frame, memory: OutputMemory) {
         let sync = match frame.dmabuf() {
             _ if frame.has_acquire_point() => Sync::Explicit,
             Some(_) => Sync::Implicit,
             None => Sync::None,
         };
         let mut changed = false;
-        let mut latching = false;
         if let Some(streaming) = &mut *lock(&self.streaming) {
-            latching = streaming.latch.is_needed(sync, memory);
+            let latching = streaming.latch.is_needed(sync, memory);
             changed = streaming.latch.active != latching;
             streaming.latch.active = latching;
         }
@@ -148,7 +182,6 @@ impl PipeWireZeroCopySrc {
             // Fails only while the element is being disposed of.
             let _ = self.obj().post_message(message);
         }
-        latching
     }
 
     /// A frame as a buffer, and all that is to be remembered of it.
@@ -175,25 +208,26 @@ impl PipeWireZeroCopySrc {
             memory,
         } = negotiated;
         let memory = *memory;
-        let sync = match frame.fence() {
-            Ok((sync, fence)) => {
-                let drawn = self.wait_for(&fence, waiter);
-                if !drawn.inspect_err(|_| inbox.miss())? {
-                    inbox.miss();
-                    let figures = lock(&self.figures);
-                    figures.counters.corrupted.fetch_add(1, Ordering::Relaxed);
-                    return Ok(None);
-                }
-                match sync {
-                    Sync::Implicit if without_fences => Sync::None,
-                    sync => sync,
-                }
-            }
+        let for_gpu = memory == OutputMemory::Cuda;
+        let (sync, fence) = match frame.fence(for_gpu) {
+            Ok((Sync::Implicit, fence)) if without_fences => (Sync::None, fence),
+            Ok(known) => known,
             Err(error) => {
                 gst::warning!(CAT, imp = self, "a frame is taken as it is: {error}");
-                Sync::None
+                (Sync::None, Fence::default())
             }
         };
+        // Where the GPU copies it, it may be the GPU that waits.
+        let mut by = WaitedBy::Nobody;
+        if !for_gpu && fence.pending().is_some() {
+            by = WaitedBy::Thread;
+            if !self
+                .wait_for(&fence, waiter)
+                .inspect_err(|_| inbox.miss())?
+            {
+                return Ok(self.never_drawn(&inbox));
+            }
+        }
         let (captured, transform) = (frame.captured, frame.transform);
         let damage = std::mem::replace(&mut frame.damage, Damage::Everything);
         let copied = pooled.is_some() && memory == OutputMemory::System;
@@ -208,9 +242,14 @@ impl PipeWireZeroCopySrc {
             },
             (None, OutputMemory::System | OutputMemory::Cuda) => in_place(frame, info),
             (Some(mut buffer), OutputMemory::Cuda) => {
-                if !self.copy_to_cuda(&frame, &mut buffer, info, format)? {
-                    inbox.miss();
-                    return Ok(None);
+                let copied = self.copy_to_cuda(&frame, &fence, &mut buffer, negotiated, waiter);
+                match copied.inspect_err(|_| inbox.miss())? {
+                    Copied::Done(who) => by = who,
+                    Copied::NeverDrawn => return Ok(self.never_drawn(&inbox)),
+                    Copied::Not => {
+                        self.hand_back(&inbox, frame);
+                        return Ok(None);
+                    }
                 }
                 Some(buffer)
             }
@@ -231,6 +270,7 @@ impl PipeWireZeroCopySrc {
             figures.add_transfer(copied);
             figures.memory = Some(memory);
             figures.sync = sync;
+            figures.waited = by;
             figures.latched = latching;
         }
         let buffer = self.leave(picture, damage, captured, settings)?;
@@ -257,6 +297,14 @@ impl PipeWireZeroCopySrc {
         }
         gst::trace!(CAT, imp = self, "frame {:?}", buffer.pts());
         Ok(Some(buffer))
+    }
+
+    /// Nothing leaves: what draws the frame has not ended in time.
+    fn never_drawn(&self, inbox: &Inbox) -> Option<gst::Buffer> {
+        inbox.miss();
+        let figures = lock(&self.figures);
+        figures.counters.corrupted.fetch_add(1, Ordering::Relaxed);
+        None
     }
 
     /// Copies a frame into a buffer. False where that cannot be done with this frame.
@@ -414,6 +462,26 @@ impl PipeWireZeroCopySrc {
         let pool = self.obj().buffer_pool();
         pool.ok_or(gst::FlowError::NotNegotiated)?
             .acquire_buffer(None)
+    }
+
+    /// The same for a new frame. None where the GPU has no memory left, and other memory is to be agreed on.
+    fn pooled_buffer_of(
+        &self,
+        negotiated: &Negotiated,
+    ) -> Result<Option<gst::Buffer>, gst::FlowError> {
+        match self.pooled_buffer() {
+            Err(gst::FlowError::Error) if negotiated.memory == OutputMemory::Cuda => {
+                let info = &negotiated.info;
+                let error = Error::Exhausted(format!(
+                    "no CUDA memory can be had for one more picture of {}x{}",
+                    info.width(),
+                    info.height()
+                ));
+                self.give_up_cuda(&negotiated.source, &error)?;
+                Ok(None)
+            }
+            other => other.map(Some),
+        }
     }
 
     /// Says downstream how the frames from now on are turned.

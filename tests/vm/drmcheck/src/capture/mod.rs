@@ -11,17 +11,14 @@ use std::time::{Duration, Instant};
 
 mod canvas;
 mod cuda;
-mod pods;
-mod producer;
 mod run;
 mod stage;
 mod sync;
 
-use canvas::{Memory, Pixels, Style};
-use pods::Offer;
-use producer::{STALE, When};
+use canvas::{Memory, Style};
 use run::Run;
 use stage::{AGAIN, ANY, LIMIT, Stage, TOO_EARLY, expect, expect_dmabuf};
+use zerocopy_test_producer::{Offer, Pixels, STALE, When};
 
 use crate::Outcome;
 
@@ -82,9 +79,20 @@ const SCENES: &[(&str, Scene)] = &[
     ("cuda", |node| cuda::copied(node, Pixels::Bgrx)),
     ("cuda-rgba", |node| cuda::copied(node, Pixels::Rgba)),
     ("cuda-nv12", |node| cuda::copied(node, Pixels::Nv12)),
+    ("cuda-device", cuda::device),
+    ("cuda-shared", cuda::shared),
+    ("cuda-latch", cuda::latched),
+    ("cuda-fence", cuda::fence),
     ("cuda-lost", cuda::lost),
+    ("cuda-refused", cuda::refused),
     ("cuda-exhausted", cuda::exhausted),
     ("cuda-strict", cuda::strict),
+    ("cuda-only", cuda::only),
+    ("cuda-still", cuda::still::fallback),
+    ("cuda-kept", cuda::still::kept),
+    ("cuda-agreed-again", cuda::still::agreed_again),
+    ("cuda-unwanted", cuda::unwanted),
+    ("cuda-cycles", cuda::cycles),
     ("system", system),
     ("read", read),
     ("second-modifier", second_modifier),
@@ -145,6 +153,7 @@ fn offer(pixels: Pixels, modifiers: &[u64], shared: bool) -> Offer {
         size: SIZE,
         modifiers: modifiers.to_vec(),
         shared,
+        most: Some(60),
     }
 }
 

@@ -5,11 +5,12 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-use super::canvas::{Pixels, Style};
-use super::pods::Offer;
-use super::producer::{Event, Producer, STALE, Shown, When};
+use zerocopy_test_producer::{Event, Offer, Pixels, Producer, STALE, Shown, SyncNode, When};
+
+use super::canvas::Style;
 use super::run::{Frame, Run};
 use crate::Outcome;
+use crate::node::{Kind, Node, VIRTIO_GPU};
 
 /// What takes either memory.
 pub const ANY: &str = "video/x-raw(memory:DMABuf); video/x-raw";
@@ -59,9 +60,23 @@ impl Stage {
         mode: &str,
         (caps, sync): (&str, bool),
     ) -> Outcome<Self> {
+        Self::watched(node, offer, style, mode, (caps, sync), |_, _| Ok(()))
+    }
+
+    /// See [`Run::watched`].
+    pub fn watched(
+        node: &str,
+        offer: Offer,
+        style: Style,
+        mode: &str,
+        (caps, sync): (&str, bool),
+        watch: impl FnOnce(&gst::Pipeline, &gst::Pad) -> Outcome<()>,
+    ) -> Outcome<Self> {
         let (pixels, size) = (offer.pixels, offer.size);
+        let timelines = || SyncNode::new(Node::open(VIRTIO_GPU, Kind::Render)?);
+        let sync = sync.then(timelines).transpose()?;
         let producer = Producer::start(node, offer, style, sync)?;
-        let run = Run::start(node, mode, caps)?;
+        let run = Run::watched(node, mode, caps, watch)?;
         Ok(Self {
             producer,
             run,
