@@ -121,7 +121,9 @@ impl PipeWireZeroCopySrc {
         }
         // Nobody is asked for a context here: who asks for caps may not want to be asked.
         let found = self.look_for_gpu(&settings, None);
-        found.map_or_else(|_| gst::Caps::new_empty(), |(can, ..)| can.caps())
+        // What is asked for by name and cannot be had is an error at the start, which says why; that the
+        // element cannot be linked would say nothing.
+        found.map_or_else(|_| caps::template(), |(can, ..)| can.caps())
     }
 
     /// Tells PipeWire what downstream takes and, once the producer has fixed a format, sets caps. The
