@@ -17,7 +17,6 @@ use std::time::Duration;
 use futures_core::Stream;
 use tokio::sync::oneshot::error::TryRecvError;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
-use tokio::time::{Instant, sleep_until};
 use zbus::message::{Flags, Type};
 use zbus::{Connection, Fd, Message, MessageStream, Variant};
 
@@ -38,10 +37,6 @@ const UNKNOWN: &str = "org.freedesktop.DBus.Error.UnknownMethod";
 /// How long the guest's GPU may be held. QEMU gives up after 1 s (DBUS_DEFAULT_TIMEOUT in its
 /// ui/dbus.h) and complains.
 const HOLD_LIMIT: Duration = Duration::from_millis(500);
-
-/// How long a picture may wait for the change that comes right behind it. QEMU sends both at once; the time is
-/// that of the change's pixels on their way, some 8 MB of them where it has no shared memory.
-const PAIR_LIMIT: Duration = Duration::from_millis(10);
 
 /// Calls of a listener that may be without an answer: one that the guest's GPU is held with, and one
 /// whose answer is on its way. A QEMU that is held sends no more of them.
@@ -64,23 +59,8 @@ enum Answer {
 pub async fn serve(messages: &mut MessageStream, screen: &Arc<Screen>, address: &str) -> Error {
     let connection = Connection::from(&*messages);
     let held = Arc::new(Semaphore::new(MOST_HELD));
-    // Until when a change is expected.
-    let mut expected = None;
     loop {
-        expected = screen
-            .expects()
-            .then(|| expected.unwrap_or_else(|| Instant::now() + PAIR_LIMIT));
-        let next = poll_fn(|context| Pin::new(&mut *messages).poll_next(context));
-        let next = tokio::select! {
-            // The timer first, or whoever never stops could keep a picture waiting.
-            biased;
-            () = sleep_until(expected.unwrap_or_else(Instant::now)), if expected.is_some() => {
-                screen.settle();
-                continue;
-            }
-            next = next => next,
-        };
-        let message = match next {
+        let message = match poll_fn(|context| Pin::new(&mut *messages).poll_next(context)).await {
             Some(Ok(message)) => message,
             Some(Err(error)) => return gone(address, &error.to_string()),
             None => return gone(address, "it closed the connection"),

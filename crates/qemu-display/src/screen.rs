@@ -72,31 +72,12 @@ impl Content {
     }
 }
 
-/// What is expected behind a whole picture.
-///
-/// A guest that flips pages, as all do with virtio-gpu, says two things: which page is shown, and that it
-/// has changed. QEMU passes both on (7.2 always, newer ones where they share memory): the first brings
-/// the picture, the second brings it again. They are one change.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Expected {
-    /// Nothing.
-    Nothing,
-    /// A change, perhaps. The picture was told.
-    Change,
-    /// A change: there was one behind the picture before. This one is told with it.
-    SameAgain,
-}
-
 #[expect(
     clippy::struct_excessive_bools,
     reason = "each says one thing, and all combinations occur"
 )]
 struct State {
     content: Option<Content>,
-    /// What is expected behind the picture that came last.
-    expected: Expected,
-    /// The whole picture before had a change right behind it.
-    in_pairs: bool,
     damage: Damage,
     news: bool,
     cursor: Cursor,
@@ -123,16 +104,9 @@ impl State {
     /// Another picture takes the place of the one that there is, which is returned. Nothing is left of
     /// what QEMU wanted with that one.
     fn show(&mut self, content: Option<Content>) -> Option<Content> {
-        self.expected = Expected::Nothing;
         self.reply = None;
         self.replaced = false;
         std::mem::replace(&mut self.content, content)
-    }
-
-    /// A picture or a change has come.
-    fn came(&mut self) {
-        self.figures.updates += 1;
-        self.arrived = Instant::now();
     }
 
     /// There is no picture any more.
@@ -178,8 +152,6 @@ impl Screen {
             listeners: watch::Sender::new(0),
             state: Mutex::new(State {
                 content: None,
-                expected: Expected::Nothing,
-                in_pairs: false,
                 damage: Damage::All,
                 news: false,
                 cursor: Cursor::default(),
@@ -314,7 +286,8 @@ impl Screen {
         }
         let mut state = self.lock();
         state.figures.bytes += there as u64;
-        self.whole(state, Content::Bytes(layout, Arc::new(canvas)));
+        state.show(Some(Content::Bytes(layout, Arc::new(canvas))));
+        self.changed(state, None);
         Ok(())
     }
 
@@ -358,7 +331,7 @@ impl Screen {
         for (to, from) in rows.zip(data.chunks(stride)).take(layout.height as usize) {
             to[..row].copy_from_slice(&from[..row]);
         }
-        self.part(guard, rect);
+        self.changed(guard, Some(rect));
         Ok(())
     }
 
@@ -372,9 +345,10 @@ impl Screen {
         let offset = u64::from(offset);
         let file = SharedFile::checked(fd, offset + layout.bytes() as u64)?;
         let mut state = self.lock();
+        state.show(Some(Content::Shared(layout, Arc::new(file), offset)));
         // The guest may draw into the memory before this one from now on.
         Self::drawn(&mut state);
-        self.whole(state, Content::Shared(layout, Arc::new(file), offset));
+        self.changed(state, None);
         Ok(())
     }
 
@@ -391,7 +365,6 @@ impl Screen {
         let mut state = self.lock();
         let before = state.show(Some(Content::DmaBuf(Arc::new(buffer))));
         state.replaced = matches!(before, Some(Content::DmaBuf(_)));
-        state.came();
         self.changed(state, None);
     }
 
@@ -485,58 +458,15 @@ impl Screen {
     ) {
         let content = state.content.as_ref().filter(|_| there);
         match content.and_then(|content| Rect::checked(at, extent, content.size())) {
-            Some(rect) => self.part(state, rect),
+            Some(rect) => self.changed(state, Some(rect)),
             None => state.figures.ignored += 1,
-        }
-    }
-
-    /// Whether a change is expected right behind the picture that came last. Who waits for it in vain
-    /// calls [`Screen::settle`].
-    pub(crate) fn expects(&self) -> bool {
-        self.lock().expected != Expected::Nothing
-    }
-
-    /// The change that was expected has not come.
-    pub(crate) fn settle(&self) {
-        let mut state = self.lock();
-        state.in_pairs = false;
-        if std::mem::replace(&mut state.expected, Expected::Nothing) == Expected::SameAgain {
-            self.changed(state, None);
-        }
-    }
-
-    /// A whole picture.
-    fn whole(&self, mut state: MutexGuard<'_, State>, content: Content) {
-        let expected = state.expected;
-        state.show(Some(content));
-        state.came();
-        // Where pictures come without changes in between, none is expected.
-        state.in_pairs &= expected == Expected::Nothing;
-        // Where another picture waits to be taken, this one goes in its place at once.
-        if state.in_pairs && !state.news {
-            state.expected = Expected::SameAgain;
-            state.damage = Damage::All;
-            return;
-        }
-        state.expected = Expected::Change;
-        self.changed(state, None);
-    }
-
-    /// A part of the picture has changed.
-    fn part(&self, mut state: MutexGuard<'_, State>, rect: Rect) {
-        state.came();
-        let expected = std::mem::replace(&mut state.expected, Expected::Nothing);
-        state.in_pairs |= expected == Expected::Change;
-        if expected == Expected::SameAgain {
-            state.figures.coalesced += 1;
-            self.changed(state, None);
-        } else {
-            self.changed(state, Some(rect));
         }
     }
 
     /// All of the picture has changed, or a part.
     fn changed(&self, mut state: MutexGuard<'_, State>, part: Option<Rect>) {
+        state.figures.updates += 1;
+        state.arrived = Instant::now();
         state.off = false;
         match part {
             Some(rect) => state.damage.add(rect),

@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::error::Error;
-use std::fs;
 use std::io::{BufRead, BufReader, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
@@ -16,7 +15,7 @@ use zerocopy_test_support::desktop::{Desktop, Recording};
 
 use crate::capture::{Capture, Seen, Source, Window, now};
 use crate::meter::Outcome;
-use crate::report::{Latency, Machine, Spread};
+use crate::report::{Latency, Machine, Spread, publish};
 use Source::{Pipewiresrc, Pipewirezerocopysrc};
 
 /// CPU time of a frame, as a multiple of pipewiresrc's.
@@ -175,11 +174,24 @@ impl Rounds {
         }
     }
 
-    /// CPU time of the element as a multiple of pipewiresrc's, round by round.
+    /// The element and pipewiresrc, round by round.
+    fn pairs(&self) -> impl Iterator<Item = (&Outcome, &Outcome)> {
+        let [ours, theirs] = [Pipewirezerocopysrc, Pipewiresrc].map(|who| self.of(who));
+        let pairs = ours.iter().zip(theirs);
+        pairs.map(|(ours, theirs)| (&ours.usage, &theirs.usage))
+    }
+
+    /// CPU time of the element as a multiple of pipewiresrc's.
     fn cpu_ratio(&self) -> Spread {
-        let pairs = self.of(Pipewirezerocopysrc).iter();
-        let pairs = pairs.zip(self.of(Pipewiresrc));
-        Spread::of(pairs.map(|(ours, theirs)| ours.usage.cpu_us / theirs.usage.cpu_us))
+        let pairs = self.pairs();
+        Spread::of(pairs.map(|(ours, theirs)| ours.cpu_us / theirs.cpu_us))
+    }
+
+    /// Microseconds by which the element's p99 is above pipewiresrc's.
+    fn added_p99(&self) -> Spread {
+        let p99 = |outcome: &Outcome| Latency::of(std::slice::from_ref(outcome)).p99;
+        let pairs = self.pairs();
+        Spread::of(pairs.map(|(ours, theirs)| p99(ours) - p99(theirs)))
     }
 
     fn delivered(&self, who: Source) -> usize {
@@ -209,6 +221,8 @@ struct Line {
     /// Both at once.
     together: BTreeMap<Source, Figures>,
     together_cpu_ratio: Spread,
+    /// Of the same time: what the compositor was late with, both were.
+    added_p99_us: Spread,
     /// Frames delivered of those captured while both looked.
     delivered: BTreeMap<Source, usize>,
     /// Of the element's, in the same time.
@@ -303,12 +317,7 @@ pub fn bench(options: &Options) -> Result<(), Box<dyn Error>> {
         report.missed = missed(&report);
     }
     print(&report);
-    if let Some(folder) = options.json.parent() {
-        fs::create_dir_all(folder)?;
-    }
-    fs::write(&options.json, serde_json::to_string_pretty(&report)?)?;
-    println!("\nAll figures: {}", options.json.display());
-    Ok(())
+    publish(&report, &options.json, &report.missed)
 }
 
 impl Bench {
@@ -355,6 +364,7 @@ impl Bench {
             alone_cpu_ratio: alone.cpu_ratio(),
             together: of(&together),
             together_cpu_ratio: together.cpu_ratio(),
+            added_p99_us: together.added_p99(),
             delivered: both.map(|who| (who, together.delivered(who))).into(),
             dropped: together
                 .of(Pipewirezerocopysrc)
@@ -418,12 +428,11 @@ fn missed(report: &Report) -> Vec<String> {
         }
     };
     for line in &report.lines {
-        let p99 = |who| line.alone[&who].latency.p99;
         let lost =
             line.delivered[&Pipewiresrc] as f64 - line.delivered[&Pipewirezerocopysrc] as f64;
         let cpu = line.alone_cpu_ratio.median;
         check(&line.name, "of pipewiresrc's CPU time", cpu, RATIO);
-        let added = p99(Pipewirezerocopysrc) - p99(Pipewiresrc);
+        let added = line.added_p99_us.median;
         check(&line.name, "us more than pipewiresrc, p99", added, ADDED_US);
         // At the edges of a window a frame may be in one's and not in the other's.
         let edges = f64::from(report.rounds);
@@ -474,9 +483,10 @@ fn print(report: &Report) {
     }
     println!("\nFrames of the same time, both at once; and per frame, ours/theirs:\n");
     println!(
-        "{:10} {:>11} {:>8} {:>7} {:>13} {:>15} {:>15} {:>13}",
+        "{:10} {:>11} {:>12} {:>8} {:>7} {:>13} {:>15} {:>15} {:>13}",
         "size",
         "delivered",
+        "added p99",
         "dropped",
         "copies",
         "large copies",
@@ -495,8 +505,9 @@ fn print(report: &Report) {
             line.delivered[&Pipewirezerocopysrc], line.delivered[&Pipewiresrc]
         );
         println!(
-            "{:10} {delivered:>11} {:>8} {:>7} {:>13} {:>15} {:>15} {:>13}",
+            "{:10} {delivered:>11} {:>12.2} {:>8} {:>7} {:>13} {:>15} {:>15} {:>13}",
             line.name,
+            line.added_p99_us.median / 1e3,
             line.dropped,
             line.copies,
             pair("large_copies", 2),
@@ -518,9 +529,5 @@ fn print(report: &Report) {
             keepalives.most,
             keepalives.count
         );
-    }
-    println!();
-    for text in &report.missed {
-        println!("missed: {text}");
     }
 }

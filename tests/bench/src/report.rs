@@ -3,7 +3,9 @@
 //! From what the processes say to the figures that people read.
 
 use std::collections::BTreeMap;
+use std::error::Error;
 use std::fs;
+use std::path::Path;
 use std::process::Command;
 
 use serde::Serialize;
@@ -152,9 +154,40 @@ pub fn less(
         .collect()
 }
 
+/// Writes all figures to `json`, and says which targets were missed. It is an error if any were.
+pub fn publish(
+    report: &impl Serialize,
+    json: &Path,
+    missed: &[String],
+) -> Result<(), Box<dyn Error>> {
+    if let Some(folder) = json.parent() {
+        fs::create_dir_all(folder)?;
+    }
+    fs::write(json, serde_json::to_string_pretty(report)?)?;
+    println!("\nAll figures: {}", json.display());
+    for text in missed {
+        println!("missed: {text}");
+    }
+    match missed.len() {
+        0 => Ok(()),
+        1 => Err("a target was missed".into()),
+        count => Err(format!("{count} targets were missed").into()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_missed_target_is_an_error_after_the_figures_are_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let json = folder.path().join("new").join("figures.json");
+        publish(&1, &json, &["too slow".to_owned()]).unwrap_err();
+        assert_eq!(fs::read_to_string(&json).unwrap(), "1");
+        publish(&2, &json, &[]).unwrap();
+        assert_eq!(fs::read_to_string(&json).unwrap(), "2");
+    }
 
     #[test]
     fn a_quantile_is_a_value_that_was_measured() {

@@ -5,7 +5,6 @@
 
 use std::collections::BTreeMap;
 use std::error::Error;
-use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -16,7 +15,7 @@ use serde::Serialize;
 use crate::case::{Case, Contender, Format, Pace, Picture};
 use crate::meter::Outcome;
 use crate::peer::Addresses;
-use crate::report::{Compared, Machine, Spread, less};
+use crate::report::{Compared, Machine, Spread, less, publish};
 
 /// What the element may take, as a multiple of the bare socket.
 const RATIO: f64 = 1.15;
@@ -142,12 +141,7 @@ pub fn bench(options: &Options) -> Result<(), Box<dyn Error>> {
         return Err("no case has such a name".into());
     }
     print(&report);
-    if let Some(folder) = options.json.parent() {
-        fs::create_dir_all(folder)?;
-    }
-    fs::write(&options.json, serde_json::to_string_pretty(&report)?)?;
-    println!("\nAll figures: {}", options.json.display());
-    Ok(())
+    publish(&report, &options.json, &report.missed)
 }
 
 fn case_name(picture: Picture, socket: &str) -> String {
@@ -482,9 +476,5 @@ fn print(report: &Report) {
             of(&line.switches, "vsockenc", 1.0, 1),
             of(&line.switches, "plain", 1.0, 1)
         );
-    }
-    println!();
-    for text in &report.missed {
-        println!("missed: {text}");
     }
 }

@@ -29,9 +29,8 @@ WIDTH, HEIGHT, FPS = 640, 480, 15
 SECONDS = 20
 # Of FPS. An emulated processor has other things to do at times.
 MIN_SHARE = 0.3
-# Frames for each picture that is another one. QEMU says twice that the guest has flipped a page; a busy machine
-# may let so much time pass in between that it is two frames.
-MAX_REPEATS = 1.5
+# Frames for each picture that is another one. weston and the kernel have QEMU tell each three times.
+MAX_REPEATS = 1.1
 # In dB, as in tests/demo.py: the frame before or after the right one has 26 dB.
 MIN_PSNR = 30
 

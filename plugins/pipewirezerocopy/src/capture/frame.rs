@@ -329,22 +329,20 @@ impl Frame {
     }
 
     /// The frame's memory as it lies, a part for each of the layout's extents.
-    pub fn parts(self) -> Vec<Part> {
-        let Pixels::Blocks(memory) = self.pixels else {
-            return Vec::new();
-        };
-        let lease = Arc::new(self.lease);
-        self.layout
-            .extents()
-            .filter_map(|extent| {
-                Some(Part {
-                    memory: memory[extent.block].clone()?,
+    pub fn parts(self) -> impl Iterator<Item = Part> {
+        let mut parts = [const { None }; MAX_PLANES];
+        if let Pixels::Blocks(memory) = self.pixels {
+            let lease = Arc::new(self.lease);
+            for (part, extent) in parts.iter_mut().zip(self.layout.extents()) {
+                *part = memory[extent.block].clone().map(|memory| Part {
+                    memory,
                     start: extent.start,
                     len: extent.len,
                     _lease: lease.clone(),
-                })
-            })
-            .collect()
+                });
+            }
+        }
+        parts.into_iter().flatten()
     }
 
     /// Must be held while planes of a DMA-BUF are copied.
@@ -559,7 +557,7 @@ pub(super) mod tests {
         let (mut frame, counters) = frame(&[7; 24], 2, 2, 12);
         assert!(frame.is_mapped() && frame.reserve());
         let pool = frame.lease.pool.clone();
-        let parts = frame.parts();
+        let parts: Vec<_> = frame.parts().collect();
         assert_eq!(parts.len(), 1);
         assert_eq!(parts[0].as_ref(), [7; 24], "whole rows");
         assert_eq!(counters.held.load(Ordering::Relaxed), 1);
@@ -576,7 +574,7 @@ pub(super) mod tests {
         let access = frame.begin_cpu_access().unwrap();
         assert!(frame.copy_plane(0, &mut [1; 16], 8, None));
         drop(access);
-        assert!(frame.parts().is_empty());
+        assert!(frame.parts().next().is_none());
         assert_eq!(counters.held.load(Ordering::Relaxed), 0);
     }
 

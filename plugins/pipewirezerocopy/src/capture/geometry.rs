@@ -256,6 +256,9 @@ impl FrameLayout {
     /// Where each plane lies in the extents, one behind the other, in bytes.
     pub fn offsets_in_extents(&self) -> [usize; MAX_PLANES] {
         let mut offsets = [0; MAX_PLANES];
+        if self.count == 1 {
+            return offsets;
+        }
         for (offset, plane) in offsets.iter_mut().zip(self.planes()) {
             for extent in self.extents() {
                 if extent.block == plane.block {
@@ -277,6 +280,9 @@ impl FrameLayout {
         let (Ok(x), Ok(y)) = (u32::try_from(region.x), u32::try_from(region.y)) else {
             return self;
         };
+        if (x, y, region.width, region.height) == (0, 0, self.width, self.height) {
+            return self;
+        }
         let fits = |from: u32, length: u32, whole: u32| {
             length > 0 && from.checked_add(length).is_some_and(|end| end <= whole)
         };

@@ -15,7 +15,7 @@ use super::damage::Damage;
 use super::frame::Frame;
 use super::meta::Cursor;
 use super::negotiate::StreamFormat;
-use super::{Counters, Failure};
+use super::{Counters, Failure, Stage};
 
 /// What there is to do for the consumer. More urgent things are reported first.
 #[derive(Debug)]
@@ -78,6 +78,11 @@ impl Inbox {
         }
     }
 
+    /// How far the capture has come.
+    pub(super) fn stage(&self) -> Stage {
+        self.counters.stage()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Contents> {
         // Nothing below can panic half-way through a change.
         self.contents.lock().unwrap_or_else(PoisonError::into_inner)
@@ -136,6 +141,22 @@ impl Inbox {
             frame.damage = Damage::Everything;
         }
         Some(frame)
+    }
+
+    /// Gives a frame back which could not leave as was agreed, and may in another way: on a still screen no
+    /// other comes. A newer one goes before it.
+    pub fn put_back(&self, frame: Frame) {
+        let dropped = {
+            let mut contents = self.lock();
+            contents.missed = true;
+            match contents.frame {
+                Some(_) => Some(frame),
+                None => contents.frame.replace(frame),
+            }
+        };
+        if dropped.is_some() {
+            self.counters.dropped.fetch_add(1, Ordering::Relaxed);
+        }
     }
 
     /// Whether there is news of the pointer.
@@ -457,6 +478,28 @@ mod tests {
         inbox.put_frame(frame(1, &counters));
         assert!(matches!(inbox.look(Interest::All), Look::Vanished(_)));
         assert!(matches!(inbox.look(Interest::All), Look::Frame(_)));
+    }
+
+    #[test]
+    fn a_frame_that_is_given_back_comes_again_unless_there_is_a_newer_one() {
+        let Setup {
+            counters, inbox, ..
+        } = setup();
+        let format = frame(1, &counters).format;
+        inbox.put_frame(frame(1, &counters));
+        let taken = inbox.take(&format, |_| true).unwrap();
+        inbox.put_back(taken);
+        let again = inbox.take(&format, |_| true).unwrap();
+        assert_eq!(again.damage, Damage::Everything);
+        let mut newer = frame(1, &counters);
+        newer.damage = Damage::Rects(Vec::new());
+        let came = newer.captured;
+        inbox.put_frame(newer);
+        inbox.put_back(again);
+        let taken = inbox.take(&format, |_| true).unwrap();
+        assert_eq!(taken.captured, came);
+        assert_eq!(taken.damage, Damage::Everything);
+        assert_eq!(counters.dropped.load(Ordering::Relaxed), 1);
     }
 
     #[test]

@@ -25,6 +25,7 @@
 //! | `waits` | how long a stream waits for what |
 //! | `buffers` | the buffers of a stream |
 //! | `raw` | PipeWire's own structures for them |
+//! | `data_loop` | PipeWire's second loop, run by the same thread |
 //! | `registry` | which nodes there are |
 //! | `worker` | the loop thread itself |
 
@@ -40,6 +41,7 @@ use zerocopy_plugin_common::wait::Waker;
 mod buffers;
 pub mod clock;
 pub mod damage;
+mod data_loop;
 pub mod dmabuf;
 pub mod format;
 pub mod frame;
@@ -256,7 +258,7 @@ impl Capture {
             returns: Arc::new(frame::Returns::new(commands.clone())),
             log: config.log.clone(),
             sync: config.sync.clone(),
-            next_buffer: std::cell::Cell::new(0),
+            next_buffer: std::cell::Cell::new(1),
         };
         let thread = thread::Builder::new()
             .name("pw-capture".into())
@@ -271,6 +273,11 @@ impl Capture {
     /// Where frames and news come.
     pub fn inbox(&self) -> &Arc<Inbox> {
         &self.inbox
+    }
+
+    /// How far it has come.
+    pub fn stage(&self) -> Stage {
+        self.inbox.stage()
     }
 
     /// Says what is taken from now on. The producer may fix another format in answer.
@@ -295,8 +302,32 @@ impl Drop for Capture {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use super::frame::{Frame, tests::frame_of};
     use super::*;
+
+    /// A capture without a thread: what comes is what the test puts there.
+    pub fn idle(waker: Waker, counters: &Arc<Counters>) -> Capture {
+        let (commands, _) = pipewire::channel::channel();
+        Capture {
+            inbox: Arc::new(Inbox::new(waker, counters.clone())),
+            commands,
+            thread: None,
+        }
+    }
+
+    /// A frame of BGRx, one pixel high.
+    pub fn frame(width: u32, counters: &Arc<Counters>) -> Frame {
+        frame_of(&[0; 64], (width, 1), 0, 8, counters)
+    }
+
+    pub fn put_frame(capture: &Capture, frame: Frame) {
+        capture.inbox.put_frame(frame);
+    }
+
+    pub fn put_vanished(capture: &Capture, reason: &str) {
+        capture.inbox.put_vanished(reason.into());
+    }
 
     #[test]
     fn every_stage_is_told_apart() {

@@ -7,7 +7,7 @@
 //! stream may be destroyed.
 
 use std::cell::{Cell, RefCell};
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 use std::ffi::CStr;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -53,8 +53,8 @@ struct State {
     open: Cell<Option<StreamFormat>>,
     /// What the producer was last told that we take.
     offer: RefCell<Offer>,
-    /// By the address that PipeWire knows them by.
-    buffers: RefCell<HashMap<*mut pw_buffer, Buffer>>,
+    /// By our number for them, with the address that PipeWire knows them by.
+    buffers: RefCell<BTreeMap<u64, (*mut pw_buffer, Buffer)>>,
     /// Counts the buffers of this generation.
     pool: RefCell<Arc<Pool>>,
     /// Something was drawn that never came: the next frame's damage does not cover it.
@@ -158,17 +158,9 @@ impl CaptureStream {
         self.stream.update_params(&mut params)
     }
 
-    /// Gives a buffer back to the producer, unless it has been removed meanwhile.
-    pub fn requeue(&self, id: u64) {
-        let mut buffers = self.state.buffers.borrow_mut();
-        let found = buffers
-            .iter_mut()
-            .find(|(_, buffer)| buffer.id == id && buffer.out);
-        if let Some((raw, buffer)) = found {
-            // SAFETY: The buffer was dequeued from this stream, whose list of buffers still has
-            // it, and it is given back only once: `out` says.
-            unsafe { self.state.give_back(&self.stream, *raw, buffer) };
-        }
+    /// Gives the producer the buffers back that have returned.
+    pub fn take_back(&self) {
+        self.state.take_back(&self.stream);
     }
 
     /// Gives all buffers back before the stream ends, those that somebody still reads as well:
@@ -178,7 +170,7 @@ impl CaptureStream {
     /// when the consumer went, and after as many such ends as it has buffers it streams no more.
     pub fn reclaim(&self) {
         let mut buffers = self.state.buffers.borrow_mut();
-        for (raw, buffer) in buffers.iter_mut().filter(|(_, buffer)| buffer.out) {
+        for (raw, buffer) in buffers.values_mut().filter(|(_, buffer)| buffer.out) {
             if let Err(error) = buffer.detach() {
                 self.state.log(
                     Level::Warning,
@@ -186,7 +178,7 @@ impl CaptureStream {
                 );
                 continue;
             }
-            // SAFETY: As in `requeue`.
+            // SAFETY: As in `take_back`.
             unsafe { self.state.give_back(&self.stream, *raw, buffer) };
         }
     }
@@ -377,12 +369,15 @@ impl State {
             self.pool.replace(Arc::default());
         }
         self.pool.borrow().add();
-        buffers.insert(raw, buffer);
+        // SAFETY: It is PipeWire's own structure, valid as above, and the field is ours.
+        unsafe { (*raw).user_data = std::ptr::without_provenance_mut(id as usize) };
+        buffers.insert(id, (raw, buffer));
     }
 
     fn remove_buffer(&self, raw: *mut pw_buffer) {
         let mut buffers = self.buffers.borrow_mut();
-        if let Some(mut buffer) = buffers.remove(&raw) {
+        // SAFETY: PipeWire passes a buffer that is valid until this returns.
+        if let Some((_, mut buffer)) = buffers.remove(&unsafe { number(raw) }) {
             self.pool.borrow().remove();
             self.end_loan(&mut buffer);
         }
@@ -395,8 +390,10 @@ impl State {
         }
     }
 
-    /// Takes all buffers that have come; the newest frame is what remains in the inbox.
+    /// Takes all buffers that have come; the newest frame is what remains in the inbox. What has
+    /// returned goes back first: PipeWire passes it on when this ends.
     fn process(&self, stream: &Stream) {
+        self.take_back(stream);
         loop {
             // SAFETY: A buffer that is not null is given back: below, or by the frame's lease.
             let raw = unsafe { stream.dequeue_raw_buffer() };
@@ -427,11 +424,26 @@ impl State {
             }
             // SAFETY: It was dequeued above, and no frame was made of it.
             unsafe {
-                match self.buffers.borrow_mut().get_mut(&raw) {
-                    Some(buffer) => self.give_back(stream, raw, buffer),
+                match self.buffers.borrow_mut().get_mut(&number(raw)) {
+                    Some((_, buffer)) => self.give_back(stream, raw, buffer),
                     None => stream.queue_raw_buffer(raw),
                 }
             }
+        }
+    }
+
+    /// Gives the buffers back that have returned, but for those that were removed meanwhile.
+    fn take_back(&self, stream: &Stream) {
+        while let Some(id) = self.link.returns.next() {
+            let mut buffers = self.buffers.borrow_mut();
+            let found = buffers.get_mut(&id).filter(|(_, buffer)| buffer.out);
+            if let Some((raw, buffer)) = found {
+                // SAFETY: The buffer was dequeued from this stream, whose list of buffers still has
+                // it, and it is given back only once: `out` says.
+                unsafe { self.give_back(stream, *raw, buffer) };
+            }
+            drop(buffers);
+            self.link.inbox.put_returned();
         }
     }
 
@@ -463,7 +475,8 @@ impl State {
     fn frame(&self, raw: *mut pw_buffer) -> Result<Frame, Skip> {
         let received = Monotonic::now();
         let mut buffers = self.buffers.borrow_mut();
-        let Some(buffer) = buffers.get_mut(&raw) else {
+        // SAFETY: PipeWire has added what it lets us dequeue.
+        let Some((_, buffer)) = buffers.get_mut(&unsafe { number(raw) }) else {
             return Err(Skip::Corrupted(Some("its buffer was never added".into())));
         };
         // SAFETY: The buffer is in our list, so PipeWire has added and not yet removed it.
@@ -544,10 +557,19 @@ impl State {
 impl Drop for State {
     /// The stream ends with buffers that were not given back: the daemon is gone, not the producer.
     fn drop(&mut self) {
-        for buffer in std::mem::take(self.buffers.get_mut()).values_mut() {
+        for (_, buffer) in std::mem::take(self.buffers.get_mut()).values_mut() {
             self.end_loan(buffer);
         }
     }
+}
+
+/// Our number for a buffer, 0 for one that was never added.
+///
+/// # Safety
+/// `raw` must be valid.
+unsafe fn number(raw: *mut pw_buffer) -> u64 {
+    // SAFETY: By the contract above. The field is set by `add_buffer` alone.
+    unsafe { (*raw).user_data }.addr() as u64
 }
 
 #[cfg(test)]
@@ -628,7 +650,10 @@ mod tests {
             let (state, warnings) = state();
             let mut coming = coming();
             let raw = &raw mut coming.raw;
-            state.buffers.borrow_mut().insert(raw, with_timelines(1));
+            state
+                .buffers
+                .borrow_mut()
+                .insert(0, (raw, with_timelines(1)));
             assert!(state.frame(raw).is_err(), "there is no format");
             assert!(warnings.lock().unwrap().is_empty());
             if what == "removed" {
@@ -647,7 +672,7 @@ mod tests {
             let (state, _) = state();
             let mut coming = coming();
             let raw = &raw mut coming.raw;
-            state.buffers.borrow_mut().insert(raw, buffer);
+            state.buffers.borrow_mut().insert(0, (raw, buffer));
             assert!(state.frame(raw).is_err(), "there is no format");
             assert_eq!(coming.points.flags & UNSCHEDULED_RELEASE == 0, promised);
         }

@@ -21,6 +21,7 @@ use pipewire::core::{CoreRc, Listener};
 use pipewire::loop_::{LoopRc, Timeout};
 use pipewire::properties::properties;
 
+use super::data_loop::{self, DataLoop};
 use super::frame::Returns;
 use super::registry::{Node, NodeList};
 use super::stream::CaptureStream;
@@ -129,8 +130,11 @@ struct Worker {
     /// Somebody else has the connection's socket open as well.
     shared_socket: bool,
     _core_listener: Listener,
-    // Last: everything above was made by it.
+    // Behind everything that was made by it.
     core: CoreRc,
+    /// What moves frames, where that is not the main loop.
+    data_loop: Option<DataLoop>,
+    looped: LoopRc,
 }
 
 /// Runs until told to quit, or until the connection is lost.
@@ -151,8 +155,8 @@ pub(super) fn run(config: Config, link: Link, receiver: Receiver<Command>) {
         move |command| commands.borrow_mut().push_back(command)
     });
 
-    // The loop stays entered throughout. Between turns of a loop that is not entered, PipeWire's
-    // data thread would run our callbacks itself instead of handing them to this thread.
+    // The loop stays entered throughout. Between turns of a loop that is not entered, any thread of
+    // PipeWire's would run our callbacks itself instead of handing them to this one.
     // SAFETY: Paired with the leave below, on the same thread.
     unsafe { looped.enter() };
     stay_connected(config, &looped, &link, &commands);
@@ -184,13 +188,11 @@ fn stay_connected(
             Ok(mut worker) => {
                 worker.past = past;
                 while worker.end.is_none() {
-                    let timeout = worker.timeout();
-                    // SAFETY: Entered by `run`, and left after this.
-                    unsafe { looped.iterate_unguarded(timeout) };
+                    worker.turn(worker.timeout());
                     worker.after_turn();
                 }
                 let end = worker.end;
-                past = worker.say_goodbye(looped);
+                past = worker.say_goodbye();
                 if once || end == Some(End::Quit) {
                     return;
                 }
@@ -242,8 +244,12 @@ impl Worker {
         let cannot = |what: &str, error: &dyn std::fmt::Display| {
             Failure::Connect(format!("{what} failed: {error}"))
         };
-        let context = ContextRc::new(looped, None)
+        let (key, value) = data_loop::NONE;
+        let context = ContextRc::new(looped, Some(properties! { key => value }))
             .map_err(|error| cannot("setting up a PipeWire context", &error))?;
+        // SAFETY: `run` has entered the main loop, and leaves it when the worker is gone.
+        let data_loop = unsafe { DataLoop::take_over(&context, looped) }
+            .map_err(|error| cannot("taking over PipeWire's data loop", &error))?;
         let shared_socket = matches!(remote, Remote::Socket(_));
         let name = properties! { *pipewire::keys::APP_NAME => config.name.as_str() };
         let core = match remote {
@@ -320,6 +326,8 @@ impl Worker {
             shared_socket,
             _core_listener: core_listener,
             core,
+            data_loop,
+            looped: looped.clone(),
         })
     }
 
@@ -338,6 +346,15 @@ impl Worker {
             ),
             None if self.commands.borrow().is_empty() => Timeout::Infinite,
             None => Timeout::None,
+        }
+    }
+
+    /// Waits for something to do, and lets PipeWire do it.
+    fn turn(&self, timeout: Timeout) {
+        match &self.data_loop {
+            Some(data_loop) => data_loop.iterate(timeout),
+            // SAFETY: `run` has entered the loop, and leaves it after this.
+            None => _ = unsafe { self.looped.iterate_unguarded(timeout) },
         }
     }
 
@@ -375,24 +392,23 @@ impl Worker {
 
     /// Gives the producer the buffers back that have returned.
     fn give_back(&self) {
-        while let Some(buffer) = self.link.returns.next() {
-            if let Some(stream) = &self.stream {
-                stream.requeue(buffer);
-            }
+        if let Some(stream) = &self.stream {
+            stream.take_back();
+        }
+        // Without a stream they are no more.
+        while self.link.returns.next().is_some() {
             self.link.inbox.put_returned();
         }
     }
 
     fn obey(&mut self) {
-        self.give_back();
         loop {
             // In a statement of its own: the borrow must end before the command runs.
             let Some(command) = self.commands.borrow_mut().pop_front() else {
                 return;
             };
             match command {
-                // That was done above.
-                Command::TakeBack => {}
+                Command::TakeBack => self.give_back(),
                 Command::Offer(offer) => self.set_offer(offer),
                 Command::Quit => self.end = Some(End::Quit),
             }
@@ -588,7 +604,7 @@ impl Worker {
     /// Ends what the daemon does for us. On a socket that somebody else keeps open, such as the
     /// portal's, the daemon does not notice that we have gone, and would go on streaming to us:
     /// there, wait until it has confirmed.
-    fn say_goodbye(mut self, looped: &LoopRc) -> Past {
+    fn say_goodbye(mut self) -> Past {
         if self.end == Some(End::Lost) {
             return self.past;
         }
@@ -597,27 +613,26 @@ impl Worker {
             // libpipewire before 0.3.72 loses the descriptors in what comes for a stream that is no
             // more. Of one that was only just set up the daemon gets to know with the first of
             // these; with the second its descriptors are here.
-            self.wait_for_daemon(looped, deadline);
-            self.wait_for_daemon(looped, deadline);
+            self.wait_for_daemon(deadline);
+            self.wait_for_daemon(deadline);
         }
         self.give_back();
         self.end_stream();
         if self.shared_socket {
-            self.wait_for_daemon(looped, deadline);
+            self.wait_for_daemon(deadline);
         }
         self.past
     }
 
     /// Waits until the daemon has done all that it was asked for, and its answers are here. Past the
     /// deadline it is still asked.
-    fn wait_for_daemon(&self, looped: &LoopRc, deadline: Instant) {
+    fn wait_for_daemon(&self, deadline: Instant) {
         let Ok(sync) = self.core.sync(0) else {
             return;
         };
         while self.notes.done.get() != Some(sync.seq()) && self.notes.lost.borrow().is_none() {
             let left = deadline.saturating_duration_since(Instant::now());
-            // SAFETY: `run` has entered the loop, and leaves it after this.
-            unsafe { looped.iterate_unguarded(Timeout::Finite(left)) };
+            self.turn(Timeout::Finite(left));
             if left.is_zero() {
                 return;
             }

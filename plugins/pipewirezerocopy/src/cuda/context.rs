@@ -191,6 +191,12 @@ impl Pool {
         Self::configure(pool, stream, caps, size, min, max).ok()
     }
 
+    /// Whether it was set up for these caps.
+    pub fn is_for(&self, caps: &gst::Caps) -> bool {
+        let params = self.pool.config().params();
+        params.is_some_and(|(known, ..)| known.as_ref() == Some(caps))
+    }
+
     fn configure(
         pool: gst::BufferPool,
         stream: &Stream,

@@ -113,8 +113,8 @@ pub fn answer(slot: &Slot, query: &mut gst::query::Context<gst::QueryRef>) -> bo
     true
 }
 
-/// The contexts, of whatever device, that the element was given before and that elements downstream of
-/// `pad` share. Calls downstream: hold no lock.
+/// The contexts, of whatever device, that elements downstream of `pad` share, and that the element was given
+/// before: in an earlier run, too. Calls downstream: hold no lock.
 pub fn shared_with(element: &gst::Element, pad: &gst::Pad) -> impl Iterator<Item = Context> {
     let given = || Context::from_shared(element.context(CONTEXT_TYPE)?.as_ref());
     let downstream = || {
@@ -122,9 +122,9 @@ pub fn shared_with(element: &gst::Element, pad: &gst::Pad) -> impl Iterator<Item
         pad.peer_query(&mut query)
             .then(|| Context::from_shared(query.context()?))?
     };
-    given()
+    downstream()
         .into_iter()
-        .chain(std::iter::once_with(downstream).flatten())
+        .chain(std::iter::once_with(given).flatten())
 }
 
 /// The element's context on this device: the one it has, else one of [`shared_with`], else the

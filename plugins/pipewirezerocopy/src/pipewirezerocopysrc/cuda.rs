@@ -83,13 +83,14 @@ impl PipeWireZeroCopySrc {
             .as_mut()
             .and_then(|streaming| streaming.cuda.take())
             .filter(|cuda| cuda.context == context);
-        let (importer, stream) = if let Some(CudaOutput {
+        let (importer, stream, before) = if let Some(CudaOutput {
             importer: Some(importer),
             stream,
+            pool,
             ..
         }) = before
         {
-            (importer, stream)
+            (importer, stream, Some(pool))
         } else {
             gst::info!(CAT, imp = self, "CUDA device {}", context.device());
             let way = match lock(&self.settings).cuda_import {
@@ -98,11 +99,15 @@ impl PipeWireZeroCopySrc {
                 CudaImport::GlTexture => Way::Texture,
             };
             let importer = Importer::new(display, &context, way)?;
-            (importer, Arc::new(Stream::new(&context)?))
+            (importer, Arc::new(Stream::new(&context)?), None)
         };
         let size =
             u32::try_from(info.size()).map_err(|_| Error::Refused("frames over 4 GiB".into()))?;
-        let pool = Pool::new(&context, &stream, caps, size)?;
+        // A new one takes memory and gives it back, to learn the layout, and the GPU stands still for that.
+        let pool = match before.filter(|pool| pool.is_for(caps)) {
+            Some(pool) => pool,
+            None => Pool::new(&context, &stream, caps, size)?,
+        };
         if let Some(streaming) = &mut *lock(&self.streaming) {
             streaming.cuda = Some(CudaOutput {
                 importer: Some(importer),
@@ -135,16 +140,6 @@ impl PipeWireZeroCopySrc {
             let size = size.max(own.size);
             let pool = pool.filter(|_| enough)?;
             let pool = Pool::of_downstream(pool, &context, &stream, caps, (size, min, max))?;
-            // It takes its least number of buffers now. The base class does the same, and what it says
-            // when there is no memory is no help to anybody.
-            if let Err(error) = pool.pool.set_active(true) {
-                gst::warning!(
-                    CAT,
-                    imp = self,
-                    "downstream's pool has no {min} buffers: {error}"
-                );
-                return None;
-            }
             Some((pool, min, max))
         });
         gst::debug!(

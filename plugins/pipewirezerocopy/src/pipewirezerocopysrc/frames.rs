@@ -64,7 +64,7 @@ impl PipeWireZeroCopySrc {
                 streaming.takes,
             )
         };
-        let Negotiated { info, memory, .. } = &negotiated;
+        let Negotiated { info, memory, .. } = &*negotiated;
         let memory = *memory;
         // A new frame replaces it, and may leave in place only because its buffer is back.
         drop(last);
@@ -109,15 +109,15 @@ impl PipeWireZeroCopySrc {
             Some(streaming) => streaming.latch.exchange(frame, Instant::now(), interval),
             None => return Err(gst::FlowError::Flushing),
         };
-        if of_no_use.is_some() {
-            inbox.miss();
+        // One that is kept leaves with the next one, or when none comes.
+        let Some(mut frame) = leaves else {
+            return Ok(None);
+        };
+        if let Some(older) = of_no_use {
+            frame.damage.add(older.damage);
             let figures = lock(&self.figures);
             figures.counters.dropped.fetch_add(1, Ordering::Relaxed);
         }
-        // One that is kept leaves with the next one, or when none comes.
-        let Some(frame) = leaves else {
-            return Ok(None);
-        };
         self.finish(frame, pooled, &negotiated, settings, waiter)
     }
 
@@ -135,16 +135,32 @@ impl PipeWireZeroCopySrc {
             Some(negotiated) => self.pooled_buffer_of(negotiated)?,
             None => None,
         };
-        let kept = lock(&self.streaming)
-            .as_mut()
-            .and_then(|streaming| streaming.latch.take());
+        let (inbox, kept) = match &mut *lock(&self.streaming) {
+            Some(streaming) => (streaming.capture.inbox().clone(), streaming.latch.take()),
+            None => return Err(gst::FlowError::Flushing),
+        };
         match (kept, negotiated, pooled) {
             (Some(frame), Some(negotiated), Some(pooled)) => {
                 self.finish(frame, Some(pooled), &negotiated, settings, waiter)
             }
-            // It was for what was negotiated before.
-            _ => Ok(None),
+            (Some(frame), ..) => {
+                inbox.put_back(frame);
+                Ok(None)
+            }
+            (None, ..) => Ok(None),
         }
+    }
+
+    /// Lets another attempt find the newest picture, which did not leave as was agreed: this one, or the one
+    /// that is kept after it.
+    fn hand_back(&self, inbox: &Inbox, frame: Frame) {
+        let kept = lock(&self.streaming)
+            .as_mut()
+            .and_then(|streaming| streaming.latch.take());
+        if let Some(kept) = kept {
+            inbox.put_back(kept);
+        }
+        inbox.put_back(frame);
     }
 
     /// Looks whether frames must be kept because nothing says when they are drawn. Tells when that
@@ -231,7 +247,7 @@ impl PipeWireZeroCopySrc {
                     Copied::Done(who) => by = who,
                     Copied::NeverDrawn => return Ok(self.never_drawn(&inbox)),
                     Copied::Not => {
-                        inbox.miss();
+                        self.hand_back(&inbox, frame);
                         return Ok(None);
                     }
                 }
@@ -257,7 +273,7 @@ impl PipeWireZeroCopySrc {
             figures.waited = by;
             figures.latched = latching;
         }
-        let buffer = self.leave(&picture, damage, captured)?;
+        let buffer = self.leave(picture, damage, captured, settings)?;
         let now = Instant::now();
         lock(&self.figures).add_frame(info.size(), Monotonic::now().since(captured));
         let mut announce = None;
@@ -265,10 +281,6 @@ impl PipeWireZeroCopySrc {
             streaming.frame_seen = true;
             streaming.waiting_since = None;
             streaming.schedule.frame_left(now, settings.min_interval());
-            let keep = settings.keepalive_time > 0
-                || settings.resend_last
-                || streaming.pointer.overlay().is_some();
-            streaming.last = keep.then_some(picture);
             if streaming.announced.is_some() && streaming.vanished {
                 announce = Some(("returned", None));
             } else if streaming.announced != Some(memory) {
@@ -357,7 +369,8 @@ impl PipeWireZeroCopySrc {
             }
             (last, moved)
         };
-        let buffer = self.leave(&last, Damage::Rects(Vec::new()), Monotonic::now())?;
+        let unchanged = Damage::Rects(Vec::new());
+        let buffer = self.leave(last, unchanged, Monotonic::now(), settings)?;
         let mut figures = lock(&self.figures);
         if moved {
             figures.add_pointer(buffer.size());
@@ -369,20 +382,23 @@ impl PipeWireZeroCopySrc {
         Ok(Some(buffer))
     }
 
-    /// A picture as it leaves: with the pointer, a timestamp, and what has changed.
+    /// A picture as it leaves: with the pointer, a timestamp, and what has changed. It is kept where it
+    /// may have to be resent.
     fn leave(
         &self,
-        picture: &gst::Buffer,
+        mut picture: gst::Buffer,
         mut damage: Damage,
         captured: Monotonic,
+        settings: &LiveSettings,
     ) -> Result<gst::Buffer, gst::FlowError> {
-        let (overlay, info, memory, takes) = {
+        let (overlay, negotiated, takes) = {
             let mut streaming = lock(&self.streaming);
             let Some(Streaming {
                 capture,
                 pointer,
                 negotiated: Some(negotiated),
                 takes,
+                last,
                 ..
             }) = streaming.as_mut()
             else {
@@ -391,17 +407,22 @@ impl PipeWireZeroCopySrc {
             if let Some(cursor) = capture.inbox().take_cursor() {
                 pointer.update(cursor);
             }
-            let info = negotiated.info.clone();
+            let info = &negotiated.info;
             damage.add(Damage::Rects(pointer.leaves(info.width(), info.height())));
-            let memory = negotiated.memory;
-            (pointer.overlay().cloned(), info, memory, *takes)
+            let keep = settings.keepalive_time > 0
+                || settings.resend_last
+                || pointer.overlay().is_some()
+                || last.is_some();
+            *last = keep.then(|| picture.clone());
+            (pointer.overlay().cloned(), negotiated.clone(), *takes)
         };
+        let info = &negotiated.info;
         // Nobody draws into a producer's DMA-BUFs, and not with the processor on a GPU.
-        let drawn = !takes.overlays && memory == OutputMemory::System;
+        let drawn = !takes.overlays && negotiated.memory == OutputMemory::System;
         let mut buffer;
         if let Some(overlay) = overlay.as_ref().filter(|_| drawn) {
             buffer = self.pooled_buffer()?;
-            if let Err(error) = draw(picture, overlay, &mut buffer, &info) {
+            if let Err(error) = draw(&picture, overlay, &mut buffer, info) {
                 return self.fail(gst::error_msg!(
                     gst::StreamError::Failed,
                     ["drawing the pointer into the picture failed: {error}"]
@@ -409,13 +430,19 @@ impl PipeWireZeroCopySrc {
             }
             lock(&self.figures).add_transfer(true);
         } else {
-            buffer = picture.copy();
-            if let Some(buffer) = buffer.get_mut() {
-                // So that a pool does not reuse the memory while downstream has this buffer.
-                gst::ParentBufferMeta::add(buffer, picture);
-                if let Some(overlay) = overlay.as_ref().filter(|_| takes.overlays) {
-                    gst_video::VideoOverlayCompositionMeta::add(buffer, overlay);
+            if picture.get_mut().is_some() {
+                buffer = picture;
+            } else {
+                // It is kept, as it is.
+                buffer = picture.copy();
+                if let Some(buffer) = buffer.get_mut() {
+                    // So that a pool does not reuse the memory while downstream has this buffer.
+                    gst::ParentBufferMeta::add(buffer, &picture);
                 }
+            }
+            let overlay = overlay.as_ref().filter(|_| takes.overlays);
+            if let (Some(overlay), Some(buffer)) = (overlay, buffer.get_mut()) {
+                gst_video::VideoOverlayCompositionMeta::add(buffer, overlay);
             }
         }
         // A frame that may have changed everywhere says nothing.

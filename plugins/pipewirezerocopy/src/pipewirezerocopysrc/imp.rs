@@ -282,6 +282,11 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
         })
     }
 
+    /// Buffers leave at once. The default says the same at greater length, for each of them.
+    fn times(&self, _buffer: &gst::BufferRef) -> (Option<gst::ClockTime>, Option<gst::ClockTime>) {
+        (None, None)
+    }
+
     fn negotiate(&self) -> Result<(), gst::LoggableError> {
         self.agree().map_err(|reason| {
             // The base class would say no more than that it failed.
@@ -299,12 +304,13 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
     ) -> Result<(), gst::LoggableError> {
         self.decide(query)
     }
-}
 
-impl PushSrcImpl for PipeWireZeroCopySrc {
+    // Not that of PushSrc: the way there is longer.
     fn create(
         &self,
+        _offset: u64,
         _buffer: Option<&mut gst::BufferRef>,
+        _length: u32,
     ) -> Result<CreateSuccess, gst::FlowError> {
         let taken = lock(&self.streaming)
             .as_mut()
@@ -323,6 +329,8 @@ impl PushSrcImpl for PipeWireZeroCopySrc {
         result.map(CreateSuccess::NewBuffer)
     }
 }
+
+impl PushSrcImpl for PipeWireZeroCopySrc {}
 
 impl PipeWireZeroCopySrc {
     fn wake(&self) {
@@ -344,7 +352,7 @@ impl PipeWireZeroCopySrc {
             Some(streaming) => (streaming.negotiated.clone(), streaming.latch.active),
             None => (None, false),
         };
-        let interval = Self::interval(negotiated.as_ref());
+        let interval = Self::interval(negotiated.as_deref());
         if latching { interval * 2 } else { interval }
     }
 

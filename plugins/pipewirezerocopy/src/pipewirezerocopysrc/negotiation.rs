@@ -120,9 +120,8 @@ impl PipeWireZeroCopySrc {
             return caps::template();
         }
         // Nobody is asked for a context here: who asks for caps may not want to be asked.
+        // So is what cannot be had at all: of a link that fails nobody learns why.
         let found = self.look_for_gpu(&settings, None);
-        // What is asked for by name and cannot be had is an error at the start, which says why; that the
-        // element cannot be linked would say nothing.
         found.map_or_else(|_| caps::template(), |(can, ..)| can.caps())
     }
 
@@ -210,17 +209,18 @@ impl PipeWireZeroCopySrc {
                 }
                 return Err(format!("downstream refused {caps}"));
             }
-            self.agreed(&Negotiated {
+            self.agreed(&Arc::new(Negotiated {
                 source: wanted,
                 info,
                 memory,
-            });
+            }));
             return Ok(());
         }
     }
 
-    fn agreed(&self, negotiated: &Negotiated) {
+    fn agreed(&self, negotiated: &Arc<Negotiated>) {
         let mut changed = false;
+        let mut kept = None;
         if let Some(streaming) = &mut *lock(&self.streaming) {
             let before = streaming.negotiated.replace(negotiated.clone());
             streaming.stale = None;
@@ -230,10 +230,16 @@ impl PipeWireZeroCopySrc {
                     || before.memory != negotiated.memory
             });
             if changed {
-                // They have the old format.
+                // It has the old format.
                 streaming.last = None;
-                streaming.latch.take();
+                let inbox = streaming.capture.inbox().clone();
+                kept = streaming.latch.take().map(|frame| (frame, inbox));
             }
+        }
+        if let Some((frame, inbox)) = kept {
+            // The producer has not changed what it gives, or the frame would have left: it leaves as is
+            // agreed now.
+            inbox.put_back(frame);
         }
         if changed {
             let message = gst::message::Latency::builder().src(&*self.obj()).build();

@@ -3,6 +3,7 @@
 //! What the streaming thread does from one buffer to the next: wait, decide what is to leave, tell
 //! the application what has happened to the producer.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
@@ -22,7 +23,7 @@ use super::schedule::Schedule;
 use super::settings::LiveSettings;
 use crate::capture::frame::Frame;
 use crate::capture::meta::{Cursor, Transform};
-use crate::capture::{Capture, Counters, Interest, Look, Offer, StreamFormat};
+use crate::capture::{Capture, Interest, Look, Offer, StreamFormat};
 use crate::egl::{Display, Reader};
 
 /// What downstream and the producer have agreed on.
@@ -67,7 +68,7 @@ pub(super) struct Streaming {
     pub latch: Latch<Frame>,
     /// What the frame that is there needs.
     pub wanted: Option<StreamFormat>,
-    pub negotiated: Option<Negotiated>,
+    pub negotiated: Option<Arc<Negotiated>>,
     /// A format that downstream takes no longer, which the producer was asked to change. Frames
     /// of it may still be under way.
     pub stale: Option<StreamFormat>,
@@ -153,7 +154,7 @@ impl Streaming {
     }
 
     /// Decides what to do at `now`.
-    fn next_step(&mut self, settings: &LiveSettings, counters: &Counters, now: Instant) -> Step {
+    fn next_step(&mut self, settings: &LiveSettings, now: Instant) -> Step {
         match self.ending {
             Ending::No => {}
             // What is kept is newer than what has left.
@@ -203,7 +204,7 @@ impl Streaming {
             // Its return is waited for; look again for what else there is.
             (Look::Absent(_), _) => Step::Wait(Deadline::at(now)),
             // Without a picture to draw it on, a pointer waits for the next one.
-            (Look::Cursor | Look::Nothing, None) => self.idle_step(settings, counters, now),
+            (Look::Cursor | Look::Nothing, None) => self.idle_step(settings, now),
         }
     }
 
@@ -224,7 +225,7 @@ impl Streaming {
     }
 
     /// What to do while no frame comes.
-    fn idle_step(&mut self, settings: &LiveSettings, counters: &Counters, now: Instant) -> Step {
+    fn idle_step(&mut self, settings: &LiveSettings, now: Instant) -> Step {
         if self.vanished {
             return Step::Wait(Deadline::NEVER);
         }
@@ -249,7 +250,7 @@ impl Streaming {
                     "no frame from {} within {limit} ms (first-frame-timeout): {} (what is \
                      downstream takes {}){}",
                     self.target,
-                    counters.stage().advice(),
+                    self.capture.stage().advice(),
                     self.offer,
                     self.given_up()
                 ]
@@ -294,14 +295,13 @@ fn is_stale(stale: &StreamFormat, format: &StreamFormat, offer: &Offer) -> bool 
 impl PipeWireZeroCopySrc {
     /// Waits for the next thing to push. Nothing is locked while it waits.
     pub(super) fn next_buffer(&self, waiter: &mut Waiter) -> Result<gst::Buffer, gst::FlowError> {
-        let counters = lock(&self.figures).counters.clone();
         loop {
             if self.obj().src_pad().needs_reconfigure() {
                 self.renegotiate()?;
             }
             let settings = lock(&self.settings).live;
             let step = match &mut *lock(&self.streaming) {
-                Some(streaming) => streaming.next_step(&settings, &counters, Instant::now()),
+                Some(streaming) => streaming.next_step(&settings, Instant::now()),
                 None => return Err(gst::FlowError::Flushing),
             };
             match step {
@@ -442,8 +442,76 @@ impl PipeWireZeroCopySrc {
 #[cfg(test)]
 mod tests {
     use super::*;
+
     use crate::capture::negotiate::Color;
-    use crate::capture::{OfferEntry, PixelFormat, Span};
+    use crate::capture::tests::{frame, idle, put_frame, put_vanished};
+    use crate::capture::{Counters, OfferEntry, PixelFormat, Span};
+
+    /// Frames one pixel wide are agreed on, and the latch keeps one.
+    fn keeping() -> (Streaming, Arc<Counters>) {
+        gst::init().unwrap();
+        let counters = Arc::new(Counters::default());
+        let waiter = Waiter::new().unwrap();
+        let capture = idle(waiter.waker(), &counters);
+        let can = Abilities::default();
+        let mut streaming = Streaming::new(capture, waiter, "nobody".into(), can, None, None);
+        let kept = frame(1, &counters);
+        let info = gst_video::VideoInfo::builder(gst_video::VideoFormat::Bgrx, 1, 1);
+        streaming.negotiated = Some(Arc::new(Negotiated {
+            source: kept.format,
+            info: info.build().unwrap(),
+            memory: OutputMemory::Cuda,
+        }));
+        streaming.frame_seen = true;
+        streaming.latch.active = true;
+        let long = Duration::from_hours(1);
+        let (left, _) = streaming.latch.exchange(kept, Instant::now(), long);
+        assert!(left.is_none());
+        (streaming, counters)
+    }
+
+    fn step(streaming: &mut Streaming) -> Step {
+        streaming.next_step(&LiveSettings::default(), Instant::now())
+    }
+
+    #[test]
+    fn a_kept_frame_waits_for_the_next_one() {
+        let (mut streaming, counters) = keeping();
+        assert!(matches!(step(&mut streaming), Step::Wait(_)));
+        put_frame(&streaming.capture, frame(1, &counters));
+        assert!(matches!(step(&mut streaming), Step::Push(_)));
+    }
+
+    #[test]
+    fn a_kept_frame_leaves_before_the_end_of_the_stream() {
+        for ending in [Ending::ResendLast, Ending::Now] {
+            let (mut streaming, _) = keeping();
+            streaming.ending = ending;
+            assert!(matches!(step(&mut streaming), Step::Flush));
+            streaming.latch.take();
+            assert!(matches!(step(&mut streaming), Step::End));
+        }
+    }
+
+    #[test]
+    fn a_kept_frame_leaves_before_one_of_another_size() {
+        let (mut streaming, counters) = keeping();
+        put_frame(&streaming.capture, frame(2, &counters));
+        assert!(matches!(step(&mut streaming), Step::Flush));
+        streaming.latch.take();
+        let next = step(&mut streaming);
+        assert!(matches!(next, Step::Negotiate(format) if format.width == 2));
+    }
+
+    #[test]
+    fn a_kept_frame_leaves_before_its_producers_end_is_told() {
+        let (mut streaming, _) = keeping();
+        put_vanished(&streaming.capture, "gone");
+        assert!(matches!(step(&mut streaming), Step::Flush));
+        streaming.latch.take();
+        let next = step(&mut streaming);
+        assert!(matches!(next, Step::Vanished(reason) if reason == "gone"));
+    }
 
     fn format(format: PixelFormat, width: u32) -> StreamFormat {
         StreamFormat {

@@ -40,6 +40,24 @@ fn starting_and_stopping_leaves_nothing_behind() {
     desktop.close(&cast);
 }
 
+#[test]
+fn one_thread_does_all_of_pipewires_work() {
+    let mut desktop = desktop();
+    let cast = desktop.screencast(Recording::Monitor);
+    let run = Run::on_node(&desktop, cast.node);
+    run.play();
+    run.frame();
+    // Before 1.2, PipeWire's threads have the name of the thread that started them.
+    let tasks = fs::read_dir("/proc/self/task").unwrap();
+    let names = tasks.filter_map(|task| fs::read_to_string(task.unwrap().path().join("comm")).ok());
+    let names: Vec<_> = names
+        .filter(|name| name.starts_with("pw-capture") || name.contains("data-loop"))
+        .collect();
+    assert_eq!(names, ["pw-capture\n"]);
+    run.stop();
+    desktop.close(&cast);
+}
+
 /// Bytes of this process's own memory that are in use, with the heap's slack.
 fn resident() -> usize {
     let status = fs::read_to_string("/proc/self/status").unwrap();

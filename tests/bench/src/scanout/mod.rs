@@ -11,7 +11,6 @@ pub mod watch;
 
 use std::collections::BTreeMap;
 use std::error::Error;
-use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -20,7 +19,7 @@ use clap::Args;
 use serde::Serialize;
 
 use self::case::{Case, Contender, Outcome, Served, Target};
-use crate::report::{Machine, Spread, quantile};
+use crate::report::{Machine, Spread, publish, quantile};
 
 /// From the moment a frame is due to the moment it is out, at one subscriber, in microseconds.
 const P99_US: f64 = 2000.0;
@@ -172,12 +171,7 @@ pub fn bench(options: &Options) -> Result<(), Box<dyn Error>> {
         return Err("no case has such a name".into());
     }
     table::print(&report);
-    if let Some(folder) = options.json.parent() {
-        fs::create_dir_all(folder)?;
-    }
-    fs::write(&options.json, serde_json::to_string_pretty(&report)?)?;
-    println!("\nAll figures: {}", options.json.display());
-    Ok(())
+    publish(&report, &options.json, &report.missed)
 }
 
 struct Bench {

@@ -53,8 +53,4 @@ pub fn print(report: &Report) {
             );
         }
     }
-    println!();
-    for text in &report.missed {
-        println!("missed: {text}");
-    }
 }

@@ -18,6 +18,8 @@ use super::{AGAIN, LIMIT, LINEAR, STALE, Stage, When, expect, offer, padded};
 use crate::Outcome;
 use crate::node::{Kind, Node, VIRTIO_GPU};
 
+pub mod still;
+
 /// What takes all kinds of memory, CUDA's first.
 const ALL: &str = "video/x-raw(memory:CUDAMemory); video/x-raw(memory:DMABuf); video/x-raw";
 const CUDA: &str = "video/x-raw(memory:CUDAMemory)";
@@ -367,6 +369,21 @@ pub fn fence(node: &str) -> Outcome<()> {
     Ok(())
 }
 
+/// Who wants no CUDA memory has nothing to do with libcuda.
+pub fn unwanted(node: &str) -> Outcome<()> {
+    let _gpu = Gpu::new()?;
+    fake().calls();
+    for mode in ["dmabuf", "system"] {
+        let stage = start(&format!("{node}-{mode}"), Pixels::Bgrx, mode, ALL)?;
+        stage.shown(1)?;
+        let calls = fake().calls();
+        if !calls.is_empty() {
+            return Err(format!("{mode}: {calls:?}").into());
+        }
+    }
+    Ok(())
+}
+
 /// A GPU that is lost while playing: DMA-BUFs leave instead, and the message says why.
 pub fn lost(node: &str) -> Outcome<()> {
     let _gpu = Gpu::new()?;
@@ -453,7 +470,8 @@ pub fn only(node: &str) -> Outcome<()> {
     let stage = start(node, Pixels::Bgrx, "auto", CUDA)?;
     stage.shown(1)?;
     let _failing = Failing::now("cuMemcpy2DAsync_v2", LAUNCH_FAILED);
-    expect_error(stage.shown(2), &["CUDA_ERROR_LAUNCH_FAILED"])
+    let words = ["and what can leave here is", "CUDA_ERROR_LAUNCH_FAILED"];
+    expect_error(stage.shown(2), &words)
 }
 
 /// Starts and stops leave neither GPU memory nor descriptors behind.

@@ -126,6 +126,14 @@ impl Run {
             .ok_or("a source without a pad")?)
     }
 
+    /// From now on the sink takes other caps, and says so.
+    pub fn change_caps(&self, caps: &str) -> Outcome<()> {
+        self.sink.set_caps(Some(&caps.parse()?));
+        let pad = self.sink.static_pad("sink").ok_or("a sink without a pad")?;
+        pad.push_event(gst::event::Reconfigure::new());
+        Ok(())
+    }
+
     /// From now on the sink keeps the last buffer that it gave out, as sinks do.
     pub fn keep_last(&self) {
         self.sink.set_property("enable-last-sample", true);
