@@ -9,6 +9,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_core::Stream;
@@ -163,15 +164,16 @@ impl Console {
                 let messages = self.listen_anew().await?;
                 Ok((changes, messages))
             };
+            let newer = AtomicBool::new(false);
             let (mut changes, mut messages) = match watched.await {
                 Ok(watched) => watched,
                 Err(error) => return ended(error),
             };
             tokio::select! {
-                error = serve(&mut messages, screen, &self.address) => return error,
+                error = serve(&mut messages, screen, &self.address, &newer) => return error,
                 // What comes now changes a picture that is not here yet: begin again.
                 () = self.other_size(&mut changes, screen) => screen.forget(),
-                _ = wanted.wait_for(|listeners| *listeners == 0) => screen.ignore(),
+                () = is_unwanted(&mut wanted, &mut gone, &newer) => screen.ignore(),
             }
             self.close(messages).await;
         }
@@ -196,6 +198,29 @@ impl Console {
         }
         // Nobody can be asked any more; the listener goes on, or knows what has happened.
         pending::<()>().await;
+    }
+}
+
+/// Returns when nobody listens and QEMU need not say anything more.
+///
+/// A `newer` one is let go on until the connection ends. It never forgets a listener that was closed: it
+/// goes on making a message of each change, and the error that comes of sending it, for each that it ever had
+/// (QEMU 10; `dbus_display_listener_new` in its ui/dbus-listener.c keeps a reference that nobody drops).
+async fn is_unwanted(
+    wanted: &mut watch::Receiver<usize>,
+    gone: &mut watch::Receiver<Option<Error>>,
+    newer: &AtomicBool,
+) {
+    loop {
+        // Nobody can want anything any more where this fails.
+        let unwanted = wanted.wait_for(|listeners| *listeners == 0).await.is_err();
+        if unwanted || !newer.load(Ordering::Acquire) {
+            return;
+        }
+        tokio::select! {
+            _ = wanted.wait_for(|listeners| *listeners > 0) => {}
+            _ = is_gone(gone) => return,
+        }
     }
 }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use crate::damage::Rect;
 use crate::error::Error;
+use crate::format::PixelFormat;
 
 /// The largest cursor in each direction, in pixels; that of QEMU itself (`cursor_alloc` in
 /// ui/cursor.c).
@@ -18,7 +19,9 @@ pub struct CursorShape {
     pub width: u32,
     /// Pixels.
     pub height: u32,
-    /// Rows without padding of pixels of four bytes: blue, green, red, alpha, not premultiplied.
+    /// Rows without padding of pixels of four bytes: blue, green, red, alpha. Colours are premultiplied:
+    /// QEMU hands on what the guest gives, which is that for virtio-gpu (DRM's cursor planes), QXL and
+    /// vmware's; others have nothing between opaque and clear.
     pub bgra: Vec<u8>,
 }
 
@@ -61,6 +64,26 @@ impl Cursor {
         let shape = self.shape.as_ref().filter(|_| self.visible)?;
         Rect::clipped((self.x, self.y), (shape.width, shape.height), size)
     }
+
+    /// Draws it into a picture of `size` pixels of `format`, with `stride` bytes from one row to the next.
+    pub fn draw(&self, format: PixelFormat, size: (u32, u32), out: &mut [u8], stride: usize) {
+        let Some((rect, shape)) = self.covers(size).zip(self.shape.as_ref()) else {
+            return;
+        };
+        let bytes = format.bytes_per_pixel();
+        // What is outside to the left and above is not drawn.
+        let skipped = |edge: u32, begin: i32| (i64::from(edge) - i64::from(begin)) as usize;
+        let (left, top) = (skipped(rect.x, self.x), skipped(rect.y, self.y));
+        for row in 0..rect.height as usize {
+            let from = ((top + row) * shape.width as usize + left) * 4;
+            let from = &shape.bgra[from..from + rect.width as usize * 4];
+            let to = (rect.y as usize + row) * stride + rect.x as usize * bytes;
+            let to = &mut out[to..to + rect.width as usize * bytes];
+            for (pixel, bgra) in to.chunks_exact_mut(bytes).zip(from.chunks_exact(4)) {
+                format.draw_over(pixel, [bgra[0], bgra[1], bgra[2], bgra[3]]);
+            }
+        }
+    }
 }
 
 #[cfg(test)]
@@ -95,5 +118,36 @@ mod tests {
         assert_eq!(cursor.covers((640, 480)).unwrap().width, 2);
         cursor.shape = None;
         assert_eq!(cursor.covers((640, 480)), None);
+    }
+
+    #[test]
+    fn a_cursor_is_drawn_where_it_is_and_not_beyond_the_edges() {
+        let shape = [
+            [1, 1, 1, 255],
+            [2, 2, 2, 255],
+            [3, 3, 3, 255],
+            [4, 4, 4, 255],
+        ]
+        .concat();
+        let shape = Arc::new(CursorShape::checked(2, 2, &shape).unwrap());
+        let drawn = |x, y| {
+            let shape = Some(shape.clone());
+            let cursor = Cursor {
+                shape,
+                x,
+                y,
+                visible: true,
+            };
+            // Three pixels and one of padding.
+            let mut out = [0; 2 * 16];
+            cursor.draw(PixelFormat::Bgrx, (3, 2), &mut out, 16);
+            out.chunks_exact(4)
+                .map(|pixel| pixel[0])
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(drawn(1, 0), [0, 1, 2, 0, 0, 3, 4, 0]);
+        assert_eq!(drawn(2, 1), [0, 0, 0, 0, 0, 0, 1, 0]);
+        assert_eq!(drawn(-1, -1), [4, 0, 0, 0, 0, 0, 0, 0]);
+        assert_eq!(drawn(3, 0), [0; 8]);
     }
 }

@@ -24,6 +24,23 @@ const DMA_BUF_MAGIC: FsType = FsType(0x444d_4142);
 /// `DRM_FORMAT_MOD_LINEAR` of drm_fourcc.h.
 pub(crate) const LINEAR: u64 = 0;
 
+/// `DRM_FORMAT_MOD_INVALID`: nobody says how the pixels lie.
+const INVALID: u64 = 0x00ff_ffff_ffff_ffff;
+
+/// The exporter of pages of a memfd, as the kernel calls it (`exp_name` in its
+/// drivers/dma-buf/udmabuf.c).
+const UDMABUF: &str = "udmabuf";
+
+/// The modifier of a picture in these planes. Where QEMU does not know it, memory that is of no GPU is
+/// linear: that of a guest's blob resources, which QEMU makes so, and that of a software renderer's textures.
+pub(crate) fn known_modifier(modifier: u64, planes: &[Plane]) -> u64 {
+    let plain = |plane: &Plane| plane.exporter().as_deref() == Some(UDMABUF);
+    if modifier == INVALID && planes.iter().all(plain) {
+        return LINEAR;
+    }
+    modifier
+}
+
 nix::ioctl_write_ptr!(dma_buf_sync, b'b', 0, u64);
 /// `DMA_BUF_SYNC_START | DMA_BUF_SYNC_READ` (linux/dma-buf.h).
 const SYNC_START_READ: u64 = 1;
@@ -163,6 +180,16 @@ impl Plane {
             stride,
         })
     }
+
+    /// Who has made the buffer, if the kernel says it (Documentation/filesystems/proc.rst, fdinfo).
+    fn exporter(&self) -> Option<String> {
+        let path = format!("/proc/self/fdinfo/{}", self.fd.as_raw_fd());
+        let said = std::fs::read_to_string(path).ok()?;
+        let name = said
+            .lines()
+            .find_map(|line| line.strip_prefix("exp_name:"))?;
+        Some(name.trim().to_owned())
+    }
 }
 
 /// A picture while it is read: whoever draws it knows.
@@ -285,6 +312,15 @@ mod tests {
         let fd = memfd_create("test", MFdFlags::empty()).unwrap();
         nix::unistd::ftruncate(&fd, 4096).unwrap();
         assert!(Plane::checked(fd, 0, 64).is_err());
+    }
+
+    #[test]
+    fn an_unknown_modifier_of_unknown_memory_stays_unknown() {
+        // The kernel does not say that a memfd is anybody's; ci/vm has real ones.
+        let planes = [plane(64, 0, 16)];
+        assert_eq!(known_modifier(INVALID, &planes), INVALID);
+        assert_eq!(known_modifier(1 << 56, &planes), 1 << 56);
+        assert_eq!(known_modifier(LINEAR, &planes), LINEAR);
     }
 
     #[test]

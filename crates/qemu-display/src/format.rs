@@ -67,6 +67,41 @@ impl PixelFormat {
         }
     }
 
+    /// Which bytes of a pixel are blue, green and red; none where they are parts of a word.
+    fn channels(self) -> Option<[usize; 3]> {
+        match self {
+            Self::Bgrx | Self::Bgr => Some([0, 1, 2]),
+            Self::Rgbx | Self::Rgb => Some([2, 1, 0]),
+            Self::Xrgb => Some([3, 2, 1]),
+            Self::Xbgr => Some([1, 2, 3]),
+            Self::Rgb16 | Self::Rgb15 => None,
+        }
+    }
+
+    /// Draws a premultiplied pixel of blue, green, red and alpha over an opaque one of this format.
+    pub(crate) fn draw_over(self, pixel: &mut [u8], [blue, green, red, alpha]: [u8; 4]) {
+        // Of `most` steps that a channel has.
+        let over = |below: u16, above: u8, most: u16| {
+            let shine = u32::from(below) * u32::from(255 - alpha);
+            let own = u32::from(above) * u32::from(most);
+            (shine + own + 127).div_euclid(255).min(most.into()) as u16
+        };
+        if let Some(channels) = self.channels() {
+            for (at, above) in channels.into_iter().zip([blue, green, red]) {
+                pixel[at] = over(pixel[at].into(), above, 255) as u8;
+            }
+            return;
+        }
+        let greens = if self == Self::Rgb16 { 6 } else { 5 };
+        let word = u16::from_le_bytes([pixel[0], pixel[1]]);
+        let most = (1 << greens) - 1;
+        let blue = over(word & 31, blue, 31);
+        let green = over(word >> 5 & most, green, most);
+        let red = over(word >> (5 + greens) & 31, red, 31);
+        let word = red << (5 + greens) | green << 5 | blue;
+        pixel[..2].copy_from_slice(&word.to_le_bytes());
+    }
+
     /// Bytes of a pixel.
     pub fn bytes_per_pixel(self) -> usize {
         match self {
@@ -131,6 +166,51 @@ mod tests {
         for code in [0x2002_0888u32, 0x1802_0888, 0x1002_0565, 0x1002_0555] {
             let format = PixelFormat::from_pixman(code).unwrap();
             assert_eq!(format.bytes_per_pixel() as u32 * 8, code >> 24);
+        }
+    }
+
+    #[test]
+    fn a_pixel_is_drawn_over_another_whatever_the_unused_byte_says() {
+        // 200 * 127 / 255 is 100; so is 100 * 255 / 255.
+        let over = [50, 0, 120, 128];
+        for (format, mut pixel, expected) in [
+            (
+                PixelFormat::Bgrx,
+                vec![200, 200, 100, 0],
+                vec![150, 100, 170, 0],
+            ),
+            (
+                PixelFormat::Rgbx,
+                vec![100, 200, 200, 9],
+                vec![170, 100, 150, 9],
+            ),
+            (
+                PixelFormat::Xrgb,
+                vec![7, 100, 200, 200],
+                vec![7, 170, 100, 150],
+            ),
+            (
+                PixelFormat::Xbgr,
+                vec![0, 200, 200, 100],
+                vec![0, 150, 100, 170],
+            ),
+            (PixelFormat::Bgr, vec![200, 200, 100], vec![150, 100, 170]),
+            (PixelFormat::Rgb, vec![100, 200, 200], vec![170, 100, 150]),
+        ] {
+            format.draw_over(&mut pixel, over);
+            assert_eq!(pixel, expected, "{format:?}");
+            format.draw_over(&mut pixel, [0; 4]);
+            assert_eq!(pixel, expected, "nothing of {format:?}");
+        }
+        for (format, white, red) in [
+            (PixelFormat::Rgb16, 0xffff_u16, 0xf800_u16),
+            (PixelFormat::Rgb15, 0x7fff, 0x7c00),
+        ] {
+            let mut pixel = white.to_le_bytes();
+            format.draw_over(&mut pixel, [0; 4]);
+            assert_eq!(pixel, white.to_le_bytes());
+            format.draw_over(&mut pixel, [0, 0, 255, 255]);
+            assert_eq!(pixel, red.to_le_bytes());
         }
     }
 }

@@ -12,6 +12,7 @@ use std::future::poll_fn;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_core::Stream;
@@ -21,7 +22,7 @@ use zbus::message::{Flags, Type};
 use zbus::{Connection, Fd, Message, MessageStream, Variant};
 
 use crate::cursor::CursorShape;
-use crate::dmabuf::{DmaBuf, LINEAR, Plane};
+use crate::dmabuf::{DmaBuf, LINEAR, Plane, known_modifier};
 use crate::error::Error;
 use crate::format::PixelFormat;
 use crate::memory::Canvas;
@@ -55,8 +56,14 @@ enum Answer {
     Unknown,
 }
 
-/// Puts into `screen` what QEMU says, until the connection ends. Returns why it did.
-pub async fn serve(messages: &mut MessageStream, screen: &Arc<Screen>, address: &str) -> Error {
+/// Puts into `screen` what QEMU says, until the connection ends. Returns why it did. Sets `newer` if QEMU asks
+/// for extensions, which 8.1 and newer do.
+pub async fn serve(
+    messages: &mut MessageStream,
+    screen: &Arc<Screen>,
+    address: &str,
+    newer: &AtomicBool,
+) -> Error {
     let connection = Connection::from(&*messages);
     let held = Arc::new(Semaphore::new(MOST_HELD));
     loop {
@@ -72,6 +79,9 @@ pub async fn serve(messages: &mut MessageStream, screen: &Arc<Screen>, address: 
             Ok(answer) => answer,
             Err(error) => return error,
         };
+        if matches!(answer, Answer::Interfaces(_) | Answer::AllProperties(_)) {
+            newer.store(true, Ordering::Release);
+        }
         if let Err(error) = reply(&connection, &message, answer, screen, &held).await {
             return gone(address, &error.to_string());
         }
@@ -187,7 +197,7 @@ fn handle(screen: &Screen, message: &Message) -> Result<Answer, Error> {
             let (fd, width, height, stride, fourcc, modifier, y0_top) =
                 arguments!(message, body, (Fd<'_>, u32, u32, u32, u32, u64, bool));
             let planes = vec![Plane::checked(duplicate(&fd)?, 0, stride)?];
-            let size = (width, height);
+            let (size, modifier) = ((width, height), known_modifier(modifier, &planes));
             screen.scanout_dmabuf(DmaBuf::checked(size, fourcc, modifier, planes, y0_top)?);
         }
         (DMABUF2, "ScanoutDMABUF2") => screen.scanout_dmabuf(dmabuf2(message)?),
@@ -267,6 +277,7 @@ fn dmabuf2(message: &Message) -> Result<DmaBuf, Error> {
     let mut planes = planes
         .map(|((fd, offset), stride)| Plane::checked(duplicate(fd)?, offset, stride))
         .collect::<Result<Vec<_>, _>>()?;
+    let modifier = known_modifier(modifier, &planes);
     let y = first_row((y, height), backing_height, y0_top);
     if (x, y) != (0, 0) {
         move_to(&mut planes, (x, y), fourcc, modifier)?;

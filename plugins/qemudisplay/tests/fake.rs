@@ -12,6 +12,7 @@ use common::Rig;
 use gst::prelude::*;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use zerocopy_plugin_common::DAMAGE_META;
+use zerocopy_test_qemu::eventually;
 use zerocopy_test_qemu::fake::{FakeQemu, Listener};
 
 const LISTENER: &str = "org.qemu.Display1.Listener";
@@ -176,6 +177,23 @@ fn a_blended_cursor_is_drawn_where_it_is_and_damages_what_it_leaves() {
 }
 
 #[test]
+fn a_cursor_lets_through_what_its_alpha_says_and_adds_its_own_colours() {
+    let qemu = FakeQemu::start(&[0]);
+    let (rig, listener) = playing(&qemu, UNPACED);
+    listener.scanout(1, 1, &[100; 4]).unwrap();
+    rig.next();
+    // Premultiplied: as light as it is to be at its edge, and no lighter.
+    listener.cursor_define(1, 1, &[50, 0, 120, 128]).unwrap();
+    rig.next();
+    listener.mouse_set(0, 0, true).unwrap();
+    let pixels = rig.next().pixels();
+    for (found, own) in pixels.iter().zip([50_u8, 0, 120]) {
+        let expected = own + 100 / 2;
+        assert!(found.abs_diff(expected) <= 1, "{pixels:?}");
+    }
+}
+
+#[test]
 fn an_overlay_goes_beside_the_picture() {
     let qemu = FakeQemu::start(&[0]);
     let properties = format!(
@@ -279,6 +297,49 @@ fn qemu_says_what_it_shows_only_while_frames_can_leave() {
         );
         rig.pipeline.set_state(gst::State::Paused).unwrap();
         listener.wait_for_close();
+    }
+}
+
+/// A newer QEMU never forgets a listener.
+#[test]
+fn a_newer_qemu_is_given_one_listener() {
+    let qemu = FakeQemu::start(&[0]);
+    let (rig, listener) = playing(&qemu, UNPACED);
+    assert!(!listener.interfaces().is_empty());
+    for times in 1..4 {
+        listener.scanout(4, 4, &[times; 64]).unwrap();
+        assert_eq!(rig.next().pixels(), vec![times; 64]);
+        rig.pipeline.set_state(gst::State::Paused).unwrap();
+        listener.update((0, 0), (4, 4), &[times + 100; 64]).unwrap();
+        rig.play();
+        let frame = rig.next();
+        assert_eq!(frame.pixels(), vec![times + 100; 64]);
+        assert_eq!(frame.damage(), None);
+    }
+    assert_eq!(qemu.registered(), 1);
+}
+
+#[test]
+fn playing_begins_with_the_picture_after_the_shortest_pause() {
+    let qemu = FakeQemu::start(&[0]);
+    let (rig, mut listener) = playing(&qemu, UNPACED);
+    let show = |listener: &Listener| listener.scanout(4, 4, &[1; 64]);
+    show(&listener).unwrap();
+    rig.next();
+    let mut known = qemu.registered();
+    for _ in 0..50 {
+        rig.pipeline.set_state(gst::State::Paused).unwrap();
+        rig.play();
+        // Either the element has begun to listen anew, or nobody has noticed the pause.
+        eventually("a frame", || {
+            if qemu.registered() > known {
+                known += 1;
+                listener = qemu.listener();
+                // It may be closed again.
+                let _ = show(&listener);
+            }
+            rig.sink.try_pull_sample(gst::ClockTime::ZERO)
+        });
     }
 }
 

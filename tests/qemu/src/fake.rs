@@ -226,7 +226,7 @@ impl Listener {
         self.call(LISTENER, "ScanoutDMABUF", &body)
     }
 
-    /// A part of a larger linear one that `at` and `size` tell, as QEMU 9.2 and newer say it.
+    /// A part of a larger linear one that `at` and `size` tell, as QEMU newer than 10.0 says it.
     pub fn scanout_dmabuf2(
         &self,
         fd: BorrowedFd<'_>,

@@ -10,8 +10,16 @@ use std::process::{Child, Command, Stdio};
 use serde_json::json;
 use tempfile::TempDir;
 
+use crate::card::{self, Card};
 use crate::ppm::Rgb;
+use crate::qtest::SLOT;
+use crate::virtio_gpu::{self, VirtioGpu};
 use crate::{eventually, qmp};
+
+/// QEMU's program: the usual one, unless `QEMU` in the environment names another.
+pub fn program() -> String {
+    std::env::var("QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned())
+}
 
 /// A bus of a test's own.
 pub struct Bus {
@@ -93,19 +101,20 @@ pub struct Qemu {
 }
 
 impl Qemu {
-    /// Starts a machine with the given -display and video device. `QEMU` in the environment names
-    /// another program than the usual one.
+    /// Starts a machine with the given -display and video device.
     ///
     /// # Panics
     ///
     /// If there is no QEMU.
     pub fn start(display: &str, devices: &[&str]) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let program = std::env::var("QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned());
+        Self::start_in(tempfile::tempdir().unwrap(), display, devices)
+    }
+
+    fn start_in(folder: TempDir, display: &str, devices: &[&str]) -> Self {
         let socket = folder.path().join("qmp");
         // A group of pixels is all it draws: no disk, no network, little memory, no KVM (which
         // can exist and hang).
-        let child = Command::new(program)
+        let child = Command::new(program())
             .args([
                 "-accel",
                 "tcg",
@@ -134,6 +143,44 @@ impl Qemu {
     /// A machine with a VGA, whose firmware draws a screen of text.
     pub fn with_vga(display: &str) -> Self {
         Self::start(display, &["-vga", "std"])
+    }
+
+    /// A machine without a guest, whose graphics card the test programs instead.
+    ///
+    /// # Panics
+    ///
+    /// If there is no QEMU.
+    pub fn with_card(display: &str) -> (Self, Card) {
+        let (qemu, socket) = Self::without_guest(display, card::DEVICE);
+        (qemu, Card::take(&socket))
+    }
+
+    /// The same with virtio-gpu; `gl` for the one that draws on the host's GPU.
+    ///
+    /// # Panics
+    ///
+    /// If there is no QEMU.
+    pub fn with_virtio_gpu(display: &str, gl: bool) -> (Self, VirtioGpu) {
+        let (qemu, socket) = Self::without_guest(display, virtio_gpu::DEVICES[usize::from(gl)]);
+        (qemu, VirtioGpu::take(&socket))
+    }
+
+    /// A machine that stands still, and its qtest socket.
+    fn without_guest(display: &str, device: &str) -> (Self, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("qtest");
+        let server = format!("unix:{},server=on,wait=off", socket.display());
+        let device = format!("{device},{SLOT}");
+        let arguments = [
+            "-S",
+            "-device",
+            &device,
+            "-qtest",
+            &server,
+            "-qtest-log",
+            "none",
+        ];
+        (Self::start_in(folder, display, &arguments), socket)
     }
 
     /// Its QMP socket.

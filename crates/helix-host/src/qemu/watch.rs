@@ -9,12 +9,9 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gst_video::prelude::*;
-use gst_video::{
-    VideoFormat, VideoFrameFlags, VideoFrameRef, VideoInfo, VideoMeta, VideoOverlayComposition,
-    VideoOverlayFormatFlags, VideoOverlayRectangle,
-};
+use gst_video::{VideoFormat, VideoFrameRef, VideoInfo};
 use helix_protocol::wait::Waker;
-use qemu_display::{Cursor, Error, Layout, Listening, Look, Picture, PixelFormat, Screen};
+use qemu_display::{Error, Layout, Listening, Look, Picture, PixelFormat, Screen};
 
 use super::{Link, REFRESH_RATE};
 use crate::source::monotonic_now;
@@ -263,8 +260,9 @@ impl Canvas {
                 Error::Nonsense(_) => Failure::Qemu(error.to_string()),
                 error => Failure::Ours(error.to_string()),
             })?;
-        if let Some(overlay) = overlay(&picture.cursor, picture.pixels.size()) {
-            overlay.blend(&mut frame).map_err(ours)?;
+        if let Some(layout) = picture.pixels.layout() {
+            let size = (layout.width, layout.height);
+            picture.cursor.draw(layout.format, size, out, stride);
         }
         drop(frame);
         Ok(buffer)
@@ -276,21 +274,6 @@ impl Drop for Canvas {
         // What is out comes back all the same. It fails for a pool that is not active.
         let _ = self.pool.set_active(false);
     }
-}
-
-/// The cursor, if it is to be seen in a picture of this size.
-fn overlay(cursor: &Cursor, size: (u32, u32)) -> Option<VideoOverlayComposition> {
-    cursor.covers(size)?;
-    let shape = cursor.shape.as_ref()?;
-    // At most 1 MiB, usually 16 KiB: not worth keeping from one picture to the next.
-    let mut pixels = gst::Buffer::from_slice(shape.bgra.clone());
-    let (flags, format) = (VideoFrameFlags::empty(), VideoFormat::Bgra);
-    VideoMeta::add(pixels.get_mut()?, flags, format, shape.width, shape.height).ok()?;
-    let flags = VideoOverlayFormatFlags::empty();
-    let (width, height) = (shape.width, shape.height);
-    let rectangle =
-        VideoOverlayRectangle::new_raw(&pixels, cursor.x, cursor.y, width, height, flags);
-    VideoOverlayComposition::new([&rectangle]).ok()
 }
 
 /// GStreamer's name of a format; both are named by bytes in the order of addresses.

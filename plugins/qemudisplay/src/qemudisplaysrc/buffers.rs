@@ -7,10 +7,8 @@ use std::sync::Arc;
 
 use gst::prelude::*;
 use gst_allocators::prelude::*;
-use gst_video::{
-    VideoFrameExt, VideoFrameFlags, VideoFrameRef, VideoInfo, VideoMeta, VideoOverlayComposition,
-};
-use qemu_display::{Canvas, DmaBuf, Layout, Lease, Pixels, SharedFile};
+use gst_video::{VideoFrameExt, VideoFrameFlags, VideoFrameRef, VideoInfo, VideoMeta};
+use qemu_display::{Canvas, Cursor, DmaBuf, Layout, Lease, Pixels, SharedFile};
 
 use super::caps::{drm_video_format, video_format};
 
@@ -77,7 +75,7 @@ impl Buffers {
         &mut self,
         pixels: &Pixels,
         terms: &Terms,
-        cursor: Option<&VideoOverlayComposition>,
+        cursor: Option<&Cursor>,
     ) -> Result<Made, String> {
         let as_it_is = |layout: &Layout, info: &VideoInfo| {
             let as_usual = usize::try_from(info.stride()[0]) == Ok(layout.stride as usize);
@@ -134,7 +132,7 @@ impl Buffers {
         &mut self,
         info: &VideoInfo,
         pixels: &Pixels,
-        cursor: Option<&VideoOverlayComposition>,
+        cursor: Option<&Cursor>,
     ) -> Result<gst::Buffer, String> {
         let pool = match &self.pool {
             Some(pool) => pool,
@@ -151,8 +149,8 @@ impl Buffers {
         pixels
             .copy_to(out, stride)
             .map_err(|error| error.to_string())?;
-        if let Some(cursor) = cursor {
-            cursor.blend(&mut frame).map_err(failed)?;
+        if let Some((cursor, layout)) = cursor.zip(pixels.layout()) {
+            cursor.draw(layout.format, pixels.size(), out, stride);
         }
         drop(frame);
         Ok(buffer)

@@ -26,8 +26,7 @@ const DRM_FORMATS: [(&[u8; 4], VideoFormat); 4] = [
     (b"AB24", VideoFormat::Rgba),
 ];
 
-/// `DRM_FORMAT_MOD_INVALID` of drm_fourcc.h: how the pixels lie is not said. QEMU says so of a guest's
-/// blob resources.
+/// `DRM_FORMAT_MOD_INVALID` of drm_fourcc.h: how the pixels lie is not said, and not known either.
 const MOD_INVALID: u64 = 0x00ff_ffff_ffff_ffff;
 
 /// `DRM_FORMAT_MOD_LINEAR` of drm_fourcc.h, and what passes for it before GStreamer 1.24.

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The cursor as an overlay, to be blended or sent along.
+//! The cursor as an overlay, to be sent along.
 
 use std::sync::Arc;
 
@@ -38,7 +38,7 @@ impl Overlays {
             (shape.clone(), wrap(shape)?)
         };
         let pixels = &self.shape.insert(wrapped).1;
-        let flags = VideoOverlayFormatFlags::empty();
+        let flags = VideoOverlayFormatFlags::PREMULTIPLIED_ALPHA;
         let (width, height) = (shape.width, shape.height);
         let rectangle =
             VideoOverlayRectangle::new_raw(pixels, cursor.x, cursor.y, width, height, flags);

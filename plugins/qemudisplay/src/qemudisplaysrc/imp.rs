@@ -173,6 +173,13 @@ impl ElementImpl for QemuDisplaySrc {
             streaming.listening = Some(streaming.screen.listen());
         }
         let result = self.parent_change_state(transition);
+        if transition == gst::StateChange::PausedToPlaying {
+            // A pause that is over before the connection's thread has noticed it brings no new picture.
+            if let Some(streaming) = &mut *lock(&self.streaming) {
+                streaming.missed = true;
+            }
+            self.ask_for_frame();
+        }
         if transition == gst::StateChange::PlayingToPaused {
             if let Some(streaming) = &mut *lock(&self.streaming) {
                 streaming.listening = None;

@@ -112,6 +112,10 @@ impl Streaming {
 
     fn next_step(&self, settings: &LiveSettings, now: Instant) -> Step {
         let shown = settings.cursor != CursorMode::None;
+        if self.listening.is_none() {
+            // In PAUSED, where the base class lets this thread wait for what is next. QEMU may be heard all the same.
+            return Step::Wait(Deadline::NEVER);
+        }
         match self.screen.look() {
             Look::Failed(error) => Step::Fail(error_message(&error)),
             Look::Off if self.told != Some(Told::Off) => Step::Off,
@@ -253,7 +257,8 @@ impl QemuDisplaySrc {
             Some(streaming) => streaming.plan(picture, settings)?,
             None => return Ok(None),
         };
-        let made = lock(&self.buffers).make(&picture.pixels, &plan.terms, plan.drawn())?;
+        let drawn = plan.covered.map(|_| &picture.cursor);
+        let made = lock(&self.buffers).make(&picture.pixels, &plan.terms, drawn)?;
         match &mut *lock(&self.streaming) {
             Some(streaming) => streaming
                 .finish(made, &plan, picture, missed, settings)
@@ -389,18 +394,11 @@ impl QemuDisplaySrc {
 /// How a picture becomes a buffer.
 struct Plan {
     terms: Terms,
-    cursor: Option<VideoOverlayComposition>,
-    /// The cursor goes beside the picture.
-    beside: bool,
+    /// The cursor, where it goes beside the picture.
+    overlay: Option<VideoOverlayComposition>,
+    /// What the cursor covers, where it is drawn into the picture.
+    covered: Option<Rect>,
     flipped: bool,
-}
-
-impl Plan {
-    /// The cursor, where it is drawn into the picture. One that can go neither way is left out.
-    fn drawn(&self) -> Option<&VideoOverlayComposition> {
-        let on_gpu = self.terms.info.is_none();
-        self.cursor.as_ref().filter(|_| !self.beside && !on_gpu)
-    }
 }
 
 /// A buffer with everything but a timestamp.
@@ -416,16 +414,22 @@ impl Streaming {
     fn plan(&mut self, picture: &Picture, settings: &LiveSettings) -> Result<Plan, String> {
         let negotiated = self.negotiated.as_ref().ok_or("nothing is agreed on")?;
         let on_gpu = negotiated.info.is_none();
+        let wanted = settings.cursor != CursorMode::None;
+        let beside = negotiated.overlay;
+        let size = picture.pixels.size();
+        let covered = picture.cursor.covers(size);
         Ok(Plan {
             terms: Terms {
                 info: negotiated.info.clone(),
                 any_layout: negotiated.any_layout,
             },
-            cursor: match settings.cursor {
-                CursorMode::None => None,
-                _ => self.overlays.of(&picture.cursor, picture.pixels.size()),
+            overlay: if wanted && beside {
+                self.overlays.of(&picture.cursor, size)
+            } else {
+                None
             },
-            beside: negotiated.overlay,
+            // A cursor that can go neither way is left out.
+            covered: covered.filter(|_| wanted && !beside && !on_gpu),
             flipped: on_gpu && negotiated.form.is_flipped(),
         })
     }
@@ -440,13 +444,12 @@ impl Streaming {
         settings: &LiveSettings,
     ) -> Result<Ready, String> {
         let size = picture.pixels.size();
-        let covered = plan.drawn().and_then(|_| picture.cursor.covers(size));
         let mut buffer = made.buffer;
         let inner = buffer.get_mut().ok_or("a new buffer is shared")?;
-        if let Some(cursor) = plan.cursor.as_ref().filter(|_| plan.beside) {
+        if let Some(cursor) = &plan.overlay {
             VideoOverlayCompositionMeta::add(inner, cursor);
         }
-        if let Some(mut rects) = self.damage(picture, covered).filter(|_| !missed) {
+        if let Some(mut rects) = self.damage(picture, plan.covered).filter(|_| !missed) {
             if plan.flipped {
                 // Where they lie in the frame, as its rows do.
                 for [_, y, _, height] in &mut rects {

@@ -8,8 +8,16 @@ use drm::control::{Device, Mode, connector, crtc, dumbbuffer::DumbBuffer, frameb
 use crate::Outcome;
 use crate::node::{Kind, Node, VIRTIO_GPU};
 
-/// Shows a picture on each connector, and does not return.
-pub fn show(names: &[String]) -> Outcome<()> {
+/// The sides of a cursor, in pixels: virtio-gpu takes no other ones.
+const CURSOR_SIDE: u32 = 64;
+/// Where it is shown.
+const CURSOR_AT: (i32, i32) = (200, 100);
+/// Its left half, and its right one, through which half of the picture is to be seen: blue, green, red, alpha.
+/// DRM's cursors are premultiplied.
+const CURSOR_HALVES: [[u8; 4]; 2] = [[0, 0, 255, 255], [128; 4]];
+
+/// Shows a picture on each connector, with a `cursor` on the first, and does not return.
+pub fn show(names: &[String], cursor: bool) -> Outcome<()> {
     let node = Node::open(VIRTIO_GPU, Kind::Primary)?;
     let mut shown = Vec::new();
     for (number, name) in (0..).zip(names) {
@@ -22,6 +30,9 @@ pub fn show(names: &[String]) -> Outcome<()> {
             .map_err(|error| format!("show {width}x{height} on {name}: {error}"))?;
         println!("output {name} shows picture {number}, {width}x{height}");
         shown.push(buffer);
+        if cursor && number == 0 {
+            shown.push(show_cursor(&node, crtc)?);
+        }
     }
     println!("drawn");
     loop {
@@ -50,6 +61,26 @@ fn find(node: &Node, name: &str) -> Outcome<(connector::Handle, crtc::Handle, Mo
         return Ok((*handle, *crtc, *mode));
     }
     Err(format!("there is no connector {name}").into())
+}
+
+/// Shows a cursor. The ioctls are what most of the world's programs use, the X server among them.
+#[expect(
+    deprecated,
+    reason = "the newer way is a plane that virtio-gpu hides from who asks for it"
+)]
+fn show_cursor(node: &Node, crtc: crtc::Handle) -> Outcome<DumbBuffer> {
+    let size = (CURSOR_SIDE, CURSOR_SIDE);
+    let mut buffer = node.create_dumb_buffer(size, DrmFourcc::Argb8888, 32)?;
+    let row = CURSOR_HALVES.map(|pixel| pixel.repeat(CURSOR_SIDE as usize / 2));
+    let stride = buffer.pitch() as usize;
+    let mut memory = node.map_dumb_buffer(&mut buffer)?;
+    for to in memory.chunks_mut(stride) {
+        to[..CURSOR_SIDE as usize * 4].copy_from_slice(&row.concat());
+    }
+    drop(memory);
+    node.set_cursor2(crtc, Some(&buffer), (0, 0))?;
+    node.move_cursor(crtc, CURSOR_AT)?;
+    Ok(buffer)
 }
 
 /// A framebuffer with these pixels.

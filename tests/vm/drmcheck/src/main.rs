@@ -18,6 +18,8 @@ mod dmabuf;
 mod draw;
 mod egl;
 mod foreign;
+mod frames;
+mod gl;
 mod node;
 mod outputs;
 mod pool;
@@ -55,11 +57,17 @@ enum Command {
     /// Has qemudisplaysrc show DMA-BUFs of each kind and compares: "screen KIND HOW: right", or what is
     /// wrong.
     Screen,
+    /// Has qemudisplaysrc and helix-host show the screen of a stock QEMU with gl=on, and compares: "gl HOW:
+    /// right", or what is wrong.
+    Gl,
     /// Shows a known picture on each output, in its preferred mode, and says "drawn". Stays until it
     /// is killed.
     Draw {
         /// The connectors' names; the first one is output 0 in the picture.
         names: Vec<String>,
+        /// A cursor on the first one, too.
+        #[arg(long)]
+        cursor: bool,
     },
     /// Waits until an output is connected with a size, or not connected without one, and says which
     /// outputs there are.
@@ -91,8 +99,9 @@ fn main() -> ExitCode {
             height,
             limit,
         } => outputs::wait_for(&name, width.zip(height), Duration::from_secs(limit)),
-        Command::Draw { names } => draw::show(&names),
+        Command::Draw { names, cursor } => draw::show(&names, cursor),
         Command::Screen => screen::show(),
+        Command::Gl => gl::show(),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

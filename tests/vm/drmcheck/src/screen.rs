@@ -4,15 +4,15 @@
 //! `gl=on` does.
 
 use std::fs;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::thread;
 
-use gst::prelude::*;
 use nix::sys::stat::fstat;
 use zerocopy_test_qemu::eventually;
 use zerocopy_test_qemu::fake::{FakeQemu, Listener};
 
 use crate::foreign::{self, Foreign};
+use crate::frames::{Frames, IN_MEMORY, ON_GPU, fd_of, rows};
 use crate::node::{Kind, Node, VIRTIO_GPU};
 use crate::{Outcome, buffers, dmabuf};
 
@@ -22,13 +22,10 @@ const SIZE: (u32, u32) = (256, 64);
 const PART: ((u32, u32), (u32, u32)) = ((32, 8), (128, 32));
 /// `DRM_FORMAT_MOD_LINEAR` of drm_fourcc.h.
 const LINEAR: u64 = 0;
+/// `DRM_FORMAT_MOD_INVALID`.
+const INVALID: u64 = 0x00ff_ffff_ffff_ffff;
 /// `I915_FORMAT_MOD_X_TILED`: only its driver knows where pixels lie.
 const TILED: u64 = (1 << 56) | 1;
-/// For a frame, or an error, on an emulated processor.
-const LIMIT: gst::ClockTime = gst::ClockTime::from_seconds(30);
-
-const ON_GPU: &str = "video/x-raw(memory:DMABuf)";
-const IN_MEMORY: &str = "video/x-raw";
 
 /// Shows memory of each kind in each way.
 pub fn show() -> Outcome<()> {
@@ -51,7 +48,13 @@ pub fn show() -> Outcome<()> {
         say("part", part(&buffer));
         say("copied", copied(&buffer));
         say("let go", let_go(&buffer));
-        say("tiled", tiled(&buffer));
+        say("tiled", unreadable(&buffer, TILED));
+        // The kernel says of pages of a memfd that they are no GPU's.
+        let unknown = match name {
+            "udmabuf" => taken_as_linear(&buffer),
+            _ => unreadable(&buffer, INVALID),
+        };
+        say("nobody knows how", unknown);
     }
     Ok(())
 }
@@ -80,10 +83,9 @@ fn pixel(x: u32, y: u32, blue: u8) -> [u8; 4] {
     [blue, y as u8, x as u8, 0xff]
 }
 
-/// The element, the QEMU that it is at, and a sink.
+/// The element in a pipeline, and the QEMU that it is at.
 struct Rig {
-    pipeline: gst::Pipeline,
-    sink: gst_app::AppSink,
+    frames: Frames,
     listener: Listener,
     _qemu: FakeQemu,
 }
@@ -92,92 +94,18 @@ impl Rig {
     /// Plays, with a sink that takes `caps`.
     fn new(caps: &str) -> Outcome<Self> {
         let qemu = FakeQemu::start(&[0]);
-        let line = format!(
-            "qemudisplaysrc qmp-socket={} max-framerate=0/1 ! {caps} ! appsink name=sink sync=false",
-            qemu.qmp().display()
+        let qmp = qemu.qmp();
+        let element = format!(
+            "qemudisplaysrc qmp-socket={} max-framerate=0/1",
+            qmp.display()
         );
-        let pipeline = gst::parse::launch(&line)?.downcast::<gst::Pipeline>();
-        let pipeline = pipeline.map_err(|_| "no pipeline")?;
-        let sink = pipeline.by_name("sink").and_downcast::<gst_app::AppSink>();
-        let sink = sink.ok_or("no appsink")?;
-        // What a sink keeps for whoever wants a snapshot is not let go.
-        sink.set_property("enable-last-sample", false);
-        pipeline.set_state(gst::State::Playing)?;
+        let frames = Frames::play(&element, caps)?;
         Ok(Self {
-            pipeline,
-            sink,
+            frames,
             listener: qemu.listener(),
             _qemu: qemu,
         })
     }
-
-    fn next(&self) -> Outcome<gst::Sample> {
-        let sample = self.sink.try_pull_sample(LIMIT);
-        sample.ok_or_else(|| self.error().into())
-    }
-
-    /// The error that is on the bus, or comes.
-    fn error(&self) -> String {
-        let bus = self.pipeline.bus();
-        let message = bus.and_then(|bus| bus.timed_pop_filtered(LIMIT, &[gst::MessageType::Error]));
-        match message.as_deref().map(gst::MessageRef::view) {
-            Some(gst::MessageView::Error(error)) => format!("{:?}", error.debug()),
-            _ => "no frame and no error".to_owned(),
-        }
-    }
-
-    /// The value of the tag `image-orientation` that has come last.
-    fn orientation(&self) -> Option<String> {
-        let pad = self.sink.static_pad("sink")?;
-        let tags = (0..).map_while(|index| pad.sticky_event::<gst::event::Tag>(index));
-        tags.filter_map(|event| {
-            let tag = event.tag().get::<gst::tags::ImageOrientation>();
-            tag.map(|value| value.get().to_owned())
-        })
-        .last()
-    }
-}
-
-impl Drop for Rig {
-    fn drop(&mut self) {
-        let _ = self.pipeline.set_state(gst::State::Null);
-    }
-}
-
-/// What a frame shows: bytes of a row, rows from the top of its memory.
-fn rows(sample: &gst::Sample) -> Outcome<Vec<Vec<u8>>> {
-    let (buffer, caps) = sample
-        .buffer()
-        .zip(sample.caps())
-        .ok_or("an empty sample")?;
-    let meta = buffer.meta::<gst_video::VideoMeta>();
-    let (width, height, offset, stride) = if let Some(meta) = meta {
-        let (offset, stride) = (meta.offset()[0], meta.stride()[0] as usize);
-        (meta.width(), meta.height(), offset, stride)
-    } else {
-        let info = gst_video::VideoInfo::from_caps(caps)?;
-        let stride = info.stride()[0] as usize;
-        (info.width(), info.height(), 0, stride)
-    };
-    let bytes = match fd_of(buffer) {
-        // As a GPU's driver would see it: nothing here has mapped it.
-        Some(fd) => dmabuf::read(fd, buffer.size())?,
-        None => buffer.map_readable()?.to_vec(),
-    };
-    let row = |y: u32| {
-        let at = offset + y as usize * stride;
-        let row = bytes.get(at..at + width as usize * 4);
-        row.map(<[u8]>::to_vec)
-            .ok_or_else(|| "too few bytes".into())
-    };
-    (0..height).map(row).collect()
-}
-
-fn fd_of(buffer: &gst::BufferRef) -> Option<BorrowedFd<'_>> {
-    let memory = buffer.peek_memory(0);
-    let memory = memory.downcast_memory_ref::<gst_allocators::DmaBufMemory>()?;
-    // SAFETY: the descriptor is the memory's, which lives as long as the buffer is borrowed.
-    Some(unsafe { BorrowedFd::borrow_raw(memory.fd()) })
 }
 
 /// Compares with a painted picture, or with a part of it; `y` says which row of it lies where.
@@ -211,14 +139,14 @@ fn as_it_is(buffer: &Buffer) -> Outcome<()> {
     buffer.paint(1)?;
     rig.listener
         .scanout_dmabuf(buffer.fd.as_fd(), buffer.layout(), LINEAR, false)?;
-    let sample = rig.next()?;
+    let sample = rig.frames.next()?;
     compare(&sample, WHOLE, 1, |y| y)?;
     is_of(&sample, buffer)?;
     drop(sample);
     buffer.paint(2)?;
     thread::scope(|scope| {
         let update = scope.spawn(|| rig.listener.update_dmabuf((0, 0), (16, 16)));
-        let sample = rig.next();
+        let sample = rig.frames.next();
         let compared = sample.and_then(|sample| compare(&sample, WHOLE, 2, |y| y));
         update.join().map_err(|_| "the update panicked")??;
         compared
@@ -232,8 +160,8 @@ fn upside_down(buffer: &Buffer) -> Outcome<()> {
     for (flipped, expected) in [(true, "flip-rotate-180"), (false, "rotate-0")] {
         rig.listener
             .scanout_dmabuf(buffer.fd.as_fd(), buffer.layout(), LINEAR, flipped)?;
-        compare(&rig.next()?, WHOLE, 3, |y| y)?;
-        let said = rig.orientation();
+        compare(&rig.frames.next()?, WHOLE, 3, |y| y)?;
+        let said = rig.frames.orientation();
         if said.as_deref() != Some(expected) {
             return Err(format!("the tag says {said:?}").into());
         }
@@ -248,13 +176,13 @@ fn part(buffer: &Buffer) -> Outcome<()> {
     let rig = Rig::new(ON_GPU)?;
     rig.listener
         .scanout_dmabuf2(buffer.fd.as_fd(), at, size, buffer.layout(), false)?;
-    compare(&rig.next()?, PART, 4, |y| y)?;
+    compare(&rig.frames.next()?, PART, 4, |y| y)?;
     let rig = Rig::new(IN_MEMORY)?;
     for at in [at, (0, 0)] {
         rig.listener
             .scanout_dmabuf2(buffer.fd.as_fd(), at, size, buffer.layout(), true)?;
         // The picture's row 0 is the memory's last one.
-        compare(&rig.next()?, ((at.0, 0), size), 4, |y| {
+        compare(&rig.frames.next()?, ((at.0, 0), size), 4, |y| {
             SIZE.1 - 1 - at.1 - y
         })?;
     }
@@ -267,14 +195,14 @@ fn copied(buffer: &Buffer) -> Outcome<()> {
     buffer.paint(5)?;
     rig.listener
         .scanout_dmabuf(buffer.fd.as_fd(), buffer.layout(), LINEAR, false)?;
-    compare(&rig.next()?, WHOLE, 5, |y| y)?;
+    compare(&rig.frames.next()?, WHOLE, 5, |y| y)?;
     rig.listener
         .scanout_dmabuf(buffer.fd.as_fd(), buffer.layout(), LINEAR, true)?;
-    let kept = rig.next()?;
+    let kept = rig.frames.next()?;
     compare(&kept, WHOLE, 5, |y| SIZE.1 - 1 - y)?;
     buffer.paint(6)?;
     rig.listener.update_dmabuf((0, 0), (16, 16))?;
-    compare(&rig.next()?, WHOLE, 6, |y| SIZE.1 - 1 - y)?;
+    compare(&rig.frames.next()?, WHOLE, 6, |y| SIZE.1 - 1 - y)?;
     compare(&kept, WHOLE, 5, |y| SIZE.1 - 1 - y)
 }
 
@@ -290,7 +218,7 @@ fn let_go(buffer: &Buffer) -> Outcome<()> {
     for replace in [true, false] {
         rig.listener
             .scanout_dmabuf(buffer.fd.as_fd(), buffer.layout(), LINEAR, false)?;
-        drop(rig.next()?);
+        drop(rig.frames.next()?);
         // Ours, the one that came, and the memory's.
         if descriptors(file)? < 3 {
             return Err("nobody has it while it is shown".into());
@@ -300,7 +228,7 @@ fn let_go(buffer: &Buffer) -> Outcome<()> {
                 .scanout_dmabuf(other.fd.as_fd(), other.layout(), LINEAR, false)?;
             // This is how QEMU lets go of the one before; the picture stays.
             rig.listener.disable()?;
-            is_of(&rig.next()?, &other)?;
+            is_of(&rig.frames.next()?, &other)?;
         } else {
             // The first one is about the DMA-BUF before, see above.
             rig.listener.disable()?;
@@ -344,16 +272,28 @@ fn descriptors(file: (u64, u64)) -> Outcome<usize> {
     Ok(count)
 }
 
-/// Memory that no processor can read: as it is, where the caps can say so, or an error that does.
-fn tiled(buffer: &Buffer) -> Outcome<()> {
+/// Memory that no processor can read, or nobody says how: an error.
+fn unreadable(buffer: &Buffer, modifier: u64) -> Outcome<()> {
     let rig = Rig::new(IN_MEMORY)?;
     rig.listener
-        .scanout_dmabuf(buffer.fd.as_fd(), buffer.layout(), TILED, false)?;
-    let error = rig.error();
+        .scanout_dmabuf(buffer.fd.as_fd(), buffer.layout(), modifier, false)?;
+    let error = rig.frames.error();
     for part in ["DMA-BUF of XR24", "gl=on"] {
         if !error.contains(part) {
             return Err(format!("{part} is not in {error}").into());
         }
+    }
+    Ok(())
+}
+
+/// Memory of no GPU needs no modifier.
+fn taken_as_linear(buffer: &Buffer) -> Outcome<()> {
+    for caps in [ON_GPU, IN_MEMORY] {
+        let rig = Rig::new(caps)?;
+        buffer.paint(7)?;
+        rig.listener
+            .scanout_dmabuf(buffer.fd.as_fd(), buffer.layout(), INVALID, false)?;
+        compare(&rig.frames.next()?, WHOLE, 7, |y| y)?;
     }
     Ok(())
 }
