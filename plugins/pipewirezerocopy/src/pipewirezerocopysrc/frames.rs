@@ -45,7 +45,7 @@ impl PipeWireZeroCopySrc {
         settings: &LiveSettings,
         waiter: &mut Waiter,
     ) -> Result<Option<gst::Buffer>, gst::FlowError> {
-        let (inbox, last, negotiated, takes) = {
+        let (inbox, last, negotiated, takes, latches) = {
             let mut streaming = lock(&self.streaming);
             let Some(streaming) = &mut *streaming else {
                 return Err(gst::FlowError::Flushing);
@@ -58,13 +58,15 @@ impl PipeWireZeroCopySrc {
                 streaming.last.take(),
                 negotiated,
                 streaming.takes,
+                streaming.latch.without_fences || streaming.latch.active,
             )
         };
         let Negotiated { info, memory, .. } = &*negotiated;
         let memory = *memory;
         // A new frame replaces it, and may leave in place only because its buffer is back.
         drop(last);
-        let spared = inbox.take(format, |frame| {
+        let mut pooled = None;
+        let mut found = inbox.take(format, |frame| {
             let in_place = match memory {
                 OutputMemory::System => can_leave_in_place(frame, info, takes),
                 OutputMemory::DmaBuf => true,
@@ -72,25 +74,23 @@ impl PipeWireZeroCopySrc {
             };
             in_place && frame.reserve()
         });
-        let (mut frame, pooled) = match (spared, memory) {
-            (Some(frame), _) => (frame, None),
-            (None, OutputMemory::DmaBuf) => {
+        if found.is_none() {
+            if memory == OutputMemory::DmaBuf {
                 // Nothing else would do for downstream. The newest frame stays in the inbox.
                 if let Some(streaming) = &mut *lock(&self.streaming) {
                     streaming.waits_for_buffer = true;
                 }
                 return Ok(None);
             }
-            (None, OutputMemory::System | OutputMemory::Cuda) => {
-                // The pool may make us wait: no frame is held meanwhile (L4).
-                let buffer = self.pooled_buffer()?;
-                match inbox.take(format, |_| true) {
-                    Some(frame) => (frame, Some(buffer)),
-                    None => return Ok(None),
-                }
-            }
+            // The pool may make us wait: no frame is held meanwhile (L4).
+            pooled = Some(self.pooled_buffer()?);
+            found = inbox.take(format, |_| true);
+        }
+        let Some(mut frame) = found else {
+            return Ok(None);
         };
-        if self.must_latch(&frame, memory)
+        if latches
+            && self.must_latch(&frame, memory)
             && let Some(streaming) = &mut *lock(&self.streaming)
         {
             let time = Duration::from(Self::interval(Some(&negotiated)));
@@ -153,10 +153,11 @@ impl PipeWireZeroCopySrc {
         settings: &LiveSettings,
         waiter: &mut Waiter,
     ) -> Result<Option<gst::Buffer>, gst::FlowError> {
-        let (inbox, takes, latching, without_fences) = match &*lock(&self.streaming) {
+        let (inbox, takes, turned, latching, without_fences) = match &*lock(&self.streaming) {
             Some(streaming) => (
                 streaming.capture.inbox().clone(),
                 streaming.takes,
+                streaming.transform,
                 streaming.latch.active,
                 streaming.latch.without_fences,
             ),
@@ -168,23 +169,22 @@ impl PipeWireZeroCopySrc {
             memory,
         } = negotiated;
         let memory = *memory;
-        let sync = match frame.fence() {
-            Ok((sync, fence)) => {
-                let drawn = self.wait_for(&fence, waiter);
-                if !drawn.inspect_err(|_| inbox.miss())? {
+        let sync = if frame.is_drawn() {
+            Sync::None
+        } else {
+            match self.wait_until_drawn(&frame, waiter) {
+                Ok(Some(Sync::Implicit)) if without_fences => Sync::None,
+                Ok(Some(sync)) => sync,
+                Ok(None) => {
                     inbox.miss();
                     let figures = lock(&self.figures);
                     figures.counters.corrupted.fetch_add(1, Ordering::Relaxed);
                     return Ok(None);
                 }
-                match sync {
-                    Sync::Implicit if without_fences => Sync::None,
-                    sync => sync,
+                Err(error) => {
+                    inbox.miss();
+                    return Err(error);
                 }
-            }
-            Err(error) => {
-                gst::warning!(CAT, imp = self, "a frame is taken as it is: {error}");
-                Sync::None
             }
         };
         let (captured, transform) = (frame.captured, frame.transform);
@@ -218,17 +218,22 @@ impl PipeWireZeroCopySrc {
         let Some(picture) = picture else {
             return self.does_not_fit(info);
         };
-        self.turn(transform);
+        if transform != turned {
+            self.turn(transform);
+        }
+        let (buffer, drawn_on) = self.leave(picture, damage, captured, settings)?;
+        let now = Instant::now();
         {
             let mut figures = lock(&self.figures);
             figures.add_transfer(copied);
+            if drawn_on {
+                figures.add_transfer(true);
+            }
             figures.memory = Some(memory);
             figures.sync = sync;
             figures.latched = latching;
+            figures.add_frame(info.size(), Monotonic::now().since(captured));
         }
-        let buffer = self.leave(picture, damage, captured, settings)?;
-        let now = Instant::now();
-        lock(&self.figures).add_frame(info.size(), Monotonic::now().since(captured));
         let mut announce = None;
         if let Some(streaming) = &mut *lock(&self.streaming) {
             streaming.frame_seen = true;
@@ -315,8 +320,11 @@ impl PipeWireZeroCopySrc {
             (last, moved)
         };
         let unchanged = Damage::Rects(Vec::new());
-        let buffer = self.leave(last, unchanged, Monotonic::now(), settings)?;
+        let (buffer, drawn_on) = self.leave(last, unchanged, Monotonic::now(), settings)?;
         let mut figures = lock(&self.figures);
+        if drawn_on {
+            figures.add_transfer(true);
+        }
         if moved {
             figures.add_pointer(buffer.size());
         } else {
@@ -327,15 +335,15 @@ impl PipeWireZeroCopySrc {
         Ok(Some(buffer))
     }
 
-    /// A picture as it leaves: with the pointer, a timestamp, and what has changed. It is kept where it
-    /// may have to be resent.
+    /// A picture as it leaves: with the pointer, a timestamp, and what has changed; and whether it had
+    /// to be copied for the pointer. It is kept where it may have to be resent.
     fn leave(
         &self,
         mut picture: gst::Buffer,
         mut damage: Damage,
         captured: Monotonic,
         settings: &LiveSettings,
-    ) -> Result<gst::Buffer, gst::FlowError> {
+    ) -> Result<(gst::Buffer, bool), gst::FlowError> {
         let (overlay, negotiated, takes) = {
             let mut streaming = lock(&self.streaming);
             let Some(Streaming {
@@ -363,9 +371,10 @@ impl PipeWireZeroCopySrc {
         };
         let info = &negotiated.info;
         // Nobody draws into a producer's DMA-BUFs, and not with the processor on a GPU.
-        let drawn = !takes.overlays && negotiated.memory == OutputMemory::System;
+        let draws = !takes.overlays && negotiated.memory == OutputMemory::System;
+        let drawn_on = draws && overlay.is_some();
         let mut buffer;
-        if let Some(overlay) = overlay.as_ref().filter(|_| drawn) {
+        if let Some(overlay) = overlay.as_ref().filter(|_| draws) {
             buffer = self.pooled_buffer()?;
             if let Err(error) = draw(&picture, overlay, &mut buffer, info) {
                 return self.fail(gst::error_msg!(
@@ -373,7 +382,6 @@ impl PipeWireZeroCopySrc {
                     ["drawing the pointer into the picture failed: {error}"]
                 ));
             }
-            lock(&self.figures).add_transfer(true);
         } else {
             if picture.get_mut().is_some() {
                 buffer = picture;
@@ -399,7 +407,7 @@ impl PipeWireZeroCopySrc {
             mark_damage(buffer, rects);
         }
         self.stamp(&mut buffer, captured);
-        Ok(buffer)
+        Ok((buffer, drawn_on))
     }
 
     /// A buffer of the pool that was negotiated with downstream; waits for one.
@@ -412,9 +420,6 @@ impl PipeWireZeroCopySrc {
     /// Says downstream how the frames from now on are turned.
     fn turn(&self, transform: Transform) {
         if let Some(streaming) = &mut *lock(&self.streaming) {
-            if streaming.transform == transform {
-                return;
-            }
             streaming.transform = transform;
         }
         let mut tags = gst::TagList::new();

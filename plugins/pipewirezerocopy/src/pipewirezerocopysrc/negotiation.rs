@@ -194,7 +194,7 @@ impl PipeWireZeroCopySrc {
                 }
                 return Err(gst::loggable_error!(CAT, "downstream refused {caps}"));
             }
-            self.agreed(Arc::new(Negotiated {
+            self.agreed(&Arc::new(Negotiated {
                 source: wanted,
                 info,
                 memory,
@@ -203,7 +203,7 @@ impl PipeWireZeroCopySrc {
         }
     }
 
-    fn agreed(&self, negotiated: Arc<Negotiated>) {
+    fn agreed(&self, negotiated: &Arc<Negotiated>) {
         let mut changed = false;
         if let Some(streaming) = &mut *lock(&self.streaming) {
             let before = streaming.negotiated.replace(negotiated.clone());
