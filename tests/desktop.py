@@ -22,6 +22,7 @@ prints says that all is up (or why not); then it answers each line it reads with
     {"cmd": "stop-client", "pid": 4711}                   -> {"ok": true}
     {"cmd": "kill", "what": "compositor"}                 -> {"ok": true, "pid": 4709}
     {"cmd": "restart-pipewire"}                           -> {"ok": true}
+    {"cmd": "freeze-pipewire"}                            -> {"ok": true}, until "thaw-pipewire"
     anything that fails                                   -> {"error": "..."}
 
 The end of standard input, SIGTERM and SIGINT all tear everything down.
@@ -133,6 +134,8 @@ class Child:
     def stop(self):
         """Ask, wait a little, insist. Returns only when the process is gone."""
         self.process.terminate()
+        # One that is frozen does not hear that.
+        self.process.send_signal(signal.SIGCONT)
         try:
             self.process.wait(STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
@@ -365,6 +368,11 @@ class Desktop:
         self._await_socket("pipewire-0", self._spawn("pipewire", ["pipewire"]))
         self._start_wireplumber()
 
+    def freeze_pipewire(self, frozen):
+        """SIGSTOP for PipeWire, or SIGCONT."""
+        for child in [c for c in self.children if c.name == "pipewire"]:
+            child.process.send_signal(signal.SIGSTOP if frozen else signal.SIGCONT)
+
     def close(self):
         """End every process and remove the runtime folder. Safe to call twice."""
         if self.bus is not None and not self.bus.is_closed():
@@ -519,6 +527,9 @@ def _command(desktop, request):
             return {"ok": True, "pid": desktop.kill(request["what"])}
         case "restart-pipewire":
             desktop.restart_pipewire()
+            return {"ok": True}
+        case "freeze-pipewire" | "thaw-pipewire" as cmd:
+            desktop.freeze_pipewire(cmd == "freeze-pipewire")
             return {"ok": True}
         case other:
             raise DesktopError(f'unknown cmd "{other}"')

@@ -23,15 +23,16 @@ from programs import Fault  # noqa: E402
 class Stages(unittest.TestCase):
     """Verdicts of a stage."""
 
-    def run_stage(self, run):
-        """The verdict on a stage that does `run(stage)`, and what was printed."""
+    def run_stage(self, run, imported=None):
+        """The verdict on a stage that does `run(stage)`, and what was printed; `imported` does more than that."""
         folder = self.enterContext(tempfile.TemporaryDirectory())
         share, sockets = pathlib.Path(folder, "share"), pathlib.Path(folder, "sockets")
         sockets.mkdir()
         module = types.SimpleNamespace(run=run, __doc__="A stage.")
+        imported = imported or (lambda _: module)
         printed = io.StringIO()
         with (
-            mock.patch.object(rig.importlib, "import_module", return_value=module),
+            mock.patch.object(rig.importlib, "import_module", imported),
             mock.patch.object(rig, "SOURCE", pathlib.Path(folder)),
             contextlib.redirect_stdout(printed),
         ):
@@ -58,6 +59,16 @@ class Stages(unittest.TestCase):
         self.assertFalse(passed)
         self.assertIn("last words", said)
         self.assertIn("res_create_2d", said)
+
+    def test_one_that_cannot_be_imported_fails_like_others(self):
+        def imported(_):
+            raise SyntaxError("two commas")
+
+        with contextlib.redirect_stderr(io.StringIO()) as errors:
+            passed, said = self.run_stage(None, imported)
+        self.assertFalse(passed)
+        self.assertIn("some: FAILED, 1 of 1 checks", said)
+        self.assertIn("two commas", errors.getvalue())
 
     def test_no_stages_at_all_are_a_failure(self):
         with (
@@ -122,6 +133,35 @@ class Guests(unittest.TestCase):
             self.assertEqual(job.ending(), "was still running after 7 s")
         job.killed = True
         self.assertEqual(job.ending(), "ended with 137")
+
+    def start_job(self):
+        """A job of a guest that is not there, and the other end of its channel."""
+        guest = Guest.__new__(Guest)
+        guest.name, guest.received = "guest", b""
+        guest.jobs = pathlib.Path(self.enterContext(tempfile.TemporaryDirectory()))
+        guest.channel, theirs = socket.socketpair()
+        self.enterContext(guest.channel)
+        self.enterContext(theirs)
+        guest.running = {}
+        job = guest.start("job", "true", 7)
+        self.assertEqual(theirs.recv(100), b"run job 7\n")
+        return job, theirs
+
+    def test_a_signal_waits_for_the_job_to_begin(self):
+        job, theirs = self.start_job()
+        theirs.sendall(b"began job\n")
+        said = []
+        with mock.patch.object(job.guest, "tell", lambda line: said.append((line, job.began))):
+            job.signal("TERM")
+        self.assertEqual(said, [("signal job TERM", True)])
+
+    def test_a_job_that_has_ended_gets_no_signal(self):
+        job, theirs = self.start_job()
+        theirs.sendall(b"done job 0\n")
+        job.signal("TERM")
+        theirs.setblocking(False)
+        with self.assertRaises(BlockingIOError):
+            theirs.recv(100)
 
     def test_a_guest_that_does_not_listen_is_a_fault(self):
         guest = Guest.__new__(Guest)

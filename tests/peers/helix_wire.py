@@ -89,7 +89,7 @@ class Limits:
     """What a receiver accepts, in bytes unless said otherwise."""
 
     pixels: int = 64 * MIB
-    nal_count: int = 1024
+    nal_count: int = 4096
     """number of NAL units in one FRAME_RESPONSE"""
     access_unit: int = 16 * MIB
     """all NAL units of one FRAME_RESPONSE together"""

@@ -263,7 +263,7 @@ def malformed():
 
     for name, msg_type, direction, limit, flags in (
         ("frame_request", wire.FRAME_REQUEST, to_host, 44 + 64 * MIB, wire.FLAG_PIXEL_DATA),
-        ("frame_response", wire.FRAME_RESPONSE, to_client, 24 + 4 * 1024 + 16 * MIB, 0),
+        ("frame_response", wire.FRAME_RESPONSE, to_client, 24 + 4 * 4096 + 16 * MIB, 0),
         ("unknown_type", 0x7F, to_host, 64 * MIB, 0),
     ):
         yield (f"{name}_payload_one_over_limit", "framing", direction,
@@ -295,9 +295,9 @@ def malformed():
 
     one = struct.pack("<I", len(IDR)) + IDR
     for name, data, field, value, limit, reason in (
-        ("nal_count_one_over_limit", nals(1025, struct.pack("<I", 0) * 1025), "nal_count", 1025,
-         1024, "too many NAL units"),
-        ("nal_count_u32_max", nals(U32_MAX, one), "nal_count", U32_MAX, 1024,
+        ("nal_count_one_over_limit", nals(4097, struct.pack("<I", 0) * 4097), "nal_count", 4097,
+         4096, "too many NAL units"),
+        ("nal_count_u32_max", nals(U32_MAX, one), "nal_count", U32_MAX, 4096,
          "too many NAL units"),
         ("nal_count_more_than_payload", nals(2, one), "nal_count", 2, 1,
          "the payload ends before the second size"),
@@ -408,7 +408,7 @@ def build():
     return {
         "limits": {
             "pixels": 64 * MIB,
-            "nal_count": 1024,
+            "nal_count": 4096,
             "access_unit": 16 * MIB,
             "unknown": 64 * MIB,
         },

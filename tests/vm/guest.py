@@ -84,6 +84,7 @@ class Job:
         self.name = name
         self.limit = limit
         self.log = guest.jobs / f"{name}.log"
+        self.began = False  # whether there is somebody to send a signal to
         self.status = None  # None while it runs
         self.killed = False
 
@@ -120,8 +121,14 @@ class Job:
         return f"ended with {self.status}"
 
     def signal(self, name):
-        """Sends a signal ("TERM") to all its processes."""
-        self.guest.tell(f"signal {self.name} {name}")
+        """Sends a signal ("TERM") to all its processes, as soon as there are any."""
+        deadline = time.monotonic() + self.limit + GRACE
+        while not self.began and self.status is None:
+            if time.monotonic() > deadline:
+                raise Fault(f"{self.name}: no word of its beginning from the guest, to send it SIG{name}")
+            self.guest.listen(deadline - time.monotonic())
+        if self.status is None:
+            self.guest.tell(f"signal {self.name} {name}")
 
     def kill(self):
         """SIGKILL: it gets no chance to say goodbye. Returns when it is gone."""
@@ -211,5 +218,7 @@ class Guest:
             match line.decode(errors="replace").split():
                 case ["ready", seconds]:
                     self.boot_seconds = float(seconds)
+                case ["began", name] if name in self.running:
+                    self.running[name].began = True
                 case ["done", name, status] if name in self.running:
                     self.running[name].status = int(status)

@@ -20,8 +20,8 @@ import traceback
 
 HERE = pathlib.Path(__file__).resolve().parent
 SOURCE = HERE.parent.parent
-# Stages use what other tests have: the known picture, and the comparison with it.
-sys.path += [str(HERE), str(HERE.parent)]
+# Stages use what other tests have: the known picture, the comparison with it, the protocol in Python.
+sys.path += [str(HERE), str(HERE.parent), str(HERE.parent / "peers")]
 
 from guest import Guest, System  # noqa: E402
 from programs import Fault, Program  # noqa: E402
@@ -97,12 +97,11 @@ class Stage:
 
 def run_stage(name, system, began):
     """Runs one stage and prints its verdict. Returns whether it passed, and how long it took (s)."""
-    module = importlib.import_module(f"stages.{name}")
     start = time.monotonic()
     stage = Stage(name, system, began)
-    stage.say(f"{name}: {summary(name)}")
     try:
-        module.run(stage)
+        stage.say(f"{name}: {summary(name)}")
+        importlib.import_module(f"stages.{name}").run(stage)
         if not stage.passed and not stage.faults:
             stage.check(False, "it checked nothing")
     except Fault as fault:

@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use helix_protocol::connection::{Body, ConnectionError, Event};
+use helix_protocol::connection::{Body, ConnectionError, Event, Reading};
 use helix_protocol::encode;
 use helix_protocol::message::{
     Capabilities, Config, ErrorCode, ErrorMessage, FrameResponse, Hello, RequestTag,
@@ -231,14 +231,21 @@ impl Client {
                     break "it does not read what is left for it".to_owned();
                 }
                 Some(moment) => Deadline::at(moment),
-                None => Deadline::NEVER,
+                // Now and then: whether the client owes the rest of a message is not known before
+                // the connection has looked at what it read together with the message before.
+                None => Deadline::after(self.host.stall_limit),
             };
-            self.connection.set_reading(
-                self.closing.is_none()
-                    && open < OPEN
-                    && self.session.bytes() + self.connection.queued_bytes()
-                        < self.host.max_frame_bytes as usize,
-            );
+            let bytes = self.session.bytes() + self.connection.queued_bytes();
+            let reading = if self.closing.is_some() || open > OPEN {
+                Reading::Nothing
+            } else if open == OPEN || bytes >= self.host.max_frame_bytes as usize {
+                // A client that keeps to what HELLO says is full now, and may ask with a PING
+                // whether anybody is still there.
+                Reading::NoPixels
+            } else {
+                Reading::All
+            };
+            self.connection.set_reading(reading);
             let deadline = self
                 .moments()
                 .into_iter()
@@ -428,16 +435,18 @@ impl Client {
 
     /// CONFIG_REQ: for the scanout, where the client watches one, else for its own encoder.
     fn configure(&mut self, session_id: u16, config: &Config) {
-        let in_force = if let Some(subscription) = &self.subscription {
+        if let Some(subscription) = &self.subscription {
             if config.bitrate > 0 {
                 subscription.set_bitrate(config.bitrate);
             }
-            subscription.in_force()
         } else {
             self.session.configure(config);
-            self.session.in_force(config)
-        };
+        }
         if self.terms.capabilities.contains(Capabilities::CONFIG_RESP) {
+            let in_force = match &self.subscription {
+                Some(subscription) => subscription.in_force(),
+                None => self.session.in_force(config),
+            };
             self.connection
                 .send(encode::config_resp(session_id, &in_force));
         }

@@ -24,6 +24,7 @@ use helix_protocol::sps::{self, Changes, Patch};
 
 use crate::access_unit::AccessUnit;
 use crate::edges;
+use crate::ending;
 use crate::picture::Picture;
 use crate::settings::{EncoderSpec, Tuning};
 
@@ -254,9 +255,14 @@ impl<T: Send + 'static> Encoder<T> {
         })
     }
 
-    /// Changes the bitrate, in bit/s, from the next picture on.
-    pub fn set_bitrate(&self, bits: u32) {
-        self.spec.set_bitrate(&self.element, bits);
+    /// Changes the bitrate, in bit/s, from the next picture on. Whether this encoder does: some take one
+    /// only before they start, and a new one is to be made.
+    pub fn set_bitrate(&self, bits: u32) -> bool {
+        let can = self.spec.takes_bitrate_while_playing(&self.element);
+        if can {
+            self.spec.set_bitrate(&self.element, bits);
+        }
+        can
     }
 
     /// The bitrate that it is set to, in bit/s; 0 where it has none.
@@ -307,9 +313,7 @@ impl<T: Send + 'static> Drop for Encoder<T> {
     fn drop(&mut self) {
         // Whatever still comes out is nobody's.
         self.shared.failed().get_or_insert_default();
-        if self.pipeline.set_state(gst::State::Null).is_err() {
-            tracing::debug!(encoder = %self.spec.name(), "the pipeline did not stop cleanly");
-        }
+        ending::stop(&self.pipeline, &self.spec.name());
     }
 }
 

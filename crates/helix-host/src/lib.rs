@@ -21,6 +21,7 @@ mod client;
 mod edges;
 mod enabling;
 mod encoder;
+mod ending;
 mod greeting;
 mod layout;
 mod monitor;

@@ -33,6 +33,8 @@ const LASTING: Duration = Duration::from_secs(5);
 const REFRESH_RATE: u32 = 60;
 /// The highest rate that is taken from ENABLE_SCANOUT, per second.
 const MAX_REFRESH_RATE: u32 = 240;
+/// The size of no screen, for QEMU: it tells the guest that the output has none.
+const OFF: (u32, u32) = (0, 0);
 
 /// A QEMU. Ends its thread when dropped.
 pub struct Qemu {
@@ -61,8 +63,11 @@ struct State {
     tried: bool,
     /// Those of the last connection; none if there never was one.
     consoles: Option<BTreeSet<u32>>,
-    /// What ENABLE_SCANOUT has asked for, by console. A QEMU that comes back is told again.
+    /// What was asked for last, by console. A QEMU that comes back is told again; that there is to
+    /// be no screen, only until one has heard it.
     modes: BTreeMap<u32, Mode>,
+    /// Requests so far, to know one that a later one has taken the place of.
+    requests: u64,
     /// The threads of scanouts that run, by console.
     watchers: BTreeMap<u32, Waker>,
     /// Why nothing more is wanted of this connection.
@@ -74,6 +79,8 @@ struct Mode {
     size: (u32, u32),
     /// Pictures a second.
     refresh_rate: u32,
+    /// Which request it was.
+    request: u64,
 }
 
 /// Why a connection has ended.
@@ -166,7 +173,7 @@ impl Link {
     /// ENABLE_SCANOUT. `done` is called when QEMU has answered, when it is gone, or after the
     /// limit for its answers; by this thread or another, which it must not block.
     pub fn enable(
-        &self,
+        self: &Arc<Self>,
         request: &EnableScanout,
         done: impl FnOnce(Result<(), String>) + Send + 'static,
     ) {
@@ -183,28 +190,58 @@ impl Link {
             )));
             return;
         }
-        let mode = Mode {
-            size: (width, height),
-            refresh_rate: match refresh_rate {
-                0 => REFRESH_RATE,
-                rate => rate.min(MAX_REFRESH_RATE),
-            },
+        let rate = match refresh_rate {
+            0 => REFRESH_RATE,
+            rate => rate.min(MAX_REFRESH_RATE),
         };
         let answer = Answer::new(done);
         let mut state = self.state();
+        // Who is told that it failed must not see it happen later.
         if state.display.is_some() {
-            state.modes.insert(scanout_id, mode);
+            let (mode, before) = state.ask_for(scanout_id, (width, height), rate);
+            let link = self.clone();
+            self.tell(&state, scanout_id, mode, move |result| {
+                if result.is_err() {
+                    link.state().forget(scanout_id, mode, before);
+                }
+                answer.give(result);
+            });
         }
-        state.set_size(scanout_id, mode.size, answer);
     }
 
-    /// DISABLE_SCANOUT. `done` is called as that of [`Link::enable`].
-    pub fn disable(&self, console: u32, done: impl FnOnce(Result<(), String>) + Send + 'static) {
+    /// DISABLE_SCANOUT. `done` is called as that of [`Link::enable`]. Nobody is told what became of
+    /// it, so a QEMU that is away is told when it is back.
+    pub fn disable(
+        self: &Arc<Self>,
+        console: u32,
+        done: impl FnOnce(Result<(), String>) + Send + 'static,
+    ) {
         let answer = Answer::new(done);
         let mut state = self.state();
-        state.modes.remove(&console);
-        // Of no size: QEMU tells the guest that the output has no screen.
-        state.set_size(console, (0, 0), answer);
+        let (mode, _) = state.ask_for(console, OFF, REFRESH_RATE);
+        self.tell(&state, console, mode, move |result| answer.give(result));
+    }
+
+    /// Has QEMU told, under the lock under which `mode` was remembered: so both are the last. `done` is
+    /// called without the lock, or dropped with it.
+    fn tell(
+        self: &Arc<Self>,
+        state: &State,
+        console: u32,
+        mode: Mode,
+        done: impl FnOnce(Result<(), String>) + Send + 'static,
+    ) {
+        let Some(display) = &state.display else {
+            return;
+        };
+        let link = self.clone();
+        display.set_size(console, mode.size, move |result| {
+            // It knows. One that is started anew may have a screen there again.
+            if mode.size == OFF && result.is_ok() {
+                link.state().forget(console, mode, None);
+            }
+            done(result);
+        });
     }
 
     /// Ends a connection that gives what cannot be; a new one is made.
@@ -240,13 +277,31 @@ impl Link {
 }
 
 impl State {
-    /// The lock that this is under is not taken by the answer's callback: a refused command is
-    /// answered here.
-    fn set_size(&self, console: u32, size: (u32, u32), answer: Answer) {
-        if let Some(display) = &self.display {
-            display.set_size(console, size, move |result| answer.give(result));
+    /// Remembers what is wanted of a console. Returns what was wanted before, too.
+    fn ask_for(
+        &mut self,
+        console: u32,
+        size: (u32, u32),
+        refresh_rate: u32,
+    ) -> (Mode, Option<Mode>) {
+        self.requests += 1;
+        let mode = Mode {
+            size,
+            refresh_rate,
+            request: self.requests,
+        };
+        (mode, self.modes.insert(console, mode))
+    }
+
+    /// A request counts no more, unless a later one has taken its place; `before` does again.
+    fn forget(&mut self, console: u32, mode: Mode, before: Option<Mode>) {
+        if self.modes.get(&console).map(|last| last.request) != Some(mode.request) {
+            return;
         }
-        // Otherwise the answer is dropped, and says so.
+        match before {
+            Some(before) => self.modes.insert(console, before),
+            None => self.modes.remove(&console),
+        };
     }
 
     fn screen(&self, console: u32) -> Option<Arc<Screen>> {
@@ -361,11 +416,10 @@ fn connection(link: &Arc<Link>, waiter: &mut Waiter) -> End {
         state.generation += 1;
         state.consoles = Some(consoles);
         state.distrusted = None;
-        for (&console, mode) in &state.modes {
-            let answer = Answer::new(move |result| {
+        for (&console, &mode) in &state.modes {
+            link.tell(&state, console, mode, move |result| {
                 tracing::debug!(console, ?result, "the size of before");
             });
-            state.set_size(console, mode.size, answer);
         }
         for watcher in state.watchers.values() {
             watcher.wake();

@@ -377,9 +377,11 @@ impl Subscription {
     /// Sets the scanout's bitrate, in bit/s, for all subscribers.
     pub fn set_bitrate(&self, bits: u32) {
         self.scanout.tell(|state| {
-            state.inbox.bitrate_changed = state.bitrate != Some(bits);
+            let changed = state.bitrate != Some(bits);
+            // The scanout's thread may not have seen the change before.
+            state.inbox.bitrate_changed |= changed;
             state.bitrate = Some(bits);
-            state.inbox.bitrate_changed
+            changed
         });
     }
 }
@@ -413,5 +415,28 @@ impl Scanout {
         {
             worker.wake();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bitrate_said_twice_is_not_forgotten_by_a_thread_that_is_busy() {
+        gst::init().unwrap();
+        let description = Description::parse("videotestsrc").unwrap();
+        let encoder = EncoderSpec::parse("x264enc").unwrap();
+        let scanout = Scanout::new(0, Origin::Description(description), Arc::new(encoder));
+        // In the place of the thread: it wakes up later.
+        let waker = Waiter::new().unwrap().waker();
+        scanout.state().worker = Some(waker.clone());
+        let subscription = scanout.subscribe(waker).unwrap();
+        for _ in 0..2 {
+            subscription.set_bitrate(8_000_000);
+        }
+        let state = scanout.state();
+        assert!(state.inbox.bitrate_changed);
+        assert_eq!(state.bitrate, Some(8_000_000));
     }
 }

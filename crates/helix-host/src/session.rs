@@ -158,8 +158,10 @@ impl Session {
     pub fn configure(&mut self, config: &Config) {
         if config.bitrate > 0 && self.tuning.bitrate != Some(config.bitrate) {
             self.tuning.bitrate = Some(config.bitrate);
-            if let Some(running) = &self.encoder {
-                running.encoder.set_bitrate(config.bitrate);
+            if let Some(running) = &self.encoder
+                && !running.encoder.set_bitrate(config.bitrate)
+            {
+                self.retire();
             }
         }
         self.framerate = framerate(config);

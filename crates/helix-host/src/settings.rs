@@ -282,7 +282,7 @@ impl EncoderSpec {
     }
 
     /// Sets the bitrate, in bit/s, of an element made by [`EncoderSpec::build`]; also while it
-    /// runs.
+    /// plays, where it [takes one][EncoderSpec::takes_bitrate_while_playing] then.
     pub fn set_bitrate(&self, element: &gst::Element, bits: u32) {
         let Some(property) = element.find_property("bitrate") else {
             tracing::warn!(encoder = %self.name(), "the encoder has no bitrate to set");
@@ -302,6 +302,15 @@ impl EncoderSpec {
         } else {
             tracing::warn!(encoder = %self.name(), bits, "the encoder refuses this bitrate");
         }
+    }
+
+    /// Whether an element that plays heeds another bitrate. Setting a property that is not made for it has no
+    /// effect, or none that its author thought of.
+    pub fn takes_bitrate_while_playing(&self, element: &gst::Element) -> bool {
+        element.find_property("bitrate").is_none_or(|property| {
+            let flags = property.flags();
+            flags.contains(gst::PARAM_FLAG_MUTABLE_PLAYING)
+        })
     }
 
     /// The bitrate that an element made by [`EncoderSpec::build`] is set to, in bit/s; 0 where it

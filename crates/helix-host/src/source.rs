@@ -6,6 +6,7 @@ use gst::prelude::*;
 use gst::{ClockTime, ParseFlags};
 
 use crate::encoder::describe;
+use crate::ending;
 
 /// What comes out of a description.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,9 +156,7 @@ impl Source {
 
 impl Drop for Source {
     fn drop(&mut self) {
-        if self.pipeline.set_state(gst::State::Null).is_err() {
-            tracing::debug!("a scanout's pipeline did not stop cleanly");
-        }
+        ending::stop(&self.pipeline, "a scanout's source");
     }
 }
 

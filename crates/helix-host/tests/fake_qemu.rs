@@ -157,41 +157,104 @@ fn sizes_reach_qemu_and_disabling_takes_the_screen_away() {
     qemu.forget_clients();
     assert_eq!(qemu.size(), (1, 1280, 800));
     peer.subscribe(1);
+    // Which ends at once: the host may be about to make another connection when this comes.
     assert_eq!(qemu.listener().console, 1);
     peer.send(encode::disable_scanout(1, 1));
     peer.flush();
+    while qemu.size() != (1, 0, 0) {}
+}
+
+#[test]
+fn a_screen_disabled_while_qemu_is_away_is_so_when_it_is_back() {
+    let qemu = FakeQemu::start(&[0, 1]);
+    let server = connected(&qemu);
+    let mut peer = Peer::of(&server);
+    assert!(enable(&mut peer, 1, (1280, 800)).success);
+    assert_eq!(qemu.size(), (1, 1280, 800));
+    qemu.leave();
+    eventually("the loss to be noticed", || {
+        (!enable(&mut peer, 1, (640, 480)).success).then_some(())
+    });
+    peer.send(encode::disable_scanout(1, 1));
+    peer.expect_pong();
+    qemu.come_back();
     assert_eq!(qemu.size(), (1, 0, 0));
+    // It has heard it. One that is started anew shows what it likes: here, the other console's size
+    // is all that it is told.
+    assert!(enable(&mut peer, 0, (1024, 768)).success);
+    assert_eq!(qemu.size(), (0, 1024, 768));
+    qemu.forget_clients();
+    assert_eq!(qemu.size(), (0, 1024, 768));
+    assert!(enable(&mut peer, 1, (800, 600)).success);
+    assert_eq!(qemu.size(), (1, 800, 600));
+}
+
+#[test]
+fn qemu_is_asked_one_thing_at_a_time_and_the_last_one_last() {
+    let qemu = FakeQemu::start(&[0, 1]);
+    let server = connected(&qemu);
+    let mut peer = Peer::of(&server);
+    qemu.fall_silent();
+    let request = |width| EnableScanout {
+        scanout_id: 0,
+        width,
+        height: SIZE,
+        refresh_rate: 0,
+    };
+    peer.send(encode::enable_scanout(0, &request(1)));
+    peer.flush();
+    assert_eq!(qemu.size(), (0, 1, SIZE));
+    for width in 2..6 {
+        peer.send(encode::disable_scanout(0, 0));
+        peer.send(encode::enable_scanout(0, &request(width)));
+    }
+    // The host has them all.
+    peer.expect_pong();
+    assert_eq!(qemu.sizes(), [], "QEMU has not answered the first one");
+    qemu.answer();
+    assert_eq!(qemu.size(), (0, 5, SIZE));
+    for _ in 1..6 {
+        assert!(matches!(peer.next().message, Message::ScanoutResp(answer) if answer.success));
+    }
+    // Other consoles wait for nothing of this, and nothing more is left of it.
+    assert!(enable(&mut peer, 1, (SIZE, SIZE)).success);
+    assert_eq!(qemu.size(), (1, SIZE, SIZE));
+    assert_eq!(qemu.sizes(), []);
 }
 
 #[test]
 fn requests_that_qemu_does_not_answer_do_not_pile_up() {
-    let qemu = FakeQemu::start(&[0]);
+    let qemu = FakeQemu::start(&[0, 1]);
     let server = connected(&qemu);
-    let mut rude = Peer::of(&server);
-    let flood = |peer: &mut Peer| {
-        for _ in 0..1000 {
+    qemu.fall_silent();
+    // As many clients as there may be but one.
+    let mut rude: Vec<_> = (0..63).map(|_| Peer::of(&server)).collect();
+    for peer in &mut rude {
+        for _ in 1..OPEN {
             peer.send(encode::disable_scanout(0, 0));
         }
-    };
-    // All of them, where QEMU answers.
-    flood(&mut rude);
-    rude.expect_pong();
-    for _ in 0..1000 {
-        assert_eq!(qemu.size(), (0, 0, 0));
+        peer.expect_pong();
     }
-    qemu.fall_silent();
-    flood(&mut rude);
-    rude.send(encode::ping(7));
-    rude.flush();
-    for _ in 0..OPEN {
-        assert_eq!(qemu.size(), (0, 0, 0));
+    assert_eq!(qemu.size(), (0, 0, 0));
+    assert_eq!(qemu.sizes(), [], "whoever asks, QEMU has one to answer");
+    // More than each may have open.
+    for peer in &mut rude {
+        for _ in 0..2 * OPEN {
+            peer.send(encode::disable_scanout(0, 0));
+        }
+        peer.send(encode::ping(7));
+        peer.flush();
     }
-    assert!(rude.is_quiet_for(Duration::from_millis(500)));
-    assert_eq!(qemu.sizes(), [], "more than {OPEN} are under way");
+    assert!(rude[0].is_quiet_for(Duration::from_millis(500)));
     // Another one is served meanwhile.
     let (mut peer, listener) = watching(&qemu, &server);
     draw(&listener, BLUE);
     assert!(shows(&peer.next_frame().bytes, BLUE));
+    // And so are they in the end.
+    qemu.answer();
+    for peer in &mut rude {
+        assert!(matches!(peer.next().message, Message::Pong));
+    }
 }
 
 #[test]
@@ -213,6 +276,33 @@ fn a_cursor_that_qemu_sends_apart_is_in_the_picture() {
     });
     let psnr = picture.psnr(&expected);
     assert!(psnr > 25.0, "{psnr} dB");
+}
+
+#[test]
+fn a_picture_that_qemu_tells_more_than_once_is_encoded_once() {
+    let qemu = FakeQemu::start(&[0]);
+    let server = connected(&qemu);
+    let (mut peer, listener) = watching(&qemu, &server);
+    let side = SIZE as i32;
+    for shade in 0..10 {
+        let mut picture = plain([shade, 0, 0]);
+        // As guests that flip pages have it said: there is another one, and it has changed.
+        listener.scanout(SIZE, SIZE, &picture).unwrap();
+        listener.update((0, 0), (side, side), &picture).unwrap();
+        peer.next_frame();
+        // Longer than from one frame to the next.
+        assert!(peer.is_quiet_for(Duration::from_millis(50)));
+        listener.update((0, 0), (side, side), &picture).unwrap();
+        assert!(peer.is_quiet_for(Duration::from_millis(50)));
+        // One byte, the last but the one that means nothing, is another picture.
+        let last = picture.len() - 2;
+        picture[last] = 255;
+        listener.update((0, 0), (side, side), &picture).unwrap();
+        peer.next_frame();
+        // Who asks gets it once more.
+        peer.send(encode::keyframe_req(1));
+        assert!(is_start(&peer.next_frame().bytes));
+    }
 }
 
 /// Ends a thread of a test that fails, too.

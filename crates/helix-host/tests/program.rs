@@ -5,21 +5,16 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufRead, BufReader};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixListener;
 use std::path::Path;
-use std::process::{Child, ChildStdout, Command, Output, Stdio};
+use std::process::{Command, Output, Stdio};
 
 use common::Peer;
+use common::program::{Running, helix_host};
 use helix_protocol::message::{AuthToken, Config, FrameRequest, Hello, PixelFormat};
 use helix_protocol::{Address, Message, encode};
-
-fn helix_host(arguments: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_helix-host"));
-    command.args(arguments).env_remove("RUST_LOG");
-    command
-}
 
 /// Runs it to its end.
 fn outcome(arguments: &[&str]) -> (Option<i32>, String) {
@@ -30,55 +25,6 @@ fn outcome(arguments: &[&str]) -> (Option<i32>, String) {
     } = helix_host(arguments).output().unwrap();
     let text = [stdout, stderr].concat();
     (status.code(), String::from_utf8(text).unwrap())
-}
-
-/// A program that runs; it does not outlive the test.
-struct Running {
-    child: Child,
-    stdout: BufReader<ChildStdout>,
-}
-
-impl Running {
-    fn start(arguments: &[&str]) -> Self {
-        let mut child = helix_host(arguments)
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let stdout = BufReader::new(child.stdout.take().unwrap());
-        Self { child, stdout }
-    }
-
-    /// The next address it says it listens on.
-    fn address(&mut self) -> Address {
-        let mut line = String::new();
-        self.stdout.read_line(&mut line).unwrap();
-        line.trim_end()
-            .strip_prefix("listening on ")
-            .unwrap_or_else(|| panic!("{line:?}"))
-            .parse()
-            .unwrap()
-    }
-
-    /// Sends a signal and waits for the end; the exit code and the log.
-    fn end_by(mut self, signal: libc::c_int) -> (Option<i32>, String) {
-        let pid = self.child.id() as libc::pid_t;
-        // SAFETY: a signal to our own child, which has not been waited for; no memory involved.
-        assert_eq!(unsafe { libc::kill(pid, signal) }, 0);
-        let status = self.child.wait().unwrap();
-        let mut log = String::new();
-        let mut stderr = self.child.stderr.take().unwrap();
-        stderr.read_to_string(&mut log).unwrap();
-        (status.code(), log)
-    }
-}
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        // Gone already, unless the test failed.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
 }
 
 fn unix(path: &Path) -> String {

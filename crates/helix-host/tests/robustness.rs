@@ -71,22 +71,6 @@ fn garbage_is_answered_with_an_error_and_others_go_on() {
 }
 
 #[test]
-fn every_truncation_ends_cleanly() {
-    let server = start(config());
-    let (request, pixels) = Rgb::pattern(4, 4, 0).request(PixelFormat::Bgra, 0, 0, false);
-    let mut whole = encode::frame_request(1, &request, pixels.len() as u32).to_vec();
-    whole.extend(&pixels);
-    for cut in 1..whole.len() {
-        let mut stream = raw(&server);
-        stream.write_all(&whole[..cut]).unwrap();
-        stream.shutdown(Shutdown::Write).unwrap();
-        let (code, text) = error_then_end(stream);
-        assert_eq!(code, ErrorCode::INVALID_MESSAGE.0);
-        assert!(text.contains("ended inside"), "{cut}: {text}");
-    }
-}
-
-#[test]
 fn who_only_closes_its_sending_side_still_gets_its_replies() {
     let server = start(config());
     let mut stream = raw(&server);
@@ -257,7 +241,7 @@ fn a_client_that_does_not_read_is_not_read_from() {
     stream
         .set_write_timeout(Some(Duration::from_millis(500)))
         .unwrap();
-    // PONGs that nobody fetches: the host stops at 16 of them and its socket's buffer, and then
+    // PONGs that nobody fetches: the host stops at 17 of them and its socket's buffer, and then
     // this side's buffers fill too.
     let pings: Vec<u8> = (0..1000).flat_map(|_| encode::ping(1).to_vec()).collect();
     let mut sent = 0_usize;

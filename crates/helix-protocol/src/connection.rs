@@ -10,7 +10,7 @@ use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::os::fd::AsFd;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::decode::Decoder;
 use crate::encode::Head;
@@ -74,6 +74,19 @@ pub enum Event {
     Woken,
     /// The deadline has passed.
     TimedOut,
+}
+
+/// What is taken from the peer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reading {
+    /// Everything.
+    All,
+    /// Messages, up to the first one whose pixels are not there yet: those stay with the peer. So a
+    /// peer whose pictures there is no room for is still heard, as long as it says something
+    /// else.
+    NoPixels,
+    /// Nothing.
+    Nothing,
 }
 
 /// Why a connection cannot go on.
@@ -146,7 +159,7 @@ pub struct Connection<B> {
     sent_at: Instant,
     /// When bytes last came, or reading began.
     received_at: Instant,
-    reading: bool,
+    reading: Reading,
     /// There may be bytes to take: the socket has not said otherwise since it became ready.
     readable: bool,
     room: Room,
@@ -167,7 +180,7 @@ impl<B: Body> Connection<B> {
             sent: 0,
             sent_at: Instant::now(),
             received_at: Instant::now(),
-            reading: true,
+            reading: Reading::All,
             readable: true,
             room: Room::Assumed,
             send_error: None,
@@ -209,10 +222,11 @@ impl<B: Body> Connection<B> {
         self.outbox.iter().map(size).sum::<usize>() - self.sent
     }
 
-    /// Whether to take bytes from the peer. While not, the peer is slowed by the transport's own
-    /// flow control; a peer that closes is then noticed only when something is sent.
-    pub fn set_reading(&mut self, reading: bool) {
-        if reading && !self.reading {
+    /// What to take from the peer; [`Reading::All`] at first. What is not taken slows the peer by
+    /// the transport's own flow control; a peer that closes behind that is noticed only when
+    /// something is sent.
+    pub fn set_reading(&mut self, reading: Reading) {
+        if reading == Reading::All && self.reading != Reading::All {
             // The pause was not the peer's.
             self.received_at = Instant::now();
         }
@@ -224,10 +238,10 @@ impl<B: Body> Connection<B> {
         (!self.outbox.is_empty()).then_some(self.sent_at)
     }
 
-    /// Since when nothing came from the peer, while it is read from. It begins anew whenever
-    /// reading is switched on again.
+    /// Since when nothing came from the peer, while everything is taken from it. It begins anew
+    /// whenever that is switched on again.
     pub fn silent_since(&self) -> Option<Instant> {
-        self.reading.then_some(self.received_at)
+        (self.reading == Reading::All).then_some(self.received_at)
     }
 
     /// Whether the peer owes the rest of a message that it has begun. To be asked when
@@ -285,17 +299,24 @@ impl<B: Body> Connection<B> {
             if self.flush(waiter, &waker)? {
                 return Ok(Event::Drained);
             }
-            if self.reading {
+            if self.reading != Reading::Nothing {
                 if let Some(envelope) = self.decoder.next()? {
                     return Ok(Event::Message(envelope));
                 }
-                if self.readable && self.receive()? {
+                let held = self.reading == Reading::NoPixels && self.decoder.is_inside_pixels();
+                if !held && self.readable && self.receive()? {
                     // A peer that never stops sending must not keep the caller from its own
                     // deadline, nor from those who want it.
                     if deadline.has_passed() {
                         return Ok(Event::TimedOut);
                     }
                     if waiter.take_wake() {
+                        return Ok(Event::Woken);
+                    }
+                    // Nor from hearing that it takes bytes again.
+                    if self.room == Room::Awaited
+                        && waiter.wait(Deadline::after(Duration::ZERO))? == Wake::Woken
+                    {
                         return Ok(Event::Woken);
                     }
                     continue;

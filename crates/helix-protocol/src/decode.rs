@@ -134,6 +134,12 @@ impl Decoder {
         self.end = (self.end + count).min(STAGE);
     }
 
+    /// Whether the next bytes are pixels of a FRAME_REQUEST. To be asked when [`Decoder::next`] has
+    /// returned `None`.
+    pub fn is_inside_pixels(&self) -> bool {
+        matches!(self.state, State::Pixels(..))
+    }
+
     /// The next message, if its bytes are all there.
     #[expect(
         clippy::should_implement_trait,

@@ -9,8 +9,8 @@ pub struct Limits {
     pub pixels: u32,
     /// Bytes of one access unit in FRAME_RESPONSE.
     pub access_unit: u32,
-    /// NAL units in one FRAME_RESPONSE. A picture of 8192 rows with one slice for each row of
-    /// macroblocks has 512.
+    /// NAL units in one FRAME_RESPONSE. A picture of 8192 rows has 512 rows of macroblocks; with
+    /// eight slices for each of them that is 4096. A unit takes no memory but for its bytes.
     pub nal_count: u32,
     /// Bytes of HELLO with its TLVs.
     pub hello: u32,
@@ -23,7 +23,7 @@ impl Default for Limits {
         Self {
             pixels: 64 * 1024 * 1024,
             access_unit: 16 * 1024 * 1024,
-            nal_count: 1024,
+            nal_count: 4096,
             hello: 4096,
             skipped: 64 * 1024 * 1024,
         }

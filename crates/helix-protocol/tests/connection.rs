@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use helix_protocol::connection::{Body, ConnectionError, Event};
+use helix_protocol::connection::{Body, ConnectionError, Event, Reading};
+use helix_protocol::decode::STAGE;
 use helix_protocol::encode::{self, Head};
 use helix_protocol::message::{ErrorCode, ErrorMessage, FrameRequest};
 use helix_protocol::wait::{Deadline, Waiter, Waker};
@@ -230,7 +231,7 @@ fn who_does_not_read_slows_the_sender_and_loses_nothing() {
     small_buffers(&left, 1);
     let (mut sender, mut sender_waiter) = connection(left);
     let (mut receiver, mut receiver_waiter) = connection::<()>(right);
-    receiver.set_reading(false);
+    receiver.set_reading(Reading::Nothing);
     let body = pattern(1 << 20, 5);
     sender.send_with(request(body.len()), body.clone());
     let event = sender.next(&mut sender_waiter, millis(30)).unwrap();
@@ -245,10 +246,41 @@ fn who_does_not_read_slows_the_sender_and_loses_nothing() {
     assert_eq!(sender.bytes_sent(), stuck);
     assert_eq!(sender.queued(), 1);
 
-    receiver.set_reading(true);
+    receiver.set_reading(Reading::All);
     thread::scope(|scope| {
         scope.spawn(|| drain(&mut sender, &mut sender_waiter));
         assert!(next_pixels(&mut receiver, &mut receiver_waiter) == body);
+    });
+}
+
+#[test]
+fn who_takes_no_pixels_hears_what_comes_before_them() {
+    let (left, right) = pair();
+    let (mut sender, mut sender_waiter) = connection(left);
+    let (mut receiver, mut receiver_waiter) = connection::<()>(right);
+    receiver.set_reading(Reading::NoPixels);
+    let body = pattern(1 << 20, 5);
+    sender.send(encode::ping(1));
+    sender.send_with(request(body.len()), body.clone());
+    sender.send(encode::ping(2));
+    thread::scope(|scope| {
+        scope.spawn(|| drain(&mut sender, &mut sender_waiter));
+        let message = next_message(&mut receiver, &mut receiver_waiter);
+        assert!(matches!(message, Message::Ping), "{message:?}");
+        let event = receiver.next(&mut receiver_waiter, millis(30)).unwrap();
+        assert!(matches!(event, Event::TimedOut), "{event:?}");
+        // What was read together with the first message, and nothing of the rest.
+        let bytes = receiver.bytes_received() as usize;
+        assert!(bytes <= 2 * STAGE, "{bytes} bytes");
+        assert!(
+            receiver.silent_since().is_none(),
+            "it is not the peer's silence"
+        );
+
+        receiver.set_reading(Reading::All);
+        assert!(next_pixels(&mut receiver, &mut receiver_waiter) == body);
+        let message = next_message(&mut receiver, &mut receiver_waiter);
+        assert!(matches!(message, Message::Ping), "{message:?}");
     });
 }
 
@@ -257,13 +289,13 @@ fn who_does_not_read_still_sends() {
     let (left, right) = pair();
     let (mut deaf, mut deaf_waiter) = connection(left);
     let (mut other, mut other_waiter) = connection::<()>(right);
-    deaf.set_reading(false);
+    deaf.set_reading(Reading::Nothing);
     other.send(encode::ping(3));
     drain(&mut other, &mut other_waiter);
     deaf.send_with(request(3), b"abc".to_vec());
     drain(&mut deaf, &mut deaf_waiter);
     assert_eq!(next_pixels(&mut other, &mut other_waiter), b"abc");
-    deaf.set_reading(true);
+    deaf.set_reading(Reading::All);
     let message = next_message(&mut deaf, &mut deaf_waiter);
     assert!(matches!(message, Message::Ping), "{message:?}");
 }
@@ -337,7 +369,7 @@ fn a_peer_that_closes_inside_a_message_sent_half_of_one() {
 fn a_peer_that_only_stops_sending_can_still_be_sent_to() {
     let (mut connection, mut waiter, mut peer) = against_a_plain_socket::<()>();
     peer.shutdown(std::net::Shutdown::Write).unwrap();
-    connection.set_reading(false);
+    connection.set_reading(Reading::Nothing);
     connection.send(encode::pong(4));
     drain(&mut connection, &mut waiter);
     let mut bytes = [0; 12];
@@ -457,6 +489,26 @@ fn a_peer_that_floods_cannot_keep_a_wake_up_from_us() {
     // Each was said once.
     let event = connection.next(&mut waiter, millis(20)).unwrap();
     assert!(matches!(event, Event::TimedOut), "{event:?}");
+}
+
+#[test]
+fn a_peer_that_floods_is_still_sent_what_it_takes() {
+    let (mut connection, mut waiter, mut peer) = against_a_plain_socket::<Vec<u8>>();
+    peer.set_nonblocking(true).unwrap();
+    connection.send_with(request(1 << 20), vec![1; 1 << 20]);
+    let mut space = vec![0; 1 << 20];
+    // There is always more to receive than is taken at once.
+    for _ in 0..100_000 {
+        while peer.write(&encode::ping(1)).is_ok() {}
+        match connection.next(&mut waiter, long()).unwrap() {
+            Event::Message(_) => {}
+            Event::Drained => return,
+            other => panic!("{other:?}"),
+        }
+        // It takes what comes.
+        let _ = peer.read(&mut space);
+    }
+    panic!("nothing more was sent");
 }
 
 #[test]
@@ -588,7 +640,7 @@ fn the_last_words_of_a_peer_are_heard_though_we_were_sending() {
 fn sending_to_a_peer_that_has_gone_is_an_error_though_nothing_is_read() {
     let (mut connection, mut waiter, peer) = against_a_plain_socket();
     drop(peer);
-    connection.set_reading(false);
+    connection.set_reading(Reading::Nothing);
     connection.send_with(request(8 << 20), vec![0; 8 << 20]);
     let error = connection.next(&mut waiter, long()).unwrap_err();
     assert!(matches!(error, ConnectionError::Io(_)), "{error:?}");

@@ -24,6 +24,7 @@ use crate::error::Error;
 use crate::proxies::VmProxy;
 use crate::qmp;
 use crate::screen::Screen;
+use crate::sizes::{SetSize, Sizes};
 
 /// Limit for each answer of QEMU's.
 const ANSWER_LIMIT: Duration = Duration::from_secs(5);
@@ -97,14 +98,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-type Done = Box<dyn FnOnce(Result<(), String>) + Send>;
-
-struct SetSize {
-    console: u32,
-    size: (u32, u32),
-    done: Done,
-}
-
 /// A connection to a QEMU. It ends, and its thread with it, when this is dropped.
 pub struct Display {
     shared: Arc<Shared>,
@@ -158,7 +151,8 @@ impl Display {
 
     /// Tells the guest that a console is shown in a window of this many pixels, 0x0 for none.
     /// `done` is called, in the connection's thread, when QEMU has taken note or has refused; the
-    /// guest follows when it likes.
+    /// guest follows when it likes. It is dropped uncalled where the connection ends before. While QEMU has not answered for this console, only the last of
+    /// the sizes that come is told it next, and its answer is that of all of them.
     pub fn set_size(
         &self,
         console: u32,
@@ -170,9 +164,9 @@ impl Display {
             size,
             done: Box::new(done),
         };
-        let sent = self.commands.as_ref().map(|sender| sender.send(command));
-        if let Some(Err(refused)) = sent {
-            (refused.0.done)(Err("the connection to QEMU has ended".to_owned()));
+        if let Some(commands) = &self.commands {
+            // Where the connection has ended, nobody is there to call `done`.
+            let _ = commands.send(command);
         }
     }
 }
@@ -217,16 +211,14 @@ impl Worker {
             }
         };
         self.set_status(Status::Connected);
+        let mut sizes = Sizes::new(control.clone());
         let lost = lost(&control, owner);
         tokio::pin!(lost);
         let mut there = true;
         loop {
             tokio::select! {
                 command = commands.recv() => match command {
-                    Some(command) => {
-                        let control = control.clone();
-                        tokio::spawn(async move { set_size(&control, command).await });
-                    }
+                    Some(wish) => sizes.ask(wish),
                     None => return,
                 },
                 reason = &mut lost, if there => {
@@ -385,15 +377,6 @@ async fn lost(control: &Connection, owner: Option<OwnerChangedStream<'static>>) 
         () = control.closed() => "it closed the connection",
         () = left => "it left the bus",
     }
-}
-
-/// Asks QEMU to tell the guest about a size.
-async fn set_size(control: &Connection, command: SetSize) {
-    let answer = match Console::new(control, command.console, String::new()).await {
-        Ok(console) => console.set_size(command.size).await,
-        Err(error) => Err(error),
-    };
-    (command.done)(answer.map_err(|error| error.to_string()));
 }
 
 /// Returns when nobody can send commands any more. What was sent before there is a connection

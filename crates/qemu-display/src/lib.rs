@@ -36,6 +36,7 @@ mod picture;
 mod proxies;
 mod qmp;
 mod screen;
+mod sizes;
 
 pub use address::Address;
 pub use cursor::{Cursor, CursorShape};

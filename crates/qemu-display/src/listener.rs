@@ -51,7 +51,7 @@ enum Answer {
     Interfaces(Vec<&'static str>),
     AllProperties(HashMap<&'static str, Variant<'static>>),
     /// Nothing, when the receiver is told or closed.
-    Later(oneshot::Receiver<()>),
+    Later(u64, oneshot::Receiver<()>),
     Unknown,
 }
 
@@ -104,7 +104,7 @@ async fn reply(
             let text = "no such method here";
             connection.reply_error(&header, UNKNOWN, &text).await
         }
-        Answer::Later(mut receiver) => {
+        Answer::Later(number, mut receiver) => {
             let Some(place) = place(held, &mut receiver) else {
                 return connection.reply(&header, &()).await;
             };
@@ -113,7 +113,7 @@ async fn reply(
             // Ends with the runtime, that is with the connection.
             tokio::spawn(async move {
                 if tokio::time::timeout(HOLD_LIMIT, receiver).await.is_err() {
-                    screen.waited();
+                    screen.waited(number);
                 }
                 // Who cannot be answered has gone, which `serve` notices.
                 let _ = connection.reply(&message.header(), &()).await;
@@ -193,7 +193,8 @@ fn handle(screen: &Screen, message: &Message) -> Result<Answer, Error> {
         (DMABUF2, "ScanoutDMABUF2") => screen.scanout_dmabuf(dmabuf2(message)?),
         (LISTENER, "UpdateDMABUF") => {
             let (x, y, width, height) = arguments!(message, body, At);
-            return Ok(Answer::Later(screen.update_dmabuf((x, y), (width, height))));
+            let (number, receiver) = screen.update_dmabuf((x, y), (width, height));
+            return Ok(Answer::Later(number, receiver));
         }
         (LISTENER, "Disable") => screen.disable(),
         (LISTENER, "MouseSet") => {

@@ -85,8 +85,11 @@ struct State {
     off: bool,
     failure: Option<Error>,
     arrived: Instant,
-    /// Dropped or given away with a lease, it lets QEMU go on.
-    reply: Option<oneshot::Sender<()>>,
+    /// Dropped or given away with a lease, it lets QEMU go on. With the number of the change that it
+    /// answers.
+    reply: Option<(u64, oneshot::Sender<()>)>,
+    /// Changes so far that QEMU wanted to wait with.
+    waits: u64,
     /// A picture in DMA-BUFs has taken the place of another one, and nothing has happened since.
     replaced: bool,
     /// QEMU has waited in vain, and is not made to do that again before a picture is taken.
@@ -157,6 +160,7 @@ impl Screen {
                 failure: None,
                 arrived: Instant::now(),
                 reply: None,
+                waits: 0,
                 replaced: false,
                 unattended: false,
                 leases: Leases::default(),
@@ -232,7 +236,7 @@ impl Screen {
             }
             Content::DmaBuf(buffer) => Pixels::DmaBuf {
                 buffer: buffer.clone(),
-                lease: Lease::new(state.reply.take()),
+                lease: Lease::new(state.reply.take().map(|(_, reply)| reply)),
             },
         };
         state.news = false;
@@ -364,28 +368,32 @@ impl Screen {
         self.changed(state, None);
     }
 
-    /// The guest has drawn into the DMA-BUFs and waits until what is returned is closed.
+    /// The guest has drawn into the DMA-BUFs and waits until what is returned is closed. With a number
+    /// for [`Screen::waited`].
     pub(crate) fn update_dmabuf(
         &self,
         at: (i32, i32),
         extent: (i32, i32),
-    ) -> oneshot::Receiver<()> {
+    ) -> (u64, oneshot::Receiver<()>) {
         let (reply, receiver) = oneshot::channel();
         let mut state = self.lock();
         state.replaced = false;
         let there = matches!(state.content, Some(Content::DmaBuf(_)));
         // QEMU waits for the answers to all parts of a change: one of them is enough to hold it.
+        state.waits += 1;
+        let number = state.waits;
         if there && !state.unattended && state.reply.is_none() {
-            state.reply = Some(reply);
+            state.reply = Some((number, reply));
         }
         self.changed_part(state, there, at, extent);
-        receiver
+        (number, receiver)
     }
 
-    /// QEMU has waited for as long as it may. If nobody has taken the picture, nobody looks.
-    pub(crate) fn waited(&self) {
+    /// QEMU has waited with this change for as long as it may. If nobody has taken the picture, nobody
+    /// looks. Another change that it waits with is not meant.
+    pub(crate) fn waited(&self, number: u64) {
         let mut state = self.lock();
-        state.unattended |= state.reply.take().is_some();
+        state.unattended |= state.reply.take_if(|(of, _)| *of == number).is_some();
     }
 
     /// The screen is switched off; or QEMU lets go of the DMA-BUF before this one, which it tells

@@ -4,8 +4,12 @@
 
 use std::time::{Duration, Instant};
 
+use helix_protocol::wait::Deadline;
+
 const FIRST: Duration = Duration::from_millis(50);
 const LONGEST: Duration = Duration::from_secs(2);
+/// The last attempt begins at the end and has this long.
+const LAST: Duration = Duration::from_secs(1);
 
 /// Delays between attempts to reconnect: 50 ms, then twice as long each time up to 2 s, until the
 /// time that was set for it is used up.
@@ -35,6 +39,12 @@ impl Backoff {
         self.next = LONGEST.min(self.next * 2);
         Some(at)
     }
+
+    /// When an attempt that begins now is to be given up, if not before: at the end of the time, or
+    /// a second from now where less is left.
+    pub fn attempt_deadline(&self) -> Deadline {
+        Deadline::at(self.end.max(Instant::now() + LAST))
+    }
 }
 
 #[cfg(test)]
@@ -51,5 +61,14 @@ mod tests {
             assert!(backoff.next_attempt().unwrap() <= Instant::now() + LONGEST);
         }
         assert_eq!(Backoff::new(Duration::ZERO).next_attempt(), None);
+    }
+
+    #[test]
+    fn an_attempt_ends_with_the_time_but_has_a_second() {
+        let now = Instant::now();
+        let limit = |time| Backoff::new(time).attempt_deadline().instant().unwrap() - now;
+        assert!(limit(Duration::from_mins(1)) >= Duration::from_mins(1));
+        assert!(limit(Duration::from_mins(1)) < Duration::from_mins(2));
+        assert!(limit(Duration::ZERO) >= LAST);
     }
 }

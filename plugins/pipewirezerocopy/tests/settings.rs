@@ -124,14 +124,18 @@ fn dmabufs_without_a_gpu_are_refused_and_left_out_of_caps() {
         );
         assert!(error.contains("output-mode=system"), "{error}");
     }
-    let src = source();
-    src.set_property(no_gpu.0, no_gpu.1);
-    let caps = src.static_pad("src").unwrap().query_caps(None);
-    let system = |(_, features): (_, &gst::CapsFeaturesRef)| !features.contains("memory:DMABuf");
-    assert!(
-        !caps.is_empty() && caps.iter_with_features().all(system),
-        "{caps}"
-    );
+    // The second one is there, but no GPU.
+    for node in [no_gpu.1, "/dev/null"] {
+        let src = source();
+        src.set_property("render-node", node);
+        let caps = src.static_pad("src").unwrap().query_caps(None);
+        let system =
+            |(_, features): (_, &gst::CapsFeaturesRef)| !features.contains("memory:DMABuf");
+        assert!(
+            !caps.is_empty() && caps.iter_with_features().all(system),
+            "{node}: {caps}"
+        );
+    }
 }
 
 #[test]

@@ -61,8 +61,18 @@ pub struct Target {
     pub enable: Option<EnableScanout>,
     /// Limit for connecting, for each reply and for the answer to a PING; `None` = none.
     pub timeout: Option<Duration>,
+    /// When to give up before there is a subscription, if `timeout` does not end it earlier.
+    pub give_up: Deadline,
     /// What lets this client in.
     pub auth_token: Option<AuthToken>,
+}
+
+impl Target {
+    /// Until when a step of the way to a subscription may take that begins now.
+    fn deadline(&self) -> Deadline {
+        let own = self.timeout.map_or(Deadline::NEVER, Deadline::after);
+        own.min(self.give_up)
+    }
 }
 
 /// Why there is no subscription, or none any more.
@@ -77,6 +87,17 @@ pub enum SubscriptionError {
     /// The host refuses; asking again is of no use.
     #[error("{0}")]
     Refused(String),
+    /// The host does not switch the scanout on now, and may do so later.
+    #[error(
+        "{address} does not switch on scanout {scanout_id}: its QEMU is away, serves another client or \
+         takes no sizes, or there is no such scanout (the log of helix-host says which)"
+    )]
+    NotOn {
+        /// The host.
+        address: Address,
+        /// The scanout.
+        scanout_id: u32,
+    },
     /// The host does not want this client.
     #[error("{}: {}", .0.code, .0.text)]
     Unwanted(ErrorMessage),
@@ -128,6 +149,8 @@ pub struct Subscription {
     connection: Connection<()>,
     target: Target,
     host: Agreement,
+    /// Since when there is one.
+    began: Instant,
     /// Bytes received when `heard` was set.
     received: u64,
     /// When the host last sent something.
@@ -141,8 +164,7 @@ pub struct Subscription {
 impl Subscription {
     /// Connects, greets, switches the scanout on where that is wanted, and subscribes.
     pub fn start(target: Target, waiter: &mut Waiter) -> Result<Self, SubscriptionError> {
-        let deadline = target.timeout.map_or(Deadline::NEVER, Deadline::after);
-        let stream = Stream::connect(&target.address, waiter, deadline)?;
+        let stream = Stream::connect(&target.address, waiter, target.deadline())?;
         let mut connection = Connection::new(stream, Limits::client(), waiter)
             .map_err(|error| SubscriptionError::Lost(error.to_string()))?;
         let host = greet(&target, &mut connection, waiter)?;
@@ -151,6 +173,7 @@ impl Subscription {
             connection,
             target,
             host,
+            began: now,
             received: 0,
             heard: now,
             spoke: now,
@@ -158,11 +181,19 @@ impl Subscription {
         };
         let subscribed = match this.enable(waiter) {
             Ok(true) => this.subscribe(waiter),
-            Ok(false) => return Err(this.refused("does not switch on")),
+            Ok(false) => {
+                return Err(SubscriptionError::NotOn {
+                    address: this.target.address,
+                    scanout_id: this.target.scanout_id,
+                });
+            }
             Err(error) => Err(error),
         };
         match subscribed {
-            Ok(()) => Ok(this),
+            Ok(()) => {
+                this.began = Instant::now();
+                Ok(this)
+            }
             Err(error) => {
                 if let SubscriptionError::Cancelled = error {
                     // There is something to say once more; the caller is told all the same.
@@ -203,13 +234,18 @@ impl Subscription {
         if subscribed {
             Ok(())
         } else {
-            Err(self.refused("does not offer"))
+            Err(self.refused())
         }
     }
 
     /// Who is at the other end, for logs.
     pub fn peer(&self) -> String {
         self.connection.stream().peer()
+    }
+
+    /// How long there has been one.
+    pub fn lasted(&self) -> Duration {
+        self.began.elapsed()
     }
 
     /// What the host said of itself.
@@ -251,7 +287,8 @@ impl Subscription {
         waiter: &mut Waiter,
         wishes: &Wishes,
     ) -> Result<Pushed, SubscriptionError> {
-        let mut waiting_since = Instant::now();
+        // When a message was first seen to have begun and not ended.
+        let mut begun = None;
         loop {
             self.fulfil(wishes);
             let event = self.connection.next(waiter, self.next_check())?;
@@ -262,7 +299,7 @@ impl Subscription {
             }
             self.note_life();
             if let Event::Message(envelope) = event {
-                waiting_since = Instant::now();
+                begun = None;
                 match envelope.message {
                     Message::FrameResponse(response, data) => {
                         self.check_whole(&data)?;
@@ -275,7 +312,7 @@ impl Subscription {
                     _ => {}
                 }
             }
-            self.check_end(waiting_since)?;
+            self.check_end(&mut begun)?;
             self.check_life()?;
         }
     }
@@ -292,12 +329,16 @@ impl Subscription {
     }
 
     /// A size that is wrong and not absurd swallows whatever comes, PONGs too, and looks alive.
-    fn check_end(&self, waiting_since: Instant) -> Result<(), SubscriptionError> {
+    fn check_end(&self, begun: &mut Option<Instant>) -> Result<(), SubscriptionError> {
         let Some(limit) = self.target.timeout else {
             return Ok(());
         };
-        let waited = waiting_since.elapsed();
-        if waited < 2 * limit || !self.connection.is_inside_message() {
+        if !self.connection.is_inside_message() {
+            *begun = None;
+            return Ok(());
+        }
+        let waited = begun.get_or_insert_with(Instant::now).elapsed();
+        if waited < 2 * limit {
             return Ok(());
         }
         Err(SubscriptionError::OutOfStep(format!(
@@ -323,14 +364,15 @@ impl Subscription {
         {}
     }
 
-    fn refused(&self, how: &str) -> SubscriptionError {
+    fn refused(&self) -> SubscriptionError {
         let Target {
             address,
             scanout_id,
             ..
         } = &self.target;
         SubscriptionError::Refused(format!(
-            "{address} {how} scanout {scanout_id} (is it configured there, and is scanout-id right?)"
+            "{address} does not offer scanout {scanout_id} (is it configured there, and is scanout-id \
+             right?)"
         ))
     }
 
@@ -340,7 +382,7 @@ impl Subscription {
         waiter: &mut Waiter,
         pick: impl Fn(&Message) -> Option<T>,
     ) -> Result<T, SubscriptionError> {
-        let deadline = self.target.timeout.map_or(Deadline::NEVER, Deadline::after);
+        let deadline = self.target.deadline();
         loop {
             match self.connection.next(waiter, deadline)? {
                 Event::Message(envelope) => {
@@ -481,7 +523,7 @@ fn greet(
         auth_token: target.auth_token.clone(),
         ..Hello::default()
     };
-    let deadline = target.timeout.map_or(Deadline::NEVER, Deadline::after);
+    let deadline = target.deadline();
     let session_id = target.scanout_id as u16;
     let address = &target.address;
     greeting::greet(connection, waiter, hello, session_id, deadline).map_err(|error| match error {

@@ -27,8 +27,11 @@ const AHEAD: u64 = 100_000_000;
 /// The fastest transit is that of this period and the one before.
 const PERIOD: u64 = 10_000_000_000;
 
-/// So many frames in a row over the reported latency are no accident.
-const LATE: u32 = 8;
+/// One frame is looked at in each period of this length: frames that come in a burst, after
+/// something was stuck, are one accident, however many they are.
+const LATENCY_SLOT: u64 = 100_000_000;
+/// So many of them in a row over the reported latency, and none below in between, are no accident.
+const LATE: u32 = 10;
 /// Reported latencies are multiples of this.
 const LATENCY_STEP: u64 = 5_000_000;
 
@@ -153,8 +156,12 @@ impl FastestTransit {
 #[derive(Debug, Default)]
 pub struct Latency {
     reported: u64,
+    /// What the last frame took, if it was late, and the slot in which it came.
+    last: Option<(u64, u64)>,
+    /// Slots in a row that ended late.
     late: u32,
-    most: u64,
+    /// The two that took most in those.
+    most: [u64; 2],
 }
 
 impl Latency {
@@ -163,20 +170,35 @@ impl Latency {
         self.reported
     }
 
-    /// A frame left this long after its time; whether more is to be reported from now on.
-    pub fn took(&mut self, took: u64) -> bool {
+    /// A frame that came at `now`, of any steady clock, left this long after its time; whether
+    /// more is to be reported from now on.
+    pub fn took(&mut self, now: u64, took: u64) -> bool {
         if took <= self.reported {
-            (self.late, self.most) = (0, 0);
+            *self = Self::reporting(self.reported);
             return false;
         }
-        self.late += 1;
-        self.most = self.most.max(took);
+        let slot = now / LATENCY_SLOT;
+        if let Some((last_slot, last)) = self.last.replace((slot, took))
+            && last_slot != slot
+        {
+            // A burst ends with the frames that waited least.
+            self.late += 1;
+            let [most, next] = self.most;
+            self.most = [most.max(last), next.max(last.min(most))];
+        }
         if self.late < LATE {
             return false;
         }
-        self.reported = self.most.next_multiple_of(LATENCY_STEP);
-        (self.late, self.most) = (0, 0);
+        // Without the one that took most: a burst may have ended in another slot.
+        *self = Self::reporting(self.most[1].next_multiple_of(LATENCY_STEP));
         true
+    }
+
+    fn reporting(reported: u64) -> Self {
+        Self {
+            reported,
+            ..Self::default()
+        }
     }
 }
 
@@ -312,13 +334,42 @@ mod tests {
         assert_eq!(stamp.pts, 0);
     }
 
+    /// Frames at 60 frames a second from `from` on, this late each; the latency reported after
+    /// each that raises it.
+    fn rises(latency: &mut Latency, from: u64, late: impl Iterator<Item = u64>) -> Vec<u64> {
+        let frames = late.enumerate();
+        let rises = frames.filter_map(|(number, late)| {
+            let captured = from + number as u64 * 16;
+            let rises = latency.took((captured + late) * MS, late * MS);
+            rises.then(|| latency.reported() / MS)
+        });
+        rises.collect()
+    }
+
     #[test]
     fn latency_is_raised_by_what_lasts_and_not_by_an_accident() {
         let mut latency = Latency::default();
-        assert!(!(0..100).any(|number| latency.took(u64::from(number % 2 == 0) * 40 * MS)));
-        assert!(!(1..LATE).any(|_| latency.took(11 * MS)));
-        assert!(latency.took(9 * MS));
-        assert_eq!(latency.reported(), 15 * MS);
-        assert!(!(0..100).any(|_| latency.took(15 * MS)));
+        let now_and_then = (0..200).map(|number| u64::from(number % 2 == 0) * 40);
+        assert!(rises(&mut latency, 0, now_and_then).is_empty());
+        let half_a_second = std::iter::repeat_n(11, 30).chain([0]);
+        assert!(rises(&mut latency, 10_000, half_a_second).is_empty());
+        let two_seconds = (0..120).map(|number| if number % 7 == 0 { 9 } else { 11 });
+        assert_eq!(rises(&mut latency, 20_000, two_seconds), [15]);
+        assert!(rises(&mut latency, 30_000, std::iter::repeat_n(15, 120)).is_empty());
+    }
+
+    #[test]
+    fn frames_that_waited_together_are_one_accident() {
+        // Something was stuck for 300 ms, then for three seconds.
+        for stuck in [300, 3000] {
+            for steady in [0, 12] {
+                let mut latency = Latency::default();
+                let burst = (0..stuck / 16).map(|number| (stuck - number * 16).max(steady));
+                let after = std::iter::repeat_n(steady, 120);
+                let reported = rises(&mut latency, 0, burst.chain(after));
+                let expected: &[u64] = if steady == 0 { &[] } else { &[15] };
+                assert_eq!(reported, expected, "stuck for {stuck} ms");
+            }
+        }
     }
 }

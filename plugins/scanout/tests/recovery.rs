@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 
 use common::{Source, host, push};
 use gst::prelude::*;
-use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage};
-use helix_protocol::{Message, encode};
-use zerocopy_test_support::peer::{Greets, Hello, LONG, Link, Peer, Seen, Then, hello};
+use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, ScanoutResp};
+use helix_protocol::{Envelope, Message, encode};
+use zerocopy_test_support::peer::{DELTA, Greets, Hello, LONG, Link, Peer, Seen, Then, hello};
 
 #[test]
 fn silence_is_no_error_while_the_host_answers_ping() {
@@ -112,6 +112,34 @@ fn a_host_that_has_no_place_for_as_long_as_it_is_called_is_an_error_that_says_so
             assert!(error.contains(part), "{part} is not in {error}");
         }
     }
+}
+
+#[test]
+fn a_screen_that_cannot_be_switched_on_yet_is_asked_for_again() {
+    let mut refusals = 2;
+    let peer = Peer::new(move |link, envelope| {
+        match &envelope.message {
+            Message::EnableScanout(enable) => {
+                let answer = ScanoutResp {
+                    scanout_id: enable.scanout_id,
+                    success: refusals == 0,
+                    connector: String::new(),
+                };
+                refusals -= u32::from(refusals > 0);
+                link.send(encode::scanout_resp(1, &answer));
+            }
+            Message::Subscribe { scanout_id } => {
+                link.send(encode::subscribe_resp(*scanout_id, true));
+                push(link, &[true]);
+            }
+            _ => {}
+        }
+        Then::GoOn
+    });
+    let properties = "scanout-id=1 enable=true reconnect-timeout=60000";
+    let mut source = Source::new(peer.port(), properties);
+    source.pull();
+    assert_eq!((source.stat("reconnects"), source.stat("errors")), (0, 0));
 }
 
 #[test]
@@ -220,6 +248,40 @@ fn a_wrong_size_that_swallows_all_that_comes_is_out_of_step() {
 }
 
 #[test]
+fn a_frame_that_begins_after_silence_has_all_its_time() {
+    let frame = [
+        frame_header(24 + 4 + DELTA.len() as u32, DELTA.len() as u32),
+        DELTA.to_vec(),
+    ]
+    .concat();
+    let mut pings = 0;
+    let peer = Peer::new(move |link, envelope| {
+        match envelope.message {
+            Message::Subscribe { scanout_id } => {
+                link.send(encode::subscribe_resp(scanout_id, true));
+                push(link, &[true]);
+            }
+            // After `timeout`, and after twice that: what began at the first one ends.
+            Message::Ping => {
+                pings += 1;
+                let (begins, ends) = frame.split_at(20);
+                match pings {
+                    1 => link.raw(begins).unwrap(),
+                    2 => link.raw(ends).unwrap(),
+                    _ => usize::from(link.pong(envelope)),
+                };
+            }
+            _ => {}
+        }
+        Then::GoOn
+    });
+    let mut source = Source::new(peer.port(), "scanout-id=1 timeout=500");
+    source.pull();
+    assert!(source.pull().flags().contains(gst::BufferFlags::DELTA_UNIT));
+    assert_eq!((source.stat("resyncs"), source.stat("reconnects")), (0, 0));
+}
+
+#[test]
 fn a_frame_with_another_message_in_it_reaches_no_decoder() {
     // The end of a delta is left out, and the next one takes its place (quirk 8): the sizes fit.
     let peer = fails_once(|link| {
@@ -232,12 +294,8 @@ fn a_frame_with_another_message_in_it_reaches_no_decoder() {
     goes_on_with_a_keyframe(&peer, 1);
 }
 
-#[test]
-fn a_state_change_ends_a_call_to_a_lost_host_at_once() {
-    let peer = host(&[true]);
-    let mut source = Source::new(peer.port(), "scanout-id=1 reconnect-timeout=60000");
-    source.pull();
-    drop(peer);
+/// Waits for the message that the host is called again.
+fn is_lost(source: &Source) {
     source
         .bus
         .iter_timed_filtered(
@@ -250,6 +308,67 @@ fn a_state_change_ends_a_call_to_a_lost_host_at_once() {
                 .is_some_and(|s| s.get::<&str>("state") == Ok("reconnecting"))
         })
         .expect("a message about the loss");
+}
+
+#[test]
+fn a_lost_host_is_still_called_after_a_pause_or_a_flush() {
+    for flush in [false, true] {
+        let pushes = |link: &mut Link, envelope: &Envelope| {
+            if let Message::Subscribe { scanout_id } = envelope.message {
+                link.send(encode::subscribe_resp(scanout_id, true));
+                push(link, &[true]);
+            }
+            link.pong(envelope);
+            Then::GoOn
+        };
+        let peer = Peer::new(pushes);
+        let address = peer.address().clone();
+        let properties = "scanout-id=1 bitrate=2000000 reconnect-timeout=3600000";
+        let mut source = Source::new(peer.port(), properties);
+        source.pull();
+        drop(peer);
+        is_lost(&source);
+        let element = source.element();
+        // GStreamer 1.22 does not interrupt the element for a pause, later ones do.
+        if flush {
+            element.send_event(gst::event::FlushStart::new());
+        } else {
+            element.set_state(gst::State::Paused).unwrap();
+        }
+        // The next one is not ready for clients at once.
+        let mut early = true;
+        let peer = Peer::on(&address, Greets::Legacy, move |link, envelope| {
+            if std::mem::take(&mut early) {
+                return Then::Close;
+            }
+            pushes(link, envelope)
+        });
+        if flush {
+            element.send_event(gst::event::FlushStop::new(false));
+        } else {
+            element.set_state(gst::State::Playing).unwrap();
+        }
+        let buffer = source.pull();
+        assert!(buffer.flags().contains(gst::BufferFlags::DISCONT));
+        let bitrate = peer.wait_for(|seen| match seen {
+            Seen::Message(envelope) => match envelope.message {
+                Message::ConfigReq(config) => Some(config.bitrate),
+                _ => None,
+            },
+            _ => None,
+        });
+        assert_eq!(bitrate, 2_000_000);
+        assert_eq!((source.stat("reconnects"), source.stat("errors")), (1, 0));
+    }
+}
+
+#[test]
+fn a_state_change_ends_a_call_to_a_lost_host_at_once() {
+    let peer = host(&[true]);
+    let mut source = Source::new(peer.port(), "scanout-id=1 reconnect-timeout=60000");
+    source.pull();
+    drop(peer);
+    is_lost(&source);
     let start = Instant::now();
     source
         .harness
@@ -290,6 +409,38 @@ fn a_host_that_subscribes_and_fails_is_given_up_in_time() {
         .filter(|seen| matches!(seen, Seen::Connected))
         .count();
     assert!(connections <= 6, "{connections} connections");
+}
+
+#[test]
+fn a_subscription_that_lasted_gets_the_time_for_another_even_without_a_picture() {
+    let (mut clients, mut pings) = (0, 0);
+    let peer = Peer::new(move |link, envelope| {
+        match envelope.message {
+            Message::Subscribe { scanout_id } => {
+                clients += 1;
+                link.send(encode::subscribe_resp(scanout_id, true));
+                match clients {
+                    1 => return Then::CloseAfterSending,
+                    2 => {}
+                    _ => push(link, &[true]),
+                }
+            }
+            // Each comes 100 ms after the one before: together, more than reconnect-timeout.
+            Message::Ping if clients == 2 => {
+                pings += 1;
+                if pings == 5 {
+                    return Then::Close;
+                }
+            }
+            _ => {}
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let properties = "scanout-id=1 timeout=100 reconnect-timeout=400";
+    let mut source = Source::new(peer.port(), properties);
+    source.pull();
+    assert_eq!((source.stat("reconnects"), source.stat("errors")), (2, 0));
 }
 
 /// A host that lets the first `clients` in, pushes one frame to each and closes, and then wants
@@ -346,4 +497,32 @@ fn a_wrong_token_is_an_error_at_once_even_while_reconnecting() {
         }
         assert!(!error.contains("s3cret"), "{error}");
     }
+}
+
+#[test]
+fn a_host_that_hangs_while_it_is_called_again_is_given_up_in_time() {
+    let mut clients = 0;
+    let peer = Peer::greeting(Greets::Script, move |link, envelope| {
+        match &envelope.message {
+            Message::Hello(_) => clients += 1,
+            Message::Subscribe { scanout_id } => {
+                link.send(encode::subscribe_resp(*scanout_id, true));
+                push(link, &[true]);
+                return Then::CloseAfterSending;
+            }
+            _ if clients == 1 => {
+                link.pong(envelope);
+            }
+            // Not even to a PING.
+            _ => {}
+        }
+        Then::GoOn
+    });
+    let mut source = Source::new(peer.port(), "scanout-id=1 timeout=0 reconnect-timeout=300");
+    source.pull();
+    let error = source.error();
+    assert!(
+        error.contains("300 ms (reconnect-timeout)") && error.contains("no sign of life"),
+        "{error}"
+    );
 }

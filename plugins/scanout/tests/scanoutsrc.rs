@@ -183,7 +183,8 @@ fn messages(peer: &Peer) -> Vec<Message> {
 #[test]
 fn a_screen_that_is_not_switched_on_is_not_subscribed_to() {
     let peer = switching_host(false, true);
-    let error = Source::new(peer.port(), "scanout-id=1 enable=true").error();
+    let properties = "scanout-id=1 enable=true reconnect-timeout=0";
+    let error = Source::new(peer.port(), properties).error();
     assert!(error.contains("does not switch on scanout 1"), "{error}");
     let messages = messages(&peer);
     assert!(

@@ -9,7 +9,7 @@ use common::Source;
 use gst::prelude::*;
 use helix_protocol::message::Capabilities;
 use helix_protocol::{Message, encode};
-use zerocopy_test_support::peer::{Greets, Hello, KEYFRAME, LONG, Peer, Then, hello};
+use zerocopy_test_support::peer::{Greets, Hello, KEYFRAME, Link, Peer, Then, hello};
 
 const FRAMES: usize = 30;
 /// How old the frames are when they are sent, and how far apart they were captured.
@@ -23,14 +23,20 @@ fn capturing_host(clock_id: Option<&[u8]>, epoch: gst::ClockTime) -> Peer {
         ..hello(Capabilities::CAPTURE_PTS)
     };
     Peer::greeting(Greets::With(hello), move |link, envelope| {
-        if let Message::Subscribe { scanout_id } = envelope.message {
-            link.send(encode::subscribe_resp(scanout_id, true));
-            let now = gst::SystemClock::obtain().time();
-            let first = now - epoch - AGE - STEP * FRAMES as u64;
-            for number in 0..FRAMES as u64 {
-                let pts = first + STEP * number;
-                link.respond(1, pts.nseconds() as i64, true, KEYFRAME);
+        let newest = gst::SystemClock::obtain().time() - epoch - AGE;
+        let push = |link: &mut Link, pts: gst::ClockTime| {
+            link.respond(1, pts.nseconds() as i64, true, KEYFRAME);
+        };
+        match envelope.message {
+            Message::Subscribe { scanout_id } => {
+                link.send(encode::subscribe_resp(scanout_id, true));
+                for number in (0..FRAMES as u64).rev() {
+                    push(link, newest - STEP * number);
+                }
             }
+            // How a test asks for another.
+            Message::ConfigReq(_) => push(link, newest),
+            _ => {}
         }
         Then::GoOn
     })
@@ -56,10 +62,22 @@ fn latency(source: &Source) -> gst::ClockTime {
     least
 }
 
-fn announces_latency(source: &Source) {
-    let kinds = [gst::MessageType::Latency];
-    let limit = gst::ClockTime::try_from(LONG).unwrap();
-    assert!(source.bus.timed_pop_filtered(limit, &kinds).is_some());
+/// Lets frames come at 20 a second, until a latency is announced; how many.
+fn frames_until_latency(source: &mut Source) -> u32 {
+    for frames in 0.. {
+        let kinds = [gst::MessageType::Latency];
+        // The pace.
+        let limit = gst::ClockTime::from_mseconds(50);
+        if source.bus.timed_pop_filtered(limit, &kinds).is_some() {
+            return frames;
+        }
+        assert!(frames < 400, "no latency is announced");
+        source
+            .element()
+            .set_property("bitrate", 1_000_000 + frames as i32);
+        source.pull();
+    }
+    unreachable!()
 }
 
 fn grows(times: &[(gst::ClockTime, gst::ClockTime)]) {
@@ -69,7 +87,7 @@ fn grows(times: &[(gst::ClockTime, gst::ClockTime)]) {
 }
 
 #[test]
-fn capture_times_of_this_machine_are_kept_and_the_latency_is_told() {
+fn capture_times_of_this_machine_are_kept_and_a_latency_that_lasts_is_told() {
     let peer = capturing_host(Some(b"CLOCK_MONOTONIC"), gst::ClockTime::ZERO);
     let mut source = Source::new(peer.port(), "scanout-id=1");
     let times = times(&mut source);
@@ -84,7 +102,9 @@ fn capture_times_of_this_machine_are_kept_and_the_latency_is_told() {
     let age = AGE.useconds();
     assert!(source.stat("latency-p50-us") >= age);
     assert!(source.stat("latency-p99-us") >= source.stat("latency-p50-us"));
-    announces_latency(&source);
+    // They came all at once, which may be an accident.
+    assert_eq!(latency(&source), gst::ClockTime::ZERO);
+    assert!(frames_until_latency(&mut source) >= 10);
     assert!(latency(&source) >= AGE);
 }
 

@@ -99,7 +99,7 @@ fn prepare(options: &Options) -> Outcome<(Context, Display)> {
 }
 
 fn check(options: &Options, context: &Context, display: &Display) -> Outcome<bool> {
-    let gl = Gl::new(display)?;
+    let gl = Gl::new(display, 3)?;
     println!("renderer: {}", exported::renderer(&gl)?);
     let mut right = true;
     let mut worked = 0;

@@ -15,6 +15,7 @@ use nix::sys::socket::{ControlMessageOwned, MsgFlags, recvmsg};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::runtime::{Handle, Runtime};
+use tokio::sync::watch;
 use zbus::connection::Builder;
 use zbus::{Connection, DynamicType, Fd, Guid, interface};
 
@@ -40,7 +41,8 @@ pub struct FakeQemu {
     registered: Arc<AtomicUsize>,
     mute: Arc<AtomicBool>,
     sizes: Receiver<(u32, u32, u32)>,
-    silent: Arc<AtomicBool>,
+    silent: watch::Sender<bool>,
+    away: Arc<AtomicBool>,
     connections: Arc<Mutex<Vec<Connection>>>,
     _runtime: Runtime,
 }
@@ -64,7 +66,8 @@ impl FakeQemu {
         let connections = Arc::new(Mutex::new(Vec::new()));
         let registered = Arc::new(AtomicUsize::new(0));
         let mute = Arc::new(AtomicBool::new(false));
-        let silent = Arc::new(AtomicBool::new(false));
+        let silent = watch::Sender::new(false);
+        let away = Arc::new(AtomicBool::new(false));
         let server = Server {
             consoles: consoles.to_vec(),
             listeners: listener_sender,
@@ -72,6 +75,7 @@ impl FakeQemu {
             mute: mute.clone(),
             sizes: Arc::new(Mutex::new(size_sender)),
             silent: silent.clone(),
+            away: away.clone(),
             connections: connections.clone(),
             handle: runtime.handle().clone(),
         };
@@ -84,6 +88,7 @@ impl FakeQemu {
             mute,
             sizes,
             silent,
+            away,
             connections,
             _runtime: runtime,
         }
@@ -127,9 +132,25 @@ impl FakeQemu {
         self.sizes.try_iter().collect()
     }
 
-    /// From now on no client that asks for a size gets an answer.
+    /// From now on no client that asks for a size gets an answer, until [`FakeQemu::answer`].
     pub fn fall_silent(&self) {
-        self.silent.store(true, Ordering::Release);
+        self.silent.send_replace(true);
+    }
+
+    /// Answers those that wait for it, and all others at once.
+    pub fn answer(&self) {
+        self.silent.send_replace(false);
+    }
+
+    /// Is not there for clients, those that it has included, until [`FakeQemu::come_back`].
+    pub fn leave(&self) {
+        self.away.store(true, Ordering::Release);
+        self.forget_clients();
+    }
+
+    /// Is there again.
+    pub fn come_back(&self) {
+        self.away.store(false, Ordering::Release);
     }
 
     /// Closes the connections on which clients ask things; listeners stay.
@@ -297,7 +318,8 @@ struct Server {
     registered: Arc<AtomicUsize>,
     mute: Arc<AtomicBool>,
     sizes: Sizes,
-    silent: Arc<AtomicBool>,
+    silent: watch::Sender<bool>,
+    away: Arc<AtomicBool>,
     connections: Arc<Mutex<Vec<Connection>>>,
     handle: Handle,
 }
@@ -305,8 +327,10 @@ struct Server {
 impl Server {
     fn run(&self, socket: &UnixListener) {
         for client in socket.incoming().map_while(Result::ok) {
-            // A client that goes away early is none of the fake's problems.
-            let _ = self.serve(client);
+            if !self.away.load(Ordering::Acquire) {
+                // A client that goes away early is none of the fake's problems.
+                let _ = self.serve(client);
+            }
         }
     }
 
@@ -346,7 +370,7 @@ impl Server {
                 registered: self.registered.clone(),
                 mute: self.mute.clone(),
                 sizes: self.sizes.clone(),
-                silent: self.silent.clone(),
+                silent: self.silent.subscribe(),
                 handle: self.handle.clone(),
             };
             builder = builder.serve_at(format!("/org/qemu/Display1/Console_{id}"), console);
@@ -416,7 +440,7 @@ struct Console {
     registered: Arc<AtomicUsize>,
     mute: Arc<AtomicBool>,
     sizes: Sizes,
-    silent: Arc<AtomicBool>,
+    silent: watch::Receiver<bool>,
     handle: Handle,
 }
 
@@ -468,10 +492,11 @@ impl Console {
         // Clients do not know these.
         assert_eq!((width_mm, height_mm, xoff, yoff), (0, 0, 0, 0));
         // Before a test sees the size, and may then silence what comes later.
-        let silent = self.silent.load(Ordering::Acquire);
+        let silent = *self.silent.borrow();
         let _ = self.sizes.lock().unwrap().send((self.id, width, height));
         if silent {
-            std::future::pending::<()>().await;
+            // For ever, if the fake ends.
+            let _ = self.silent.clone().wait_for(|silent| !silent).await;
         }
     }
 

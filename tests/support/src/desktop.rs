@@ -216,6 +216,16 @@ impl Desktop {
         self.ask(&json!({"cmd": "restart-pipewire"}));
     }
 
+    /// Keeps the PipeWire daemon from doing anything (SIGSTOP), or lets it go on.
+    pub fn freeze_pipewire(&mut self, frozen: bool) {
+        let command = if frozen {
+            "freeze-pipewire"
+        } else {
+            "thaw-pipewire"
+        };
+        self.ask(&json!({"cmd": command}));
+    }
+
     fn ask(&mut self, command: &Value) -> Value {
         self.try_ask(command)
             .unwrap_or_else(|error| panic!("{command}: {error}"))

@@ -20,19 +20,10 @@ pub fn threads() -> usize {
 
 /// Bytes of memory of this process that are in RAM (proc_pid_status(5), `VmRSS`).
 pub fn resident_memory() -> u64 {
-    memory("VmRSS:")
-}
-
-/// The most that it was so far (`VmHWM`).
-pub fn peak_memory() -> u64 {
-    memory("VmHWM:")
-}
-
-fn memory(field: &str) -> u64 {
     let status = fs::read_to_string("/proc/self/status").expect("Linux has it");
     let kib = status
         .lines()
-        .find_map(|line| line.strip_prefix(field)?.split_whitespace().next())
+        .find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next())
         .and_then(|number| number.parse::<u64>().ok());
     kib.expect("Linux has it") * 1024
 }

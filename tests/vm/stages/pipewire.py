@@ -72,7 +72,7 @@ SCENES = {
     "dumb", "vgem", "udmabuf", "heap", "rgba", "offset", "nv12", "nv12-apart", "system", "read", "read-by-gpu",
     "second-modifier", "no-modifier", "refused-modifier", "refused-strict", "refused-caps", "modifier-dropped",
     "cuda", "cuda-rgba", "cuda-nv12", "cuda-lost", "cuda-exhausted", "cuda-strict",
-    "resized", "reformatted", "format-twice", "few-buffers", "held", "hoarded",
+    "resized", "reformatted", "format-twice", "few-buffers", "one-buffer", "held", "hoarded",
     "no-sync", "implicit", "explicit", "explicit-dropped", "explicit-stopped",
 }
 # Those in which caps matter, for what was built with GStreamer 1.24's DMA_DRM caps (see gl.py).

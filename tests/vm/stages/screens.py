@@ -4,7 +4,9 @@
 The guest knows nothing of this: `drmcheck output` looks at its connectors, and `drmcheck draw` shows a
 known picture on each. Everything else runs on the host, as it would beside any QEMU: helix-host is started
 before QEMU, and one scanoutsrc for each output asks for a size (ENABLE_SCANOUT) and decodes what it gets,
-which must be the picture of its output. All of it once with this machine's QEMU, once with Debian 13's.
+which must be the picture of its output. Then one output is switched off, and on again as the guest's side does
+it: it waits for the answer, which names the connector, and only then uses that. All of it once with this
+machine's QEMU, once with Debian 13's.
 """
 
 import subprocess
@@ -17,12 +19,16 @@ gi.require_version("Gst", "1.0")
 gi.require_version("GstApp", "1.0")
 from gi.repository import Gst, GstApp  # noqa: E402, F401
 
+import helix_wire as wire  # noqa: E402
+import peer_net  # noqa: E402
 import verify  # noqa: E402
 from display import Display  # noqa: E402
 from programs import Fault  # noqa: E402
 
 # Of console 0 and 1, in pixels: sizes that nobody has by default. Widths in steps of 8, as EDID has them.
 SIZES = {0: (1304, 744), 1: (1048, 664)}
+# Of console 1 when it is switched on again.
+OTHER_SIZE = (920, 584)
 LIMIT = 90
 # In dB, as in tests/demo.py.
 MIN_PSNR = 30
@@ -62,18 +68,19 @@ def look(stage, display, name, of_room):
             for console, size in SIZES.items():
                 clients[console] = Client(socket, console, size)
                 check_output(stage, guest, f"on-{console}-{name}", console, size)
-            outputs = " ".join(map(connector, SIZES))
-            drawing = guest.start(f"draw-{name}", f"drmcheck draw {outputs}", 4 * LIMIT)
-            drawing.wait_for("drawn", LIMIT)
-            for console, client in clients.items():
-                psnr = client.wait_for_picture(console)
-                text = f"scanout {console} shows what the guest draws on {connector(console)}, {psnr:.1f} dB"
-                stage.check(psnr >= MIN_PSNR, text)
+            drawing = draw(guest, f"draw-{name}", map(connector, SIZES))
+            check_pictures(stage, clients)
             # The kernel looks at connectors for nobody but who draws on them (drm_mode_getconnector()).
             drawing.kill()
             # DISABLE_SCANOUT, with which a client ends. The other output stays: Linux wants one.
             clients[1].stop()
             check_output(stage, guest, f"off-{name}", 1, None)
+            answered = enable(socket, 1, OTHER_SIZE)
+            stage.check(answered == connector(1), f"ENABLE_SCANOUT is answered with {answered}")
+            check_output(stage, guest, f"again-{name}", 1, OTHER_SIZE)
+            clients[1] = Client(socket, 1, OTHER_SIZE, enable=False)
+            draw(guest, f"draw-again-{name}", [connector(0), answered])
+            check_pictures(stage, clients)
     finally:
         for client in clients.values():
             client.stop()
@@ -83,6 +90,33 @@ def look(stage, display, name, of_room):
 def connector(console):
     """The guest's name for a console's output."""
     return f"Virtual-{console + 1}"
+
+
+def enable(socket, console, size):
+    """ENABLE_SCANOUT, and the connector that its answer names."""
+    fields = {"scanout_id": console, "width": size[0], "height": size[1], "refresh_rate": 60}
+    try:
+        with peer_net.Connection(f"unix:{socket}", LIMIT) as connection:
+            connection.send(wire.Message(wire.ENABLE_SCANOUT, fields))
+            answer = connection.receive_only(wire.SCANOUT_RESP)
+    except (peer_net.PeerClosed, peer_net.PeerSilent) as error:
+        raise Fault(f"ENABLE_SCANOUT {console}: {error}") from error
+    return answer.connector if answer.success else "success 0"
+
+
+def draw(guest, job, connectors):
+    """Has the guest show its pictures, and goes on showing them."""
+    drawing = guest.start(job, f"drmcheck draw {' '.join(connectors)}", 4 * LIMIT)
+    drawing.wait_for("drawn", LIMIT)
+    return drawing
+
+
+def check_pictures(stage, clients):
+    """Each client must see what the guest draws on its output."""
+    for console, client in clients.items():
+        psnr = client.wait_for_picture(console)
+        text = f"scanout {console} shows what the guest draws on {connector(console)}, {psnr:.1f} dB"
+        stage.check(psnr >= MIN_PSNR, text)
 
 
 def check_output(stage, guest, job, console, size):
@@ -108,9 +142,9 @@ def picture(console, width, height):
 class Client:
     """A scanoutsrc on the host, and what a decoder makes of its stream."""
 
-    def __init__(self, socket, console, size):
+    def __init__(self, socket, console, size, enable=True):
         self.size = size
-        source = "scanoutsrc enable=true width={} height={}".format(*size)
+        source = "scanoutsrc enable={} width={} height={}".format(enable, *size)
         self.pipeline = Gst.parse_launch(
             f"{source} socket-path={socket} scanout-id={console} ! h264parse ! avdec_h264 ! videoconvert"
             " ! video/x-raw,format=RGB ! appsink name=sink sync=false max-buffers=1 drop=true"

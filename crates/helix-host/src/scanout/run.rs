@@ -237,7 +237,12 @@ impl Run {
     fn change_bitrate(&mut self) {
         let bits = self.scanout.state().bitrate;
         if let (Some(encoder), Some(bits)) = (&self.encoder, bits) {
-            encoder.set_bitrate(bits);
+            if !encoder.set_bitrate(bits) {
+                tracing::debug!(scanout = self.scanout.id, "a new encoder for a new bitrate");
+                // The next picture makes it, or the last one of a still screen.
+                self.encoder = None;
+                self.keyframe_wanted = true;
+            }
         } else if self.scanout.origin.kind() == Kind::Encoded {
             tracing::debug!(
                 scanout = self.scanout.id,

@@ -3,6 +3,7 @@
 //! A client of our own, pictures that are known, and a decoder that shows what came of them.
 #![allow(dead_code, reason = "each test file uses its part of this")]
 
+pub mod program;
 pub mod qemu;
 pub mod resources;
 

@@ -244,8 +244,8 @@ fn dmabuf() -> DmaBuf {
 fn qemu_waits_for_a_picture_on_the_gpu_until_it_is_let_go() {
     let (screen, _) = screen();
     screen.scanout_dmabuf(dmabuf());
-    let mut first = screen.update_dmabuf((0, 0), (1, 1));
-    let mut second = screen.update_dmabuf((2, 2), (1, 1));
+    let (_, mut first) = screen.update_dmabuf((0, 0), (1, 1));
+    let (_, mut second) = screen.update_dmabuf((2, 2), (1, 1));
     assert!(second.try_recv().unwrap_err() == TryRecvError::Closed);
     let picture = screen.take().unwrap().unwrap();
     assert_eq!(first.try_recv(), Err(TryRecvError::Empty));
@@ -257,14 +257,27 @@ fn qemu_waits_for_a_picture_on_the_gpu_until_it_is_let_go() {
 fn qemu_does_not_wait_again_where_nobody_looks() {
     let (screen, _) = screen();
     screen.scanout_dmabuf(dmabuf());
-    let mut held = screen.update_dmabuf((0, 0), (1, 1));
+    let (number, mut held) = screen.update_dmabuf((0, 0), (1, 1));
     assert_eq!(held.try_recv(), Err(TryRecvError::Empty));
-    screen.waited();
-    let mut free = screen.update_dmabuf((0, 0), (1, 1));
+    screen.waited(number);
+    let (_, mut free) = screen.update_dmabuf((0, 0), (1, 1));
     assert_eq!(free.try_recv(), Err(TryRecvError::Closed));
     drop(screen.take().unwrap());
-    let mut held = screen.update_dmabuf((0, 0), (1, 1));
+    let (_, mut held) = screen.update_dmabuf((0, 0), (1, 1));
     assert_eq!(held.try_recv(), Err(TryRecvError::Empty));
+}
+
+#[test]
+fn a_change_that_was_waited_with_too_long_says_nothing_of_the_next() {
+    let (screen, _) = screen();
+    screen.scanout_dmabuf(dmabuf());
+    let (first, _taken) = screen.update_dmabuf((0, 0), (1, 1));
+    let _in_use = screen.take().unwrap();
+    let (second, mut held) = screen.update_dmabuf((0, 0), (1, 1));
+    screen.waited(first);
+    assert_eq!(held.try_recv(), Err(TryRecvError::Empty));
+    screen.waited(second);
+    assert_eq!(held.try_recv(), Err(TryRecvError::Closed));
 }
 
 #[test]

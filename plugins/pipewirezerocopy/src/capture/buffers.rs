@@ -371,14 +371,22 @@ pub(super) mod tests {
         }
     }
 
-    /// One without pixels, whose timelines are none.
-    pub fn with_timelines(id: u64) -> Buffer {
+    /// One without pixels.
+    pub fn without_timelines(id: u64) -> Buffer {
         Buffer {
             id,
             out: false,
             store: Store::Blocks([None, None]),
-            timelines: Some([no_timeline(), no_timeline()]),
+            timelines: None,
             release: None,
+        }
+    }
+
+    /// The same with timelines that are none.
+    pub fn with_timelines(id: u64) -> Buffer {
+        Buffer {
+            timelines: Some([no_timeline(), no_timeline()]),
+            ..without_timelines(id)
         }
     }
 

@@ -28,9 +28,11 @@ use super::{Counters, Monotonic};
 const KEPT_BACK: usize = 4;
 /// The same where nothing is copied: those who take DMA-BUFs take nothing else.
 const KEPT_BACK_OF_DMABUFS: usize = 3;
-/// DMA-BUFs that may be out of a small pool as well. Sinks keep their last buffer until the next one
-/// comes: with one, that would never be.
-const LEAST_OF_DMABUFS: usize = 2;
+/// Those that may be out of a small pool all the same. Sinks keep their last buffer until the next one
+/// comes: of DMA-BUFs, which cannot be copied instead, none would come if one alone may be out.
+const LEAST: usize = 2;
+/// Buffers that the producer has left then, where the next one can be copied.
+const LEAST_LEFT: usize = 2;
 
 /// Buffers that the producer has at least while others wait to be given back; it also has half of
 /// all.
@@ -41,6 +43,8 @@ const ENOUGH: usize = 2;
 #[derive(Debug, Default)]
 pub struct Pool {
     buffers: AtomicUsize,
+    /// The most that there were.
+    most: AtomicUsize,
     passed: AtomicUsize,
     /// Those that the producer has not.
     out: AtomicUsize,
@@ -49,7 +53,14 @@ pub struct Pool {
 impl Pool {
     /// A buffer has come. How many there are now.
     pub(super) fn add(&self) -> usize {
-        self.buffers.fetch_add(1, Ordering::Relaxed) + 1
+        let buffers = self.buffers.fetch_add(1, Ordering::Relaxed) + 1;
+        self.most.fetch_max(buffers, Ordering::Relaxed);
+        buffers
+    }
+
+    /// Whether it has never had more than one buffer: with that one out, nothing can be drawn.
+    fn is_single(&self) -> bool {
+        self.most.load(Ordering::Relaxed) < 2
     }
 
     /// A buffer was taken away.
@@ -77,9 +88,10 @@ impl Pool {
             usize::MAX
         } else if dmabufs {
             let spared = buffers.saturating_sub(KEPT_BACK_OF_DMABUFS);
-            spared.max(LEAST_OF_DMABUFS).min(buffers)
+            spared.max(LEAST).min(buffers)
         } else {
-            buffers.saturating_sub(KEPT_BACK)
+            let least = LEAST.min(buffers.saturating_sub(LEAST_LEFT));
+            buffers.saturating_sub(KEPT_BACK).max(least)
         }
     }
 
@@ -291,6 +303,11 @@ impl Frame {
     /// Whether the producer says when it may be looked at.
     pub fn has_acquire_point(&self) -> bool {
         self.acquire.is_some()
+    }
+
+    /// Whether its buffer is the only one that the producer has.
+    pub fn is_in_single_buffer(&self) -> bool {
+        self.lease.pool.is_single()
     }
 
     /// Reserves the frame's buffer for [`into_parts`](Self::into_parts) or [`into_lease`](Self::into_lease).
@@ -567,7 +584,16 @@ pub(super) mod tests {
 
     #[test]
     fn buffers_are_passed_on_only_as_long_as_the_producer_has_enough() {
-        for (buffers, most) in [(0, 0), (2, 0), (4, 0), (5, 1), (8, 4), (16, 12)] {
+        for (buffers, most) in [
+            (0, 0),
+            (2, 0),
+            (3, 1),
+            (4, 2),
+            (6, 2),
+            (7, 3),
+            (8, 4),
+            (16, 12),
+        ] {
             let pool = Pool::default();
             for _ in 0..buffers {
                 pool.add();
@@ -586,6 +612,16 @@ pub(super) mod tests {
             assert_eq!((0..32).filter(|_| pool.pass_one(true)).count(), most);
             assert!(!pool.has_one(true));
         }
+    }
+
+    #[test]
+    fn a_pool_that_is_taken_away_buffer_by_buffer_was_more_than_one() {
+        let pool = Pool::default();
+        pool.add();
+        assert!(pool.is_single());
+        pool.add();
+        pool.remove();
+        assert!(!pool.is_single());
     }
 
     #[test]

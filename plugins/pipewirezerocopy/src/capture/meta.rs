@@ -5,6 +5,7 @@
 //! It lies in memory that the producer can write to at any time, so every item is read once, and
 //! only the copy is looked at.
 
+use std::mem::offset_of;
 use std::sync::Arc;
 
 use libspa::param::video::VideoFormat;
@@ -12,7 +13,7 @@ use libspa::sys as spa_sys;
 
 use super::format::PixelFormat;
 use super::geometry::Region;
-use super::timeline::{SPA_META_SYNC_TIMELINE, SyncTimelineMeta};
+use super::timeline::{SPA_META_SYNC_TIMELINE, SyncTimelineMeta, UNSCHEDULED_RELEASE};
 
 /// Greatest width and height of a pointer's picture in pixels: mutter sends up to 384.
 pub const MAX_CURSOR: u32 = 512;
@@ -57,7 +58,8 @@ pub(super) struct Metas<'a>(&'a [spa_sys::spa_meta]);
 
 impl<'a> Metas<'a> {
     /// # Safety
-    /// For `'a`, each entry's `data` must be null or point to `size` bytes that are mapped.
+    /// For `'a`, each entry's `data` must be null or point to `size` bytes that are mapped for reading
+    /// and writing.
     pub unsafe fn new(metas: &'a [spa_sys::spa_meta]) -> Self {
         Self(metas)
     }
@@ -80,6 +82,19 @@ impl<'a> Metas<'a> {
     pub fn sync_timeline(&self) -> Option<SyncTimelineMeta> {
         // SAFETY: A structure of integers.
         unsafe { self.find(SPA_META_SYNC_TIMELINE)?.read(0) }
+    }
+
+    /// Promises to signal the release point, to a producer that asks for that.
+    pub fn promise_release(&self) {
+        let Some(bytes) = self.find(SPA_META_SYNC_TIMELINE) else {
+            return;
+        };
+        // SAFETY: An integer.
+        let flags: Option<u32> = unsafe { bytes.read(offset_of!(SyncTimelineMeta, flags)) };
+        if let Some(flags) = flags.filter(|flags| flags & UNSCHEDULED_RELEASE != 0) {
+            let flags = (flags & !UNSCHEDULED_RELEASE).to_ne_bytes();
+            bytes.copy_in(offset_of!(SyncTimelineMeta, flags), &flags);
+        }
     }
 
     /// The part of the buffer that is the picture.
@@ -178,7 +193,7 @@ fn bitmap(bytes: Bytes, at: usize, hotspot: (i32, i32)) -> Option<CursorBitmap> 
 /// Bytes of one item, which somebody else may write to.
 #[derive(Clone, Copy)]
 struct Bytes {
-    address: *const u8,
+    address: *mut u8,
     len: usize,
 }
 
@@ -195,6 +210,22 @@ impl Bytes {
         // `out` is ours and cannot overlap them.
         unsafe {
             std::ptr::copy_nonoverlapping(self.address.add(offset), out.as_mut_ptr(), out.len());
+        }
+        true
+    }
+
+    /// Copies bytes to `offset` and what follows; false where there is no room for all.
+    fn copy_in(self, offset: usize, bytes: &[u8]) -> bool {
+        if offset
+            .checked_add(bytes.len())
+            .is_none_or(|end| end > self.len)
+        {
+            return false;
+        }
+        // SAFETY: In the bytes that are mapped (checked above), which `Metas::new` vouches for.
+        // `bytes` is ours and cannot overlap them.
+        unsafe {
+            std::ptr::copy_nonoverlapping(bytes.as_ptr(), self.address.add(offset), bytes.len());
         }
         true
     }

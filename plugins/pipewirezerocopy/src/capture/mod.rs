@@ -22,6 +22,7 @@
 //! | [`clock`] | capture times |
 //! | [`inbox`] | from the loop thread to the consumer |
 //! | `stream` | one PipeWire stream and its callbacks |
+//! | `waits` | how long a stream waits for what |
 //! | `buffers` | the buffers of a stream |
 //! | `raw` | PipeWire's own structures for them |
 //! | `data_loop` | PipeWire's second loop, run by the same thread |
@@ -54,6 +55,7 @@ mod raw;
 mod registry;
 mod stream;
 pub mod timeline;
+mod waits;
 mod worker;
 
 pub use clock::Monotonic;
@@ -153,7 +155,8 @@ pub enum Stage {
     Searching,
     /// The target does not exist.
     Absent,
-    /// A stream is set up; the session manager is to link it to the target.
+    /// A stream is set up; the session manager is to link it to the target. Over the portal's socket
+    /// links are not seen.
     Linking,
     /// Linked, no format fixed.
     Negotiating,
@@ -179,8 +182,9 @@ impl Stage {
             Self::Searching => "the PipeWire daemon has not answered",
             Self::Absent => "the node does not exist",
             Self::Linking => {
-                "the stream was not linked to the node: is a session manager such as WirePlumber \
-                 running, and may this client see the node?"
+                "the stream was not seen to be linked to the node: is a session manager such as \
+                 WirePlumber running, may this client see the node, and does the producer share a \
+                 format with what is downstream?"
             }
             Self::Negotiating => {
                 "the stream is linked, but the producer fixes no format: does it share one with \

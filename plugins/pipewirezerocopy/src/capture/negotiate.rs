@@ -26,12 +26,21 @@ use super::damage::MAX_RECTS;
 use super::dmabuf::MAX_PLANES;
 use super::format::PixelFormat;
 use super::meta::MAX_CURSOR;
-use super::timeline::{SPA_META_SYNC_TIMELINE, SPA_PARAM_BUFFERS_META_TYPE, SyncTimelineMeta};
+use super::timeline::{
+    FEATURE_RELEASE, SPA_META_SYNC_TIMELINE, SPA_PARAM_BUFFERS_META_TYPE, SPA_PARAM_META_FEATURES,
+    SyncTimelineMeta,
+};
 
 /// Buffers asked for, as (default, least, greatest). One may wait to be taken while another is
 /// copied, so fewer than three would leave the producer none to draw into (lesson L4); frames are
-/// passed on without a copy only from pools of five and more (see [`Pool`](super::frame::Pool)).
+/// passed on without a copy only from such pools (see [`Pool`](super::frame::Pool)).
 const BUFFERS: (i32, i32, i32) = (8, 3, 16);
+/// The same for producers that have fewer.
+const FEW_BUFFERS: (i32, i32, i32) = (2, 1, 2);
+
+/// `SPA_POD_PROP_FLAG_DROP` (spa/pod/pod.h, PipeWire 1.6): a property that counts only where both sides
+/// have it. Older versions keep it, and do not know what it means.
+const DROP: PropertyFlags = PropertyFlags::from_bits_retain(1 << 5);
 
 /// A format that the producer has fixed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,14 +180,13 @@ impl PodBytes {
 /// With `timelines`, DMA-BUFs that come with explicit synchronization are preferred. Without DMA-BUFs
 /// that breaks streams (lesson L14).
 pub fn format_answers(format: &StreamFormat, timelines: bool) -> Vec<PodBytes> {
-    let (default, min, max) = BUFFERS;
     let timelines = timelines && format.modifier.is_some();
     let memory = if format.modifier.is_some() {
         1 << libspa::sys::SPA_DATA_DmaBuf
     } else {
         (1 << libspa::sys::SPA_DATA_MemFd) | (1 << libspa::sys::SPA_DATA_MemPtr)
     };
-    let buffers = |more: Vec<Property>| Object {
+    let buffers = |(default, min, max), more: Vec<Property>| Object {
         type_: SpaTypes::ObjectParamBuffers.as_raw(),
         id: ParamType::Buffers.as_raw(),
         properties: [
@@ -230,12 +238,20 @@ pub fn format_answers(format: &StreamFormat, timelines: bool) -> Vec<PodBytes> {
     let region = size_of::<libspa::sys::spa_meta_region>();
     let mut answers = Vec::new();
     if timelines {
-        answers.push(PodBytes::new(buffers(with_timelines())));
+        answers.push(PodBytes::new(buffers(BUFFERS, with_timelines())));
     }
-    answers.push(PodBytes::new(buffers(Vec::new())));
+    // The first that goes with what the producer says counts.
+    for count in [BUFFERS, FEW_BUFFERS] {
+        answers.push(PodBytes::new(buffers(count, Vec::new())));
+    }
     if timelines {
         let bytes = size(size_of::<SyncTimelineMeta>());
-        answers.push(meta(SPA_META_SYNC_TIMELINE, bytes));
+        let features = Property {
+            key: SPA_PARAM_META_FEATURES,
+            flags: DROP,
+            value: Value::Int(FEATURE_RELEASE),
+        };
+        answers.push(meta_with(SPA_META_SYNC_TIMELINE, bytes, [features]));
     }
     answers.extend([
         meta(
@@ -279,13 +295,18 @@ fn sizes(min: usize, default: usize, max: usize) -> Value {
 }
 
 fn meta(kind: u32, size: Value) -> PodBytes {
+    meta_with(kind, size, [])
+}
+
+fn meta_with(kind: u32, size: Value, more: impl IntoIterator<Item = Property>) -> PodBytes {
+    let properties = [
+        Property::new(libspa::sys::SPA_PARAM_META_type, Value::Id(Id(kind))),
+        Property::new(libspa::sys::SPA_PARAM_META_size, size),
+    ];
     PodBytes::new(Object {
         type_: SpaTypes::ObjectParamMeta.as_raw(),
         id: ParamType::Meta.as_raw(),
-        properties: vec![
-            Property::new(libspa::sys::SPA_PARAM_META_type, Value::Id(Id(kind))),
-            Property::new(libspa::sys::SPA_PARAM_META_size, size),
-        ],
+        properties: properties.into_iter().chain(more).collect(),
     })
 }
 
@@ -321,15 +342,34 @@ mod tests {
         for (modifier, timelines) in plain {
             let answers = format_answers(&format(modifier), timelines);
             let ids: Vec<_> = answers.iter().map(|pod| object(pod).id).collect();
-            let (buffers, metas) = ids.split_first().unwrap();
-            assert_eq!(*buffers, ParamType::Buffers.as_raw());
+            let (buffers, metas) = ids.split_at(2);
+            let all = |id: &u32| *id == ParamType::Buffers.as_raw();
+            assert!(buffers.iter().all(all));
             assert!(metas.iter().all(|id| *id == ParamType::Meta.as_raw()));
             let sync = |pod: &PodBytes| {
                 let kind = value(&object(pod), spa::SPA_PARAM_META_type).clone();
                 kind == Value::Id(Id(SPA_META_SYNC_TIMELINE))
             };
-            assert!(!answers[1..].iter().any(sync));
+            assert!(!answers[2..].iter().any(sync));
         }
+    }
+
+    #[test]
+    fn producers_of_few_buffers_are_taken_behind_those_of_enough() {
+        let answers = format_answers(&format(None), false);
+        let counts: Vec<_> = answers[..2]
+            .iter()
+            .map(
+                |pod| match *value(&object(pod), spa::SPA_PARAM_BUFFERS_buffers) {
+                    Value::Choice(ChoiceValue::Int(Choice(
+                        _,
+                        ChoiceEnum::Range { default, min, max },
+                    ))) => (default, min, max),
+                    _ => panic!("the number of buffers is no range"),
+                },
+            )
+            .collect();
+        assert_eq!(counts, [(8, 3, 16), (2, 1, 2)]);
     }
 
     #[test]
@@ -353,9 +393,13 @@ mod tests {
         assert_eq!(second.id, ParamType::Buffers.as_raw());
         let flags = |p: &Property| p.flags == PropertyFlags::empty();
         assert!(second.properties.iter().all(flags));
-        let meta = object(&answers[2]);
+        let meta = object(&answers[3]);
         let size = value(&meta, spa::SPA_PARAM_META_size);
         assert_eq!(*size, Value::Int(24));
+        let features = meta.properties.iter();
+        let features = features.filter(|p| p.key == SPA_PARAM_META_FEATURES);
+        let features: Vec<_> = features.map(|p| (p.flags, p.value.clone())).collect();
+        assert_eq!(features, [(DROP, Value::Int(FEATURE_RELEASE))]);
     }
 
     /// A `Format` as PipeWire sends it.

@@ -108,7 +108,7 @@ impl Offer {
         let modifiers = PropertyFlags::MANDATORY | DONT_FIXATE;
         self.0
             .iter()
-            .map(|entry| enum_format(entry, modifiers))
+            .map(|entry| enum_format(entry, modifiers, [framerates(), framerates()]))
             .collect()
     }
 }
@@ -117,6 +117,8 @@ impl StreamFormat {
     /// This format and no other, as `EnumFormat` object: fixes a modifier that was left open.
     pub fn pod(&self) -> PodBytes {
         let exactly = |n| Span { min: n, max: n };
+        let rate = |(num, denom)| Value::Fraction(Fraction { num, denom });
+        let max_rate = self.max_framerate.map_or_else(framerates, rate);
         enum_format(
             &OfferEntry {
                 formats: vec![self.format],
@@ -125,21 +127,27 @@ impl StreamFormat {
                 height: exactly(self.height),
             },
             PropertyFlags::MANDATORY,
+            [rate(self.framerate), max_rate],
         )
     }
 }
 
-fn enum_format(entry: &OfferEntry, modifier_flags: PropertyFlags) -> PodBytes {
+fn framerates() -> Value {
+    let (default, min, max) = FRAMERATES;
+    Value::Choice(ChoiceValue::Fraction(Choice(
+        ChoiceFlags::empty(),
+        ChoiceEnum::Range { default, min, max },
+    )))
+}
+
+fn enum_format(
+    entry: &OfferEntry,
+    modifier_flags: PropertyFlags,
+    [rate, max_rate]: [Value; 2],
+) -> PodBytes {
     let id = |format: PixelFormat| Id(format.spa().as_raw());
     let preferred = entry.formats.first().copied().unwrap_or(PixelFormat::Bgrx);
     let size = |width, height| Rectangle { width, height };
-    let framerates = || {
-        let (default, min, max) = FRAMERATES;
-        Value::Choice(ChoiceValue::Fraction(Choice(
-            ChoiceFlags::empty(),
-            ChoiceEnum::Range { default, min, max },
-        )))
-    };
     let property = |key: FormatProperties, value| Property::new(key.as_raw(), value);
     let modifier = |modifiers: &[u64]| {
         let mut alternatives: Vec<_> = modifiers.iter().map(|n| n.cast_signed()).collect();
@@ -198,8 +206,8 @@ fn enum_format(entry: &OfferEntry, modifier_flags: PropertyFlags) -> PodBytes {
                     },
                 ))),
             ),
-            property(FormatProperties::VideoFramerate, framerates()),
-            property(FormatProperties::VideoMaxFramerate, framerates()),
+            property(FormatProperties::VideoFramerate, rate),
+            property(FormatProperties::VideoMaxFramerate, max_rate),
         ]
         .into_iter()
         .chain(modifier(&entry.modifiers))
@@ -354,5 +362,9 @@ pub(super) mod tests {
         let property = object.properties.iter().find(|p| p.key == key).unwrap();
         assert_eq!(property.flags, PropertyFlags::MANDATORY);
         assert_eq!(property.value, Value::Long(7));
+        let rate = |num| Value::Fraction(Fraction { num, denom: 1 });
+        let said = |key: FormatProperties| value(&object, key.as_raw());
+        assert_eq!(*said(FormatProperties::VideoFramerate), rate(0));
+        assert_eq!(*said(FormatProperties::VideoMaxFramerate), rate(60));
     }
 }

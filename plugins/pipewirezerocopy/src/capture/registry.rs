@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Which nodes the daemon shows us, and which of them is the target.
+//! Which nodes the daemon shows us, which of them is the target, and which were linked.
 //!
 //! A producer that vanishes does not show as an error of the stream (lesson L2). The registry
 //! knows: its `global_remove` names the node that is gone.
 
 use std::cell::RefCell;
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::rc::Rc;
 
 use pipewire::registry::{GlobalObject, Listener, RegistryRc};
@@ -46,6 +46,8 @@ struct Nodes {
     added: bool,
     /// These went since the last look.
     removed: Vec<u32>,
+    /// Those that have, or had, a link leading to them.
+    fed: HashSet<u32>,
 }
 
 /// The daemon's nodes, kept up to date by the registry's events.
@@ -63,10 +65,12 @@ impl NodeList {
             .global({
                 let nodes = nodes.clone();
                 move |global| {
+                    let mut nodes = nodes.borrow_mut();
                     if let Some(node) = describe(global) {
-                        let mut nodes = nodes.borrow_mut();
                         nodes.known.insert(global.id, node);
                         nodes.added = true;
+                    } else if let Some(fed) = end_of_link(global) {
+                        nodes.fed.insert(fed);
                     }
                 }
             })
@@ -75,6 +79,8 @@ impl NodeList {
                 move |id| {
                     let mut nodes = nodes.borrow_mut();
                     if nodes.known.remove(&id).is_some() {
+                        // Another node may get the number.
+                        nodes.fed.remove(&id);
                         nodes.removed.push(id);
                     }
                 }
@@ -96,6 +102,11 @@ impl NodeList {
         )
     }
 
+    /// Whether something was linked to a node. It need not be any more.
+    pub fn had_link_to(&self, node: u32) -> bool {
+        self.nodes.borrow().fed.contains(&node)
+    }
+
     /// The target, if it is there. `known_as` is the name that the node had before it went:
     /// PipeWire reuses ids, so another node may have the id now.
     pub fn find(&self, target: &Target, known_as: Option<&Node>) -> Option<(u32, Node)> {
@@ -103,7 +114,17 @@ impl NodeList {
     }
 }
 
-fn describe(global: &GlobalObject<&pipewire::spa::utils::dict::DictRef>) -> Option<Node> {
+type Global<'a> = GlobalObject<&'a pipewire::spa::utils::dict::DictRef>;
+
+/// The node that a link leads to.
+fn end_of_link(global: &Global) -> Option<u32> {
+    if global.type_ != ObjectType::Link {
+        return None;
+    }
+    global.props?.get("link.input.node")?.parse().ok()
+}
+
+fn describe(global: &Global) -> Option<Node> {
     if global.type_ != ObjectType::Node {
         return None;
     }

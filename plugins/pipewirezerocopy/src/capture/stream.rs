@@ -12,7 +12,6 @@ use std::ffi::CStr;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::{Duration, Instant};
 
 use libspa::param::ParamType;
 use libspa::pod::Pod;
@@ -32,21 +31,9 @@ use super::offer::Offer;
 use super::raw::{Chunks, datas, metas};
 use super::registry::Node;
 use super::timeline;
+use super::waits::Waits;
 use super::worker::Link;
 use super::{Level, Monotonic, Stage};
-
-/// How long a producer's buffers may be gone without a new format before it counts as vanished.
-/// Renegotiation removes them for some milliseconds.
-const GONE_AFTER: Duration = Duration::from_secs(1);
-
-/// How long after a format a frame is waited for before the producer is asked for one; doubled
-/// each time, so that a producer which has nothing to show is asked only a few times.
-const FRAME_AFTER: Duration = Duration::from_millis(500);
-const MOST_REQUESTS: u32 = 4;
-
-/// How long a producer may take to choose among modifiers before we do: it has to try allocating
-/// with them.
-const CHOOSE_AFTER: Duration = Duration::from_millis(500);
 
 /// Why a buffer holds no frame.
 enum Skip {
@@ -62,8 +49,8 @@ struct State {
     /// All here know explicit synchronization; the producer may.
     timelines: bool,
     format: Cell<Option<StreamFormat>>,
-    /// A format whose modifier the producer is to choose, and how long it may take.
-    open: Cell<Option<(StreamFormat, Instant)>>,
+    /// A format whose modifier the producer is to choose.
+    open: Cell<Option<StreamFormat>>,
     /// What the producer was last told that we take.
     offer: RefCell<Offer>,
     /// By our number for them, with the address that PipeWire knows them by.
@@ -72,16 +59,11 @@ struct State {
     pool: RefCell<Arc<Pool>>,
     /// Something was drawn that never came: the next frame's damage does not cover it.
     missed: Cell<bool>,
-    /// Set when the last buffer went, unset by the next format or buffer.
-    gone_since: Cell<Option<Instant>>,
     /// The pointer, as the producer last said.
     cursor: RefCell<Cursor>,
     error: RefCell<Option<String>>,
     had_format: Cell<bool>,
-    /// Set by a format, unset by the next frame.
-    frame_due: Cell<Option<Instant>>,
-    /// Times that a frame was asked for since the format.
-    requests: Cell<u32>,
+    waits: Waits,
     /// An unreadable frame was reported; more of them are only traced.
     complained: Cell<bool>,
 }
@@ -140,22 +122,32 @@ impl CaptureStream {
 
     /// Replaces what is offered to the producer.
     pub fn renegotiate(&self, offer: &Offer) -> Result<(), pipewire::Error> {
-        self.state.offer.replace(offer.clone());
-        self.state.open.set(None);
+        let state = &self.state;
+        state.offer.replace(offer.clone());
+        // One that has not answered the last offer may not be linked yet.
+        let answers = state.format.get().is_some() || state.open.take().is_some();
+        if answers || state.waits.is_answer_pending() {
+            state.waits.offered();
+        }
         self.offer_pods(&offer.pods())
     }
 
-    /// When to choose a modifier that the producer has left open.
-    pub fn choice_due(&self) -> Option<Instant> {
-        self.state.open.get().map(|(_, at)| at)
+    /// Notes that the stream was linked to the producer, which is to fix its first format now.
+    pub fn see_link(&self) {
+        let state = &self.state;
+        if state.open.get().is_none() && !state.waits.is_answer_pending() {
+            state.waits.offered();
+            state.link.counters.set_stage(Stage::Negotiating);
+        }
     }
 
     /// Chooses the modifier that the producer has left open, as the producer should have done: by
     /// offering that one before the rest.
     pub fn choose_modifier(&self) -> Result<(), pipewire::Error> {
-        let Some((format, _)) = self.state.open.take() else {
+        let Some(format) = self.state.open.take() else {
             return Ok(());
         };
+        self.state.waits.offered();
         let mut pods = vec![format.pod()];
         pods.extend(self.state.offer.borrow().pods());
         self.offer_pods(&pods)
@@ -201,9 +193,14 @@ impl CaptureStream {
         self.state.error.borrow_mut().take()
     }
 
-    /// When to ask the producer for a frame.
-    pub fn frame_due(&self) -> Option<Instant> {
-        self.state.frame_due.get()
+    /// What is waited for.
+    pub fn waits(&self) -> &Waits {
+        &self.state.waits
+    }
+
+    /// The stream's own node.
+    pub fn node_id(&self) -> u32 {
+        self.stream.node_id()
     }
 
     /// Asks the producer for a frame by pausing the stream and letting it go on.
@@ -212,19 +209,9 @@ impl CaptureStream {
     /// late, and draws none when a new format resizes a virtual monitor: with nothing moving on
     /// the screen there would be no picture until something does.
     pub fn ask_for_frame(&self) -> Result<(), pipewire::Error> {
-        let requests = self.state.requests.get() + 1;
-        self.state.requests.set(requests);
-        let next = Instant::now() + FRAME_AFTER * 2_u32.pow(requests.min(MOST_REQUESTS));
-        self.state
-            .frame_due
-            .set((requests < MOST_REQUESTS).then_some(next));
+        self.state.waits.frame_asked();
         self.stream.set_active(false)?;
         self.stream.set_active(true)
-    }
-
-    /// When the producer counts as vanished, if its buffers stay away until then.
-    pub fn gone_at(&self) -> Option<Instant> {
-        self.state.gone_since.get().map(|since| since + GONE_AFTER)
     }
 }
 
@@ -277,12 +264,10 @@ impl State {
             buffers: RefCell::default(),
             pool: RefCell::default(),
             missed: Cell::new(true),
-            gone_since: Cell::default(),
             cursor: RefCell::default(),
             error: RefCell::default(),
             had_format: Cell::default(),
-            frame_due: Cell::default(),
-            requests: Cell::default(),
+            waits: Waits::default(),
             complained: Cell::default(),
         }
     }
@@ -300,13 +285,14 @@ impl State {
             }
             StreamState::Unconnected => {
                 // WirePlumber 0.4 does this to a stream whose target is gone (L2).
-                if self.gone_since.get().is_none() && *old != StreamState::Unconnected {
-                    self.gone_since.set(Some(Instant::now()));
+                if *old != StreamState::Unconnected {
+                    self.waits.producer_gone();
                 }
                 Stage::Linking
             }
             StreamState::Connecting => Stage::Linking,
-            StreamState::Paused if self.format.get().is_none() => Stage::Negotiating,
+            // Linked or not.
+            StreamState::Paused if self.format.get().is_none() => return,
             StreamState::Paused => Stage::Paused,
             StreamState::Streaming => Stage::Streaming,
         };
@@ -318,6 +304,8 @@ impl State {
             self.log(Level::Debug, format_args!("format cleared"));
             self.format.set(None);
             self.open.set(None);
+            self.waits.format_cleared();
+            self.link.counters.set_stage(Stage::Negotiating);
             return;
         };
         let format = match StreamFormat::parse(pod) {
@@ -328,7 +316,8 @@ impl State {
                     format_args!("the producer is to choose a modifier of {modifiers:x?}"),
                 );
                 self.format.set(None);
-                self.open.set(Some((format, Instant::now() + CHOOSE_AFTER)));
+                self.open.set(Some(format));
+                self.waits.format_open();
                 return;
             }
             Err(what) => {
@@ -344,9 +333,7 @@ impl State {
         self.open.set(None);
         self.missed.set(true);
         self.had_format.set(true);
-        self.requests.set(0);
-        self.frame_due.set(Some(Instant::now() + FRAME_AFTER));
-        self.gone_since.set(None);
+        self.waits.format_fixed(format.framerate.0 > 0);
         self.link.counters.set_stage(Stage::Paused);
         // Each Format needs its own answers, also when it is the same as before (L5).
         let answers = negotiate::format_answers(&format, self.timelines);
@@ -359,7 +346,7 @@ impl State {
     }
 
     fn add_buffer(&self, raw: *mut pw_buffer) {
-        self.gone_since.set(None);
+        self.waits.buffer_added();
         let id = self.link.next_buffer.get();
         self.link.next_buffer.set(id + 1);
         // SAFETY: PipeWire passes a buffer that is valid until remove_buffer; what it has lies in
@@ -399,7 +386,7 @@ impl State {
                 Level::Debug,
                 format_args!("the producer's buffers are gone"),
             );
-            self.gone_since.set(Some(Instant::now()));
+            self.waits.producer_gone();
         }
     }
 
@@ -415,7 +402,7 @@ impl State {
             }
             match self.frame(raw) {
                 Ok(frame) => {
-                    self.frame_due.set(None);
+                    self.waits.frame_came();
                     self.link.counters.received.fetch_add(1, Ordering::Relaxed);
                     self.link.inbox.put_frame(frame);
                     continue;
@@ -497,6 +484,9 @@ impl State {
 
         // Before anything can be wrong with it: the producer waits for its point in any case.
         let acquire = buffer.comes(metas.sync_timeline());
+        if acquire.is_some() {
+            metas.promise_release();
+        }
         let Some(format) = self.format.get() else {
             return Err(Skip::Corrupted(Some("it belongs to no format".into())));
         };
@@ -585,9 +575,9 @@ unsafe fn number(raw: *mut pw_buffer) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::capture::buffers::tests::with_timelines;
+    use crate::capture::buffers::tests::{with_timelines, without_timelines};
     use crate::capture::frame::Returns;
-    use crate::capture::timeline::{SPA_META_SYNC_TIMELINE, SyncTimelineMeta};
+    use crate::capture::timeline::{SPA_META_SYNC_TIMELINE, SyncTimelineMeta, UNSCHEDULED_RELEASE};
     use crate::capture::{Counters, Inbox};
     use std::sync::Mutex;
     use zerocopy_plugin_common::wait::Waiter;
@@ -621,12 +611,12 @@ mod tests {
         raw: pw_buffer,
         _buffer: Box<spa_sys::spa_buffer>,
         _meta: Box<spa_sys::spa_meta>,
-        _points: Box<SyncTimelineMeta>,
+        points: Box<SyncTimelineMeta>,
     }
 
     fn coming() -> Coming {
         let mut points = Box::new(SyncTimelineMeta {
-            flags: 0,
+            flags: UNSCHEDULED_RELEASE,
             padding: 0,
             acquire_point: 1,
             release_point: 2,
@@ -649,7 +639,7 @@ mod tests {
             raw,
             _buffer: buffer,
             _meta: meta,
-            _points: points,
+            points,
         }
     }
 
@@ -673,6 +663,18 @@ mod tests {
             let warnings = warnings.lock().unwrap();
             assert_eq!(warnings.len(), 1, "{what}: {warnings:?}");
             assert!(warnings[0].contains("not told that it may draw"), "{what}");
+        }
+    }
+
+    #[test]
+    fn a_release_is_promised_where_it_can_be_kept() {
+        for (buffer, promised) in [(with_timelines(1), true), (without_timelines(1), false)] {
+            let (state, _) = state();
+            let mut coming = coming();
+            let raw = &raw mut coming.raw;
+            state.buffers.borrow_mut().insert(0, (raw, buffer));
+            assert!(state.frame(raw).is_err(), "there is no format");
+            assert_eq!(coming.points.flags & UNSCHEDULED_RELEASE == 0, promised);
         }
     }
 }

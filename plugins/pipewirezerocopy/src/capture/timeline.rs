@@ -23,14 +23,22 @@ pub const SPA_DATA_SYNC_OBJ: u32 = 5;
 pub const SPA_META_SYNC_TIMELINE: u32 = 9;
 /// `SPA_PARAM_BUFFERS_metaType` (spa/param/buffers.h)
 pub const SPA_PARAM_BUFFERS_META_TYPE: u32 = 7;
-/// The version of PipeWire that knows them, in its library and in its daemon.
+/// `SPA_PARAM_META_features` (spa/param/buffers.h, PipeWire 1.6)
+pub const SPA_PARAM_META_FEATURES: u32 = 3;
+/// `SPA_META_FEATURE_SYNC_TIMELINE_RELEASE` (spa/buffer/meta.h, PipeWire 1.6): we know the flag below.
+pub const FEATURE_RELEASE: i32 = 1;
+/// `SPA_META_SYNC_TIMELINE_UNSCHEDULED_RELEASE` (spa/buffer/meta.h, PipeWire 1.6): the producer sets it,
+/// and who promises to signal the release point takes it away. A buffer that comes back with it was seen
+/// by nobody, and may be drawn into at once.
+pub const UNSCHEDULED_RELEASE: u32 = 1;
+/// The version of PipeWire that knows timelines, in its library and in its daemon.
 const KNOWN_SINCE: (u32, u32) = (1, 2);
 
 /// `struct spa_meta_sync_timeline` (spa/buffer/meta.h)
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct SyncTimelineMeta {
-    /// None are known.
+    /// [`UNSCHEDULED_RELEASE`]
     pub flags: u32,
     /// Means nothing.
     pub padding: u32,

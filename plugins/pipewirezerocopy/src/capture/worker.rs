@@ -26,6 +26,7 @@ use super::frame::Returns;
 use super::registry::{Node, NodeList};
 use super::stream::CaptureStream;
 use super::timeline::{self, SyncNode};
+use super::waits::is_due;
 use super::{Config, Counters, Failure, Inbox, Level, Log, Offer, Remote, Stage};
 
 /// How often to try again to stream from a node that exists but has stopped streaming.
@@ -82,10 +83,12 @@ enum Told {
 }
 
 /// What is wrong with a stream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Debug)]
 enum Trouble {
     /// PipeWire says so.
-    Error,
+    Error(String),
+    /// The producer fixes no format.
+    Unanswered,
     /// It was unlinked, or its buffers are gone.
     Gone,
 }
@@ -335,12 +338,7 @@ impl Worker {
     /// How long the loop may wait for events.
     fn timeout(&self) -> Timeout {
         let stream = self.stream.as_ref();
-        let moments = [
-            stream.and_then(CaptureStream::gone_at),
-            stream.and_then(CaptureStream::frame_due),
-            stream.and_then(CaptureStream::choice_due),
-            self.retry_at,
-        ];
+        let moments = [stream.and_then(|s| s.waits().next()), self.retry_at];
         match moments.into_iter().flatten().min() {
             // Rounded up to the loop's milliseconds, so that it does not spin to the moment.
             Some(moment) => Timeout::Finite(
@@ -447,7 +445,7 @@ impl Worker {
         self.vanish(reason, None);
     }
 
-    /// The stream reports an error, or its buffers have been gone for too long.
+    /// The stream reports an error, has no format, or its buffers have been gone for too long.
     fn see_trouble(&mut self) {
         let Some(stream) = &self.stream else {
             return;
@@ -456,35 +454,38 @@ impl Worker {
             self.past.told = None;
             self.refusals = 0;
         }
-        if stream.frame_due().is_some_and(|at| at <= Instant::now()) {
+        if !stream.had_format() && self.nodes.had_link_to(stream.node_id()) {
+            stream.see_link();
+        }
+        if is_due(stream.waits().frame_due()) {
             self.log(Level::Debug, format_args!("asking for a frame"));
             if let Err(error) = stream.ask_for_frame() {
                 self.log(Level::Warning, format_args!("pausing failed: {error}"));
             }
         }
-        if stream.choice_due().is_some_and(|at| at <= Instant::now()) {
+        if is_due(stream.waits().choice_due()) {
             self.log(Level::Debug, format_args!("choosing a modifier"));
             if let Err(error) = stream.choose_modifier() {
                 self.log(Level::Warning, format_args!("choosing failed: {error}"));
             }
         }
-        let known = stream.had_format() || self.past.told == Some(Told::Vanished);
-        let (what, reason) = if let Some(error) = stream.take_error() {
-            (Trouble::Error, error)
-        } else if stream.gone_at().is_some_and(|at| at <= Instant::now()) {
-            (Trouble::Gone, String::new())
+        let trouble = if let Some(error) = stream.take_error() {
+            Trouble::Error(error)
+        } else if is_due(stream.waits().answer_due()) {
+            Trouble::Unanswered
+        } else if is_due(stream.waits().gone_due()) {
+            Trouble::Gone
         } else {
             return;
         };
-        let target = self
-            .past
-            .node
-            .as_ref()
-            .map_or_else(|| self.config.target.to_string(), |(id, n)| n.describe(*id));
-        if known {
-            let reason = match what {
-                Trouble::Error => format!("the stream from {target} broke off: {reason}"),
-                Trouble::Gone => {
+        // Else it would be called again and again, to no effect.
+        let unanswered = stream.waits().is_answer_pending();
+        let known = stream.had_format() || self.past.told == Some(Told::Vanished);
+        let target = self.describe_target();
+        if known && !unanswered {
+            let reason = match trouble {
+                Trouble::Error(reason) => format!("the stream from {target} broke off: {reason}"),
+                Trouble::Gone | Trouble::Unanswered => {
                     format!("{target} has stopped streaming and taken its buffers away")
                 }
             };
@@ -492,29 +493,45 @@ impl Worker {
             return;
         }
         self.refusals += 1;
-        if what == Trouble::Error && self.refusals < LINK_TRIES {
+        if let Trouble::Error(reason) = &trouble
+            && self.refusals < LINK_TRIES
+        {
             self.log(Level::Debug, format_args!("{target}: {reason}; once more"));
-            self.stream = None;
+            self.end_stream();
             self.retry_at = Some(Instant::now() + LINK_AGAIN_AFTER);
             return;
         }
-        let reason = match what {
-            Trouble::Error => reason,
+        let takes = self.past.offer.as_ref().map(Offer::to_string);
+        let takes = takes.unwrap_or_default();
+        let reason = match trouble {
+            Trouble::Error(reason) => reason,
+            Trouble::Unanswered => "it has fixed none".into(),
             Trouble::Gone => "the session manager has not linked the two".into(),
         };
-        let offer = self.past.offer.as_ref().map(Offer::to_string);
-        self.stream = None;
-        self.link.inbox.put_failed(Failure::Stream(format!(
-            "streaming from {target} failed: {reason} (what is downstream takes {})",
-            offer.unwrap_or_default()
-        )));
+        self.end_stream();
+        self.link
+            .inbox
+            .put_failed(Failure::Stream(if unanswered {
+                format!(
+                    "{target} and what is downstream share no format: {reason}; what is downstream \
+                     takes {takes} (pw-dump shows what the producer has; videoconvert and videoscale \
+                     take more, and so may another output-mode)"
+                )
+            } else {
+                format!(
+                    "streaming from {target} failed: {reason} (what is downstream takes {takes})"
+                )
+            }));
+    }
+
+    fn describe_target(&self) -> String {
+        let node = self.past.node.as_ref();
+        node.map_or_else(|| self.config.target.to_string(), |(id, n)| n.describe(*id))
     }
 
     fn vanish(&mut self, reason: String, retry_at: Option<Instant>) {
         self.log(Level::Info, format_args!("{reason}"));
-        if let Some(stream) = self.stream.take() {
-            stream.reclaim();
-        }
+        self.end_stream();
         self.retry_at = retry_at;
         self.link.counters.set_stage(Stage::Absent);
         if self.past.told.replace(Told::Vanished) != Some(Told::Vanished) {
@@ -522,8 +539,15 @@ impl Worker {
         }
     }
 
+    /// Ends the stream, if there is one; its producer gets all buffers back.
+    fn end_stream(&mut self) {
+        if let Some(stream) = self.stream.take() {
+            stream.reclaim();
+        }
+    }
+
     fn retry_due(&self) -> bool {
-        self.retry_at.is_some_and(|at| at <= Instant::now())
+        is_due(self.retry_at)
     }
 
     /// Connects a stream to the target, if it is there and none is.
@@ -593,9 +617,7 @@ impl Worker {
             self.wait_for_daemon(deadline);
         }
         self.give_back();
-        if let Some(stream) = self.stream.take() {
-            stream.reclaim();
-        }
+        self.end_stream();
         if self.shared_socket {
             self.wait_for_daemon(deadline);
         }

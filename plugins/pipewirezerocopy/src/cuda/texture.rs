@@ -61,7 +61,7 @@ pub(super) struct Painter {
 impl Painter {
     /// Draws on the GPU of `display`, for `context`.
     pub fn new(display: &Display, context: &Context) -> Result<Self, Error> {
-        let gl = Gl::new(display)?;
+        let gl = Gl::new(display, 3)?;
         let current = gl.enter()?;
         // SAFETY: the context is current.
         let source = unsafe { current.create_texture() }.map_err(refused)?;

@@ -14,7 +14,7 @@ use super::{Error, library};
 /// GL_OES_EGL_image. `GLeglImageOES` is a `void *`.
 type ImageTargetTexture = unsafe extern "system" fn(u32, *mut c_void);
 
-/// An OpenGL ES 3 context with no surface. It may be used on any thread, on one at a time.
+/// An OpenGL ES context with no surface. It may be used on any thread, on one at a time.
 pub struct Gl {
     display: Display,
     context: egl::Context,
@@ -27,8 +27,8 @@ pub struct Gl {
 unsafe impl Send for Gl {}
 
 impl Gl {
-    /// Makes a context.
-    pub fn new(display: &Display) -> Result<Self, Error> {
+    /// Makes a context of OpenGL ES `version` or newer.
+    pub fn new(display: &Display, version: u8) -> Result<Self, Error> {
         let inner = display.inner();
         let (egl, raw) = (inner.egl, inner.raw);
         let unavailable =
@@ -41,15 +41,14 @@ impl Gl {
         // SAFETY: the type is that of GL_OES_EGL_image.
         let image_target_texture =
             unsafe { library::extension(egl, "glEGLImageTargetTexture2DOES") }?;
-        let failed = |call: &str, error: egl::Error| unavailable(format!("{call}: {error}"));
-        egl.bind_api(egl::OPENGL_ES_API)
-            .map_err(|error| failed("eglBindAPI", error))?;
+        let api = Api::bind(display)?;
         // SAFETY: EGL_NO_CONFIG_KHR is null, and the display takes it.
         let no_config = unsafe { egl::Config::from_ptr(std::ptr::null_mut()) };
-        let attributes = [egl::CONTEXT_CLIENT_VERSION, 3, egl::NONE];
+        let attributes = [egl::CONTEXT_CLIENT_VERSION, version.into(), egl::NONE];
         let context = egl
             .create_context(raw, no_config, None, &attributes)
-            .map_err(|error| failed("eglCreateContext", error))?;
+            .map_err(|error| unavailable(format!("eglCreateContext: {error}")))?;
+        drop(api);
         let before = match Before::replace(display, context) {
             Ok(before) => before,
             Err(error) => {
@@ -117,10 +116,41 @@ impl Current<'_> {
     }
 }
 
+/// OpenGL ES is the kind of context that calls on this thread are about, until this is dropped. Which kind
+/// that is, each thread has a setting for.
+struct Api {
+    display: Display,
+    before: egl::Enum,
+}
+
+impl Api {
+    fn bind(display: &Display) -> Result<Self, Error> {
+        let egl = display.inner().egl;
+        let before = egl.query_api();
+        egl.bind_api(egl::OPENGL_ES_API).map_err(|error| {
+            let node = display.node().display();
+            Error::Unavailable(format!("{node}: eglBindAPI: {error}"))
+        })?;
+        Ok(Self {
+            display: display.clone(),
+            before,
+        })
+    }
+}
+
+impl Drop for Api {
+    fn drop(&mut self) {
+        // It was bound before.
+        let _ = self.display.inner().egl.bind_api(self.before);
+    }
+}
+
 /// What was current on this thread, and will be again: the thread may be the application's.
 struct Before {
     display: Display,
     others: Option<Others>,
+    /// Until that was restored.
+    _api: Api,
     /// What is current is so on a thread.
     _one_thread: PhantomData<*const ()>,
 }
@@ -134,6 +164,7 @@ struct Others {
 
 impl Before {
     fn replace(display: &Display, context: egl::Context) -> Result<Self, Error> {
+        let api = Api::bind(display)?;
         let inner = display.inner();
         let egl = inner.egl;
         let others = egl.get_current_context().zip(egl.get_current_display());
@@ -151,6 +182,7 @@ impl Before {
         Ok(Self {
             display: display.clone(),
             others,
+            _api: api,
             _one_thread: PhantomData,
         })
     }

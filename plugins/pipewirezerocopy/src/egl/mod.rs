@@ -5,8 +5,8 @@
 //! A [`Display`] is the EGL side of one DRM node. It says which formats and modifiers it can
 //! import ([`Display::formats`]), which is what may be offered to a producer (lesson L7), and makes
 //! an [`Image`] of a [`DmaBuf`]. That the import succeeds proves nothing: a driver may only find
-//! out when it reads. A [`Reader`] reads an image back, as bytes or to see whether it can be read
-//! at all.
+//! out when it reads. A [`Reader`] reads an image back, or says that it cannot be read. [`Gl`] is the
+//! one way to a context, which a thread has only while it uses it.
 //!
 //! libEGL and libgbm are loaded at run time. A machine that lacks them gets an [`Error`] that says
 //! so, and everything that needs no GPU works as before.

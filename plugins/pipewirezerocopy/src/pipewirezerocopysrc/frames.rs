@@ -66,15 +66,22 @@ impl PipeWireZeroCopySrc {
         // A new frame replaces it, and may leave in place only because its buffer is back.
         drop(last);
         let mut pooled = None;
+        let mut single = false;
         let mut found = inbox.take(format, |frame| {
+            single = frame.is_in_single_buffer();
             let in_place = match memory {
                 OutputMemory::System => can_leave_in_place(frame, info, takes),
-                OutputMemory::DmaBuf => true,
+                OutputMemory::DmaBuf => !single,
                 OutputMemory::Cuda => false,
             };
             in_place && frame.reserve()
         });
         if found.is_none() {
+            if memory == OutputMemory::DmaBuf && single {
+                let reason = "the producer has one buffer alone, and draws nothing while it is out";
+                self.refuse(format, Use::PassOn, reason);
+                return Ok(None);
+            }
             if memory == OutputMemory::DmaBuf {
                 // Nothing else would do for downstream. The newest frame stays in the inbox.
                 if let Some(streaming) = &mut *lock(&self.streaming) {

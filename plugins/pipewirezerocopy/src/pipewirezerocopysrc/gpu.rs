@@ -59,14 +59,6 @@ impl Gpu {
     }
 }
 
-/// Whether there is a node at all: much cheaper than [`Gpu::find`].
-pub(super) fn has_node(node: Option<&str>) -> bool {
-    match node {
-        Some(node) => Path::new(node).exists(),
-        None => !nodes(Path::new(NODES)).is_empty(),
-    }
-}
-
 /// Render nodes before primary ones, which not everybody may open, each in their order.
 fn nodes(folder: &Path) -> Vec<PathBuf> {
     let mut nodes: Vec<_> = fs::read_dir(folder)

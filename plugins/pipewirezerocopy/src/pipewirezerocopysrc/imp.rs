@@ -286,7 +286,14 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
     }
 
     fn negotiate(&self) -> Result<(), gst::LoggableError> {
-        self.agree()
+        self.agree().map_err(|reason| {
+            // The base class would say no more than that it failed.
+            if !self.is_flushing() {
+                let reason = format!("{reason}{}", self.given_up());
+                gst::element_imp_error!(self, gst::CoreError::Negotiation, ["{reason}"]);
+            }
+            gst::loggable_error!(CAT, "{reason}")
+        })
     }
 
     fn decide_allocation(
@@ -385,7 +392,7 @@ fn wait_for_connection(capture: &Capture, waiter: &mut Waiter) -> Result<(), gst
     loop {
         match capture.inbox().connection() {
             Some(Ok(())) => return Ok(()),
-            Some(Err(failure)) => return Err(failure_message(&failure)),
+            Some(Err(failure)) => return Err(failure_message(&failure, "")),
             None => {}
         }
         match waiter.wait(deadline) {
@@ -409,11 +416,13 @@ fn wait_for_connection(capture: &Capture, waiter: &mut Waiter) -> Result<(), gst
     }
 }
 
-pub(super) fn failure_message(failure: &Failure) -> gst::ErrorMessage {
+/// A failure, and what may have led to it, for the application.
+pub(super) fn failure_message(failure: &Failure, before: &str) -> gst::ErrorMessage {
+    let text = format!("{failure}{before}");
     match failure {
-        Failure::Connect(text) => gst::error_msg!(gst::ResourceError::OpenRead, ["{text}"]),
-        Failure::Target(text) => gst::error_msg!(gst::ResourceError::Settings, ["{text}"]),
-        Failure::Daemon(text) => gst::error_msg!(gst::ResourceError::Read, ["{text}"]),
-        Failure::Stream(text) => gst::error_msg!(gst::CoreError::Negotiation, ["{text}"]),
+        Failure::Connect(_) => gst::error_msg!(gst::ResourceError::OpenRead, ["{text}"]),
+        Failure::Target(_) => gst::error_msg!(gst::ResourceError::Settings, ["{text}"]),
+        Failure::Daemon(_) => gst::error_msg!(gst::ResourceError::Read, ["{text}"]),
+        Failure::Stream(_) => gst::error_msg!(gst::CoreError::Negotiation, ["{text}"]),
     }
 }

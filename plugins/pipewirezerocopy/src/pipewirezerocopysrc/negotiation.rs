@@ -10,7 +10,8 @@ use gst_base::prelude::*;
 
 use super::abilities::{Abilities, Use};
 use super::caps::{self, OutputMemory};
-use super::gpu::{Gpu, has_node};
+use super::dmabuf::describe;
+use super::gpu::Gpu;
 use super::imp::{CAT, PipeWireZeroCopySrc, lock};
 use super::offers;
 use super::output::Takes;
@@ -84,41 +85,24 @@ impl PipeWireZeroCopySrc {
             .ok()
     }
 
-    /// The caps of what can leave. Before the start only as far as that is seen without asking the
-    /// GPU's driver.
+    /// The caps of what can leave: nothing that the GPU's driver does not know. It is asked once; the
+    /// display stays open.
     pub(super) fn possible_caps(&self) -> gst::Caps {
         if let Some(streaming) = &*lock(&self.streaming) {
             return streaming.can.caps();
         }
         let settings = lock(&self.settings).clone();
         // What is wrong with the settings is an error at the start.
-        let Ok(wanted) = settings.wanted() else {
+        if settings.wanted().is_err() {
             return caps::template();
-        };
-        let gpu = has_node(settings.render_node.as_deref());
-        let cuda = wanted.cuda && gpu && cuda::available().is_ok();
-        let mut caps = caps::template();
-        if let Some(caps) = caps.get_mut() {
-            caps.filter_map_in_place(|features, _| {
-                let kept = if caps::is_cuda(features) {
-                    cuda
-                } else if caps::is_dmabuf(features) {
-                    wanted.dmabuf && gpu
-                } else {
-                    wanted.system
-                };
-                if kept {
-                    gst::CapsFilterMapAction::Keep
-                } else {
-                    gst::CapsFilterMapAction::Remove
-                }
-            });
         }
-        caps
+        let found = self.look_for_gpu(&settings);
+        found.map_or_else(|_| gst::Caps::new_empty(), |(can, _)| can.caps())
     }
 
-    /// Tells PipeWire what downstream takes and, once the producer has fixed a format, sets caps.
-    pub(super) fn agree(&self) -> Result<(), gst::LoggableError> {
+    /// Tells PipeWire what downstream takes and, once the producer has fixed a format, sets caps. The
+    /// error says why that cannot be.
+    pub(super) fn agree(&self) -> Result<(), String> {
         // Each round but the last does without one more kind of DMA-BUFs.
         loop {
             let pad = self.obj().src_pad().clone();
@@ -128,14 +112,13 @@ impl PipeWireZeroCopySrc {
             let (can, wanted, allowed, offered_anew) = {
                 let mut streaming = lock(&self.streaming);
                 let Some(streaming) = &mut *streaming else {
-                    return Err(gst::loggable_error!(CAT, "not started"));
+                    return Err("it is not started".into());
                 };
                 let can = streaming.can.clone();
                 let allowed = taken.intersect_with_mode(&can.caps(), gst::CapsIntersectMode::First);
                 let offer = offers::offer(&allowed, &can);
                 if offer.0.is_empty() {
-                    return Err(gst::loggable_error!(
-                        CAT,
+                    return Err(format!(
                         "downstream takes {taken}, and what can leave here is {}",
                         can.caps()
                     ));
@@ -162,14 +145,21 @@ impl PipeWireZeroCopySrc {
                     self.forget_format();
                     return Ok(());
                 }
-                return Err(gst::loggable_error!(
-                    CAT,
-                    "the producer gives {wanted:?}, which downstream does not take"
+                return Err(format!(
+                    "downstream does not take what the producer gives: {} of {}x{} pixels{} \
+                     (videoconvert or videoscale help)",
+                    wanted.format.name(),
+                    wanted.width,
+                    wanted.height,
+                    match wanted.modifier {
+                        Some(modifier) => format!(", {}", describe(wanted.format, modifier)),
+                        None => " in system memory".into(),
+                    }
                 ));
             };
             gst::info!(CAT, imp = self, "caps {caps}");
-            let (memory, info) = caps::video_info(&caps)
-                .ok_or_else(|| gst::loggable_error!(CAT, "{caps} are no video"))?;
+            let (memory, info) =
+                caps::video_info(&caps).ok_or_else(|| format!("{caps} are no video"))?;
             if memory == OutputMemory::Cuda
                 && let Err(error) = self.prepare_cuda(&caps, &info)
             {
@@ -192,7 +182,7 @@ impl PipeWireZeroCopySrc {
                     self.refuse(&wanted, what, &format!("downstream refused {caps}"));
                     continue;
                 }
-                return Err(gst::loggable_error!(CAT, "downstream refused {caps}"));
+                return Err(format!("downstream refused {caps}"));
             }
             self.agreed(&Arc::new(Negotiated {
                 source: wanted,

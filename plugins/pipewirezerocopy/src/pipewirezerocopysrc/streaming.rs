@@ -15,7 +15,6 @@ use super::OnDisconnect;
 use super::abilities::Abilities;
 use super::caps::OutputMemory;
 use super::cuda::CudaOutput;
-use super::dmabuf::describe;
 use super::imp::{CAT, PipeWireZeroCopySrc, failure_message, lock};
 use super::latch::Latch;
 use super::output::Takes;
@@ -180,7 +179,7 @@ impl Streaming {
             },
             (Look::Cursor, None) if self.last.is_some() && !self.vanished => Step::Resend,
             (Look::Vanished(reason), _) => Step::Vanished(reason),
-            (Look::Failed(failure), _) => Step::Fail(failure_message(&failure)),
+            (Look::Failed(failure), _) => Step::Fail(failure_message(&failure, &self.given_up())),
             (Look::Absent(reason), _) if settings.on_disconnect != OnDisconnect::None => {
                 Step::Fail(gst::error_msg!(gst::ResourceError::NotFound, ["{reason}"]))
             }
@@ -274,12 +273,8 @@ impl PipeWireZeroCopySrc {
     /// Waits for the next thing to push. Nothing is locked while it waits.
     pub(super) fn next_buffer(&self, waiter: &mut Waiter) -> Result<gst::Buffer, gst::FlowError> {
         loop {
-            if self.obj().src_pad().needs_reconfigure() && !self.obj().negotiate() {
-                return Err(if self.is_flushing() {
-                    gst::FlowError::Flushing
-                } else {
-                    gst::FlowError::NotNegotiated
-                });
+            if self.obj().src_pad().needs_reconfigure() {
+                self.renegotiate()?;
             }
             let settings = lock(&self.settings).live;
             let step = match &mut *lock(&self.streaming) {
@@ -297,7 +292,12 @@ impl PipeWireZeroCopySrc {
                         return Ok(buffer);
                     }
                 }
-                Step::Negotiate(format) => self.renegotiate(format)?,
+                Step::Negotiate(format) => {
+                    if let Some(streaming) = &mut *lock(&self.streaming) {
+                        streaming.wanted = Some(format);
+                    }
+                    self.renegotiate()?;
+                }
                 Step::Discard(format) => self.discard(&format),
                 Step::Resend => {
                     if let Some(buffer) = self.resend(&settings)? {
@@ -321,35 +321,14 @@ impl PipeWireZeroCopySrc {
         }
     }
 
-    /// Sets caps for a frame that is there.
-    fn renegotiate(&self, format: StreamFormat) -> Result<(), gst::FlowError> {
-        if let Some(streaming) = &mut *lock(&self.streaming) {
-            streaming.wanted = Some(format);
-        }
+    /// Agrees with downstream and the producer anew, as far as the producer's format is known.
+    fn renegotiate(&self) -> Result<(), gst::FlowError> {
         let agreed = self.obj().negotiate();
         if self.is_flushing() {
             return Err(gst::FlowError::Flushing);
         }
-        if !agreed {
-            gst::element_imp_error!(
-                self,
-                gst::CoreError::Negotiation,
-                [
-                    "downstream does not take what the producer gives: {} of {}x{} pixels{}{} \
-                     (videoconvert or videoscale help)",
-                    format.format.name(),
-                    format.width,
-                    format.height,
-                    match format.modifier {
-                        Some(modifier) => format!(", {}", describe(format.format, modifier)),
-                        None => " in system memory".into(),
-                    },
-                    self.given_up()
-                ]
-            );
-            return Err(gst::FlowError::NotNegotiated);
-        }
-        Ok(())
+        // Why not was told where it was found.
+        agreed.then_some(()).ok_or(gst::FlowError::NotNegotiated)
     }
 
     /// The format that frames have now is of no use any more; another is on its way.
@@ -401,7 +380,7 @@ impl PipeWireZeroCopySrc {
     }
 
     /// See [`Streaming::given_up`].
-    fn given_up(&self) -> String {
+    pub(super) fn given_up(&self) -> String {
         let streaming = lock(&self.streaming);
         streaming
             .as_ref()

@@ -3,6 +3,7 @@
 //! Starting and stopping, from inside and as a user would from the shell.
 
 use std::fs;
+use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -14,8 +15,8 @@ use zerocopy_test_support::process::{open_fds, threads};
 use super::content::run_on;
 use super::hostile::{painter, plain, shown};
 use super::painter::Painter;
-use super::run::{LONG, Run};
-use super::{desktop, turn};
+use super::run::{LONG, Run, init};
+use super::{desktop, own_desktop, turn};
 
 #[test]
 fn starting_and_stopping_leaves_nothing_behind() {
@@ -161,6 +162,76 @@ fn stopping_during_the_wait_for_the_first_frame_is_immediate() {
         "stopping took {:?}",
         start.elapsed()
     );
+}
+
+/// Stops, and says how long that took; what hangs would take for ever.
+fn stop_soon(run: &Run) {
+    let start = Instant::now();
+    run.stop();
+    assert!(start.elapsed() < LONG / 4, "it took {:?}", start.elapsed());
+}
+
+#[test]
+fn a_daemon_that_never_answers_is_waited_for_and_stopping_is_immediate() {
+    let _turn = turn();
+    init();
+    let folder = tempfile::tempdir().unwrap();
+    // It takes connections, and that is all.
+    let _daemon = UnixListener::bind(folder.path().join("silent")).unwrap();
+    let mut before = None;
+    for round in 0..5 {
+        let socket = UnixStream::connect(folder.path().join("silent")).unwrap();
+        let run = Run::over(socket, "video/x-raw");
+        run.src.set_property("target-object", "anything");
+        run.src.set_property("first-frame-timeout", 0u32);
+        run.play();
+        assert!(run.frame_within(Duration::from_millis(200)).is_none());
+        // Now it counts, and the time is over.
+        run.src.set_property("first-frame-timeout", 1u32);
+        let error = run.error();
+        assert!(error.contains("has not answered"), "{error}");
+        stop_soon(&run);
+        drop(run);
+        let now = (open_fds(), threads());
+        if round >= 1 {
+            let before = before.get_or_insert(now);
+            assert_eq!(now.0, before.0, "descriptors after round {round}");
+            assert!(now.1 <= before.1, "threads after round {round}");
+        }
+    }
+}
+
+#[test]
+fn a_daemon_that_hangs_while_starting_or_playing_keeps_nobody_from_stopping() {
+    let mut desktop = own_desktop();
+    let painter = painter(&desktop, "frozen");
+    let run = run_on(&desktop, "frozen", "video/x-raw");
+    let mut before = None;
+    for round in 0..6 {
+        let while_starting = round % 2 == 0;
+        if while_starting {
+            desktop.freeze_pipewire(true);
+            run.play();
+            assert!(run.frame_within(Duration::from_millis(200)).is_none());
+        } else {
+            run.play();
+            shown(&painter, &run, &plain(1));
+            desktop.freeze_pipewire(true);
+        }
+        stop_soon(&run);
+        desktop.freeze_pipewire(false);
+        // And nothing is broken.
+        run.play();
+        shown(&painter, &run, &plain(2));
+        run.stop();
+        if round == 1 {
+            before = Some(at_rest(&painter));
+        }
+    }
+    let before = before.unwrap();
+    let now = at_rest(&painter);
+    assert_eq!(now.0, before.0, "descriptors");
+    assert!(now.1 <= before.1, "{} threads after {}", now.1, before.1);
 }
 
 #[test]

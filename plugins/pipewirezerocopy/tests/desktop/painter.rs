@@ -18,7 +18,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use gstpipewirezerocopy::capture::negotiate::{Color, PodBytes};
-use gstpipewirezerocopy::capture::{Offer, OfferEntry, PixelFormat, Span, StreamFormat};
+use gstpipewirezerocopy::capture::{PixelFormat, StreamFormat};
 use libspa::param::ParamType;
 use libspa::pod::serialize::PodSerializer;
 use libspa::pod::{Object, Pod, Property, Value};
@@ -370,28 +370,21 @@ fn run(
 }
 
 fn offer(format: PixelFormat, (width, height): (u32, u32), canvas: Canvas) -> Vec<PodBytes> {
-    if canvas.modifiers.is_empty() {
-        let fixed = |n| Span { min: n, max: n };
-        let entry = OfferEntry {
-            formats: vec![format],
-            modifiers: Vec::new(),
-            width: fixed(width),
-            height: fixed(height),
-        };
-        return Offer(vec![entry]).pods();
-    }
-    // One by one: a list would be for the producer to choose from, and be asked for its choice.
-    let fixed = |modifier: &u64| StreamFormat {
+    // Modifiers one by one: a list would be for the producer to choose from, and be asked for its choice.
+    let fixed = |modifier| StreamFormat {
         format,
         width,
         height,
         framerate: (0, 1),
         max_framerate: None,
         color: Color::default(),
-        modifier: Some(*modifier),
+        modifier,
     };
-    let formats = canvas.modifiers.iter().map(fixed);
-    formats.map(|format| format.pod()).collect()
+    let mut formats: Vec<_> = canvas.modifiers.iter().map(|m| fixed(Some(*m))).collect();
+    if formats.is_empty() {
+        formats.push(fixed(None));
+    }
+    formats.iter().map(StreamFormat::pod).collect()
 }
 
 impl State {

@@ -35,8 +35,12 @@ pub struct Run {
 impl Run {
     /// In state NULL, without a target. `caps` is what the sink takes.
     pub fn new(desktop: &Desktop, caps: &str) -> Self {
+        Self::over(desktop.pipewire(), caps)
+    }
+
+    /// The same on a socket of PipeWire's.
+    pub fn over(socket: UnixStream, caps: &str) -> Self {
         init();
-        let socket = desktop.pipewire();
         let src = gst::ElementFactory::make("pipewirezerocopysrc")
             .property("pipewire-fd", socket.as_raw_fd())
             .build()

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use gst::prelude::*;
 use gstpipewirezerocopy::capture::PixelFormat;
-use zerocopy_test_support::desktop::Recording;
+use zerocopy_test_support::desktop::{Desktop, Recording};
 
 use super::content::run_on;
 use super::desktop;
@@ -20,6 +20,15 @@ use super::run::{LONG, Run, pixels};
 fn is_pooled(sample: &gst::Sample) -> bool {
     let memory = sample.buffer().unwrap().peek_memory(0);
     !memory.flags().contains(gst::MemoryFlags::READONLY)
+}
+
+/// One that has so many buffers.
+fn painter_of(desktop: &Desktop, name: &str, buffers: u32) -> Painter {
+    let canvas = Canvas {
+        buffers,
+        ..Canvas::default()
+    };
+    Painter::on_canvas(desktop, name, PixelFormat::Bgrx, (WIDTH, HEIGHT), canvas)
 }
 
 #[test]
@@ -136,16 +145,36 @@ fn sealed_memory_cannot_be_shrunk() {
 #[test]
 fn a_pool_without_buffers_to_spare_is_copied_from() {
     let desktop = desktop();
-    let canvas = Canvas {
-        buffers: 3,
-        ..Canvas::default()
-    };
-    let size = (WIDTH, HEIGHT);
-    let painter = Painter::on_canvas(&desktop, "scarce", PixelFormat::Bgrx, size, canvas);
-    let run = playing(&desktop, "scarce");
+    for buffers in [1, 2] {
+        let painter = painter_of(&desktop, &format!("scarce-{buffers}"), buffers);
+        let run = playing(&desktop, &format!("scarce-{buffers}"));
+        for colour in 0..10 {
+            assert!(is_pooled(&shown(&painter, &run, &plain(colour))));
+            assert!(run.stat("held-buffers") <= 1);
+        }
+    }
+}
+
+#[test]
+fn of_a_small_pool_two_pictures_leave_in_place_and_two_buffers_are_left() {
+    let desktop = desktop();
+    let painter = painter_of(&desktop, "small", 4);
+    let run = playing(&desktop, "small");
+    let mut kept = Vec::new();
     for colour in 0..10 {
-        assert!(is_pooled(&shown(&painter, &run, &plain(colour))));
-        assert!(run.stat("held-buffers") <= 1);
+        kept.push(shown(&painter, &run, &plain(colour)));
+    }
+    let shared: Vec<_> = kept.iter().map(|sample| !is_pooled(sample)).collect();
+    assert_eq!(shared[..2], [true, true]);
+    assert!(!shared[2..].contains(&true), "the producer needs the rest");
+    assert_eq!((run.stat("copies"), run.stat("held-buffers")), (8, 2));
+    for (colour, sample) in kept.iter().enumerate() {
+        assert_eq!(pixels(sample), vec![colour as u8; SIZE as usize]);
+    }
+    // A sink that keeps its last picture only has nothing copied.
+    kept.clear();
+    for colour in 0..10 {
+        assert!(!is_pooled(&shown(&painter, &run, &plain(colour))));
     }
 }
 

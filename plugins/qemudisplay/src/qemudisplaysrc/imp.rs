@@ -42,6 +42,7 @@ use gst_base::subclass::prelude::*;
 use qemu_display::{Config, Consoles, Display, Error, Level, Log, Status};
 use zerocopy_plugin_common::wait::{Deadline, Waiter, Waker};
 
+use super::buffers::Buffers;
 use super::caps;
 use super::figures::Figures;
 use super::settings::{Settings, interval};
@@ -66,6 +67,8 @@ const USUAL_FRAMERATE: (i32, i32) = (60, 1);
 pub struct QemuDisplaySrc {
     pub(super) settings: Mutex<Settings>,
     pub(super) streaming: Mutex<Option<Streaming>>,
+    /// Locked while pixels are copied, and so apart from the rest.
+    pub(super) buffers: Mutex<Buffers>,
     pub(super) figures: Mutex<Figures>,
     /// Ends the streaming thread's waits; apart from the rest, so that it never waits itself.
     waker: Mutex<Option<Waker>>,
@@ -170,11 +173,11 @@ impl ElementImpl for QemuDisplaySrc {
             streaming.listening = Some(streaming.screen.listen());
         }
         let result = self.parent_change_state(transition);
-        if transition == gst::StateChange::PlayingToPaused
-            && let Some(streaming) = &mut *lock(&self.streaming)
-        {
-            streaming.listening = None;
-            streaming.buffers.forget();
+        if transition == gst::StateChange::PlayingToPaused {
+            if let Some(streaming) = &mut *lock(&self.streaming) {
+                streaming.listening = None;
+            }
+            lock(&self.buffers).forget();
         }
         result
     }
@@ -237,6 +240,7 @@ impl BaseSrcImpl for QemuDisplaySrc {
         }
         // Dropped with no lock held: it joins the connection's thread, which logs.
         drop(streaming);
+        lock(&self.buffers).reset();
         Ok(())
     }
 
@@ -316,8 +320,8 @@ impl BaseSrcImpl for QemuDisplaySrc {
         let rate = caps
             .structure(0)
             .and_then(|fields| fields.get("framerate").ok());
+        lock(&self.buffers).reset();
         if let Some(streaming) = &mut *lock(&self.streaming) {
-            streaming.buffers.reset();
             streaming.negotiated = Some(Negotiated {
                 form,
                 info: gst_video::VideoInfo::from_caps(&caps)

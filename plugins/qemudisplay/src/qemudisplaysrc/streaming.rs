@@ -15,7 +15,7 @@ use zerocopy_plugin_common::mark_damage;
 use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake};
 
 use super::CursorMode;
-use super::buffers::{Buffers, Terms};
+use super::buffers::{Made, Terms};
 use super::caps::Form;
 use super::cursor::Overlays;
 use super::imp::{CAT, QemuDisplaySrc, error_message, lock};
@@ -54,7 +54,6 @@ pub(super) struct Streaming {
     /// What the picture that is there needs.
     pub wanted: Option<Form>,
     pub negotiated: Option<Negotiated>,
-    pub buffers: Buffers,
     /// Somebody has come late and wants the picture, new or not.
     pub again: bool,
     overlays: Overlays,
@@ -100,7 +99,6 @@ impl Streaming {
             waiter: Some(waiter),
             wanted: None,
             negotiated: None,
-            buffers: Buffers::default(),
             again: false,
             overlays: Overlays::default(),
             pace: Pace::default(),
@@ -168,9 +166,7 @@ impl QemuDisplaySrc {
                     }
                 }
                 Step::Off => {
-                    if let Some(streaming) = &mut *lock(&self.streaming) {
-                        streaming.buffers.forget();
-                    }
+                    lock(&self.buffers).forget();
                     self.announce(Told::Off, "");
                 }
                 Step::Fail(message) => return self.fail(message),
@@ -205,19 +201,13 @@ impl QemuDisplaySrc {
             Err(error) => return self.fail(error_message(&error)),
         };
         self.agree_on(Form::of(&picture.pixels))?;
-        let made = {
-            let mut streaming = lock(&self.streaming);
-            let Some(streaming) = &mut *streaming else {
-                return Err(gst::FlowError::Flushing);
-            };
-            make(streaming, &picture, missed, settings)
-        };
         let Ready {
             mut buffer,
             copied,
             flipped,
-        } = match made {
-            Ok(ready) => ready,
+        } = match self.make(&picture, missed, settings) {
+            Ok(Some(ready)) => ready,
+            Ok(None) => return Err(gst::FlowError::Flushing),
             Err(reason) => {
                 return self.fail(gst::error_msg!(
                     gst::ResourceError::Failed,
@@ -249,6 +239,27 @@ impl QemuDisplaySrc {
         self.announce(Told::Streaming, transfer);
         gst::trace!(CAT, imp = self, "frame {:?}", buffer.pts());
         Ok(Some(buffer))
+    }
+
+    /// A buffer of a picture; none if the element is stopped. What takes time, copying its pixels, is done
+    /// with no lock held that others need.
+    fn make(
+        &self,
+        picture: &Picture,
+        missed: bool,
+        settings: &LiveSettings,
+    ) -> Result<Option<Ready>, String> {
+        let plan = match &mut *lock(&self.streaming) {
+            Some(streaming) => streaming.plan(picture, settings)?,
+            None => return Ok(None),
+        };
+        let made = lock(&self.buffers).make(&picture.pixels, &plan.terms, plan.drawn())?;
+        match &mut *lock(&self.streaming) {
+            Some(streaming) => streaming
+                .finish(made, &plan, picture, missed, settings)
+                .map(Some),
+            None => Ok(None),
+        }
     }
 
     /// Sets caps for pictures of this form, if they are others than now.
@@ -375,6 +386,23 @@ impl QemuDisplaySrc {
     }
 }
 
+/// How a picture becomes a buffer.
+struct Plan {
+    terms: Terms,
+    cursor: Option<VideoOverlayComposition>,
+    /// The cursor goes beside the picture.
+    beside: bool,
+    flipped: bool,
+}
+
+impl Plan {
+    /// The cursor, where it is drawn into the picture. One that can go neither way is left out.
+    fn drawn(&self) -> Option<&VideoOverlayComposition> {
+        let on_gpu = self.terms.info.is_none();
+        self.cursor.as_ref().filter(|_| !self.beside && !on_gpu)
+    }
+}
+
 /// A buffer with everything but a timestamp.
 struct Ready {
     buffer: gst::Buffer,
@@ -384,51 +412,57 @@ struct Ready {
     flipped: bool,
 }
 
-/// A buffer of a picture.
-fn make(
-    streaming: &mut Streaming,
-    picture: &Picture,
-    missed: bool,
-    settings: &LiveSettings,
-) -> Result<Ready, String> {
-    let negotiated = streaming.negotiated.as_ref();
-    let negotiated = negotiated.ok_or("nothing is agreed on")?;
-    let on_gpu = negotiated.info.is_none();
-    let flipped = on_gpu && negotiated.form.is_flipped();
-    let (size, beside) = (picture.pixels.size(), negotiated.overlay);
-    let terms = Terms {
-        info: negotiated.info.clone(),
-        any_layout: negotiated.any_layout,
-    };
-    let cursor = match settings.cursor {
-        CursorMode::None => None,
-        _ => streaming.overlays.of(&picture.cursor, size),
-    };
-    // A cursor that can go neither way is left out.
-    let drawn: Option<&VideoOverlayComposition> = cursor.as_ref().filter(|_| !beside && !on_gpu);
-    let made = streaming.buffers.make(&picture.pixels, &terms, drawn)?;
-    let covered = drawn.and_then(|_| picture.cursor.covers(size));
-    let mut buffer = made.buffer;
-    let inner = buffer.get_mut().ok_or("a new buffer is shared")?;
-    if let Some(cursor) = cursor.as_ref().filter(|_| beside) {
-        VideoOverlayCompositionMeta::add(inner, cursor);
+impl Streaming {
+    fn plan(&mut self, picture: &Picture, settings: &LiveSettings) -> Result<Plan, String> {
+        let negotiated = self.negotiated.as_ref().ok_or("nothing is agreed on")?;
+        let on_gpu = negotiated.info.is_none();
+        Ok(Plan {
+            terms: Terms {
+                info: negotiated.info.clone(),
+                any_layout: negotiated.any_layout,
+            },
+            cursor: match settings.cursor {
+                CursorMode::None => None,
+                _ => self.overlays.of(&picture.cursor, picture.pixels.size()),
+            },
+            beside: negotiated.overlay,
+            flipped: on_gpu && negotiated.form.is_flipped(),
+        })
     }
-    if let Some(mut rects) = streaming.damage(picture, covered).filter(|_| !missed) {
-        if flipped {
-            // Where they lie in the frame, as its rows do.
-            for [_, y, _, height] in &mut rects {
-                *y = size.1 - *y - *height;
-            }
+
+    /// Says beside the buffer what belongs to it, and that it leaves.
+    fn finish(
+        &mut self,
+        made: Made,
+        plan: &Plan,
+        picture: &Picture,
+        missed: bool,
+        settings: &LiveSettings,
+    ) -> Result<Ready, String> {
+        let size = picture.pixels.size();
+        let covered = plan.drawn().and_then(|_| picture.cursor.covers(size));
+        let mut buffer = made.buffer;
+        let inner = buffer.get_mut().ok_or("a new buffer is shared")?;
+        if let Some(cursor) = plan.cursor.as_ref().filter(|_| plan.beside) {
+            VideoOverlayCompositionMeta::add(inner, cursor);
         }
-        mark_damage(inner, rects);
+        if let Some(mut rects) = self.damage(picture, covered).filter(|_| !missed) {
+            if plan.flipped {
+                // Where they lie in the frame, as its rows do.
+                for [_, y, _, height] in &mut rects {
+                    *y = size.1 - *y - *height;
+                }
+            }
+            mark_damage(inner, rects);
+        }
+        let interval = self.interval(settings);
+        self.pace.left(Instant::now(), interval);
+        self.again = false;
+        self.missed = false;
+        Ok(Ready {
+            buffer,
+            copied: made.copied,
+            flipped: plan.flipped,
+        })
     }
-    let interval = streaming.interval(settings);
-    streaming.pace.left(Instant::now(), interval);
-    streaming.again = false;
-    streaming.missed = false;
-    Ok(Ready {
-        buffer,
-        copied: made.copied,
-        flipped,
-    })
 }

@@ -191,7 +191,6 @@ impl BaseSrcImpl for ScanoutSrc {
         *lock(&self.latency) = gst::ClockTime::ZERO;
         *lock(&self.waker) = Some(waker);
         self.wishes.begin();
-        self.wish_bitrate();
         *lock(&self.streaming) = Some(streaming);
         Ok(())
     }

@@ -199,7 +199,7 @@ impl ScanoutSrc {
         }
         if output
             .latency
-            .took(arrival.running.saturating_sub(stamp.pts))
+            .took(arrival.monotonic, arrival.running.saturating_sub(stamp.pts))
         {
             let latency = gst::ClockTime::from_nseconds(output.latency.reported());
             gst::info!(CAT, imp = self, "frames come with a latency of {latency}");

@@ -7,6 +7,7 @@ use std::path::Path;
 use gst::glib;
 use gst::prelude::*;
 use helix_protocol::message::EnableScanout;
+use helix_protocol::wait::Deadline;
 use zerocopy_plugin_common::ConnectionSettings;
 
 use crate::lease::{Lease, LeaseError};
@@ -169,8 +170,8 @@ impl Settings {
         }
     }
 
-    /// What to subscribe to.
-    pub fn target(&self, scanout_id: u16) -> Target {
+    /// What to subscribe to, until `give_up` at the latest.
+    pub fn target(&self, scanout_id: u16, give_up: Deadline) -> Target {
         let scanout_id = scanout_id.into();
         Target {
             address: self.connection.address(),
@@ -182,6 +183,7 @@ impl Settings {
                 refresh_rate: self.refresh_rate,
             }),
             timeout: self.connection.timeout(),
+            give_up,
             auth_token: self.connection.auth_token(),
         }
     }

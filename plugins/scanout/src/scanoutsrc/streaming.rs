@@ -4,6 +4,7 @@
 //! again when it is lost.
 
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use gst::prelude::*;
 use gst::subclass::prelude::*;
@@ -18,6 +19,10 @@ use super::settings::Settings;
 use crate::lease::LeaseError;
 use crate::subscription::{Subscription, SubscriptionError, Target};
 
+/// A subscription that has lasted for so long, or for `reconnect-timeout`, was one, even if the
+/// screen had nothing to show: the host does not fail again and again.
+const LASTING: Duration = Duration::from_secs(5);
+
 /// What lives from `start()` to `stop()`.
 pub(super) struct Streaming {
     waiter: Waiter,
@@ -28,7 +33,9 @@ pub(super) struct Streaming {
     subscription: Option<Subscription>,
     /// There has been one.
     connected: bool,
-    /// Runs from the loss of a host until another has pushed a frame.
+    /// Why there is no host, while one is called again.
+    wrong: Option<String>,
+    /// Runs from the loss of a host until another has pushed a frame, or has lasted.
     backoff: Option<Backoff>,
     /// Bytes of the subscription, sent and received, that are in the figures.
     bytes: (u64, u64),
@@ -46,6 +53,7 @@ impl Streaming {
             settings,
             subscription: None,
             connected: false,
+            wrong: None,
             backoff: None,
             bytes: (0, 0),
         }
@@ -67,36 +75,20 @@ impl ScanoutSrc {
         &self,
         streaming: &mut Streaming,
     ) -> Result<gst::Buffer, gst::FlowError> {
-        if streaming.subscription.is_none() {
-            let target = match self.target(streaming) {
-                Ok(target) => target,
-                Err(LeaseError::Cancelled) => return Err(gst::FlowError::Flushing),
-                Err(error) => {
-                    lock(&self.figures).errors += 1;
-                    let reason = not_lent(&error);
-                    gst::element_imp_error!(self, gst::ResourceError::OpenRead, ("{reason}"));
-                    return Err(gst::FlowError::Error);
-                }
-            };
-            match Subscription::start(target, &mut streaming.waiter) {
-                Ok(subscription) => self.subscribed(streaming, subscription),
-                Err(SubscriptionError::Cancelled) => return Err(gst::FlowError::Flushing),
-                Err(SubscriptionError::Unwanted(error)) => {
-                    let reason = streaming.settings.connection.refusal(&error);
-                    return Err(self.fail(streaming, &reason));
-                }
-                Err(SubscriptionError::Full(error)) => {
-                    let reason = streaming.settings.connection.refusal(&error);
-                    self.call_again(streaming, &reason)?;
-                }
-                Err(error) => return Err(self.fail(streaming, &error.to_string())),
-            }
+        if streaming.wrong.is_some() {
+            // A pause or a flush has interrupted the calls: the time until now does not count.
+            streaming.backoff = None;
         }
         loop {
             let Some(subscription) = &mut streaming.subscription else {
-                return Err(gst::FlowError::Error);
+                match streaming.wrong {
+                    Some(_) => self.call_again(streaming)?,
+                    None => self.call(streaming)?,
+                }
+                continue;
             };
             let result = subscription.next(&mut streaming.waiter, &self.wishes);
+            let lasted = subscription.lasted();
             self.count_bytes(streaming);
             match result {
                 Ok(pushed) => {
@@ -117,15 +109,50 @@ impl ScanoutSrc {
                     }
                     streaming.subscription = None;
                     streaming.output.lost();
+                    let limit = streaming.settings.connection.reconnect_timeout();
+                    if lasted >= LASTING.min(limit) {
+                        streaming.backoff = None;
+                    }
                     let reason = format!("lost {}: {error}", streaming.address);
-                    self.call_again(streaming, &reason)?;
+                    self.lost(streaming, reason)?;
                 }
             }
         }
     }
 
-    /// What to subscribe to.
-    fn target(&self, streaming: &mut Streaming) -> Result<Target, LeaseError> {
+    /// Calls the host for the first time.
+    fn call(&self, streaming: &mut Streaming) -> Result<(), gst::FlowError> {
+        let target = match self.target(streaming, Deadline::NEVER) {
+            Ok(target) => target,
+            Err(LeaseError::Cancelled) => return Err(gst::FlowError::Flushing),
+            Err(error) => {
+                lock(&self.figures).errors += 1;
+                let reason = not_lent(&error);
+                gst::element_imp_error!(self, gst::ResourceError::OpenRead, ("{reason}"));
+                return Err(gst::FlowError::Error);
+            }
+        };
+        match Subscription::start(target, &mut streaming.waiter) {
+            Ok(subscription) => {
+                self.subscribed(streaming, subscription);
+                Ok(())
+            }
+            Err(SubscriptionError::Cancelled) => Err(gst::FlowError::Flushing),
+            Err(SubscriptionError::Unwanted(error)) => {
+                let reason = streaming.settings.connection.refusal(&error);
+                Err(self.fail(streaming, &reason))
+            }
+            Err(SubscriptionError::Full(error)) => {
+                let reason = streaming.settings.connection.refusal(&error);
+                self.lost(streaming, reason)
+            }
+            Err(error @ SubscriptionError::NotOn { .. }) => self.lost(streaming, error.to_string()),
+            Err(error) => Err(self.fail(streaming, &error.to_string())),
+        }
+    }
+
+    /// What to subscribe to, until `give_up` at the latest.
+    fn target(&self, streaming: &mut Streaming, give_up: Deadline) -> Result<Target, LeaseError> {
         let lease = lock(&self.lease);
         if lease.as_ref().is_some_and(|lease| !lease.is_alive()) {
             // The manager may have lent it to somebody else by now.
@@ -134,15 +161,14 @@ impl ScanoutSrc {
         drop(lease);
         let id = match streaming.scanout_id {
             Some(id) => id,
-            None => self.borrow(streaming)?,
+            None => self.borrow(streaming, give_up)?,
         };
         streaming.scanout_id = Some(id);
-        Ok(streaming.settings.target(id))
+        Ok(streaming.settings.target(id, give_up))
     }
 
     /// Waits until it is known which scanout was lent.
-    fn borrow(&self, streaming: &mut Streaming) -> Result<u16, LeaseError> {
-        let timeout = streaming.settings.connection.timeout();
+    fn borrow(&self, streaming: &mut Streaming, give_up: Deadline) -> Result<u16, LeaseError> {
         // One that has ended before its answer was read is asked for once more.
         let mut again = true;
         loop {
@@ -151,7 +177,7 @@ impl ScanoutSrc {
                 Some(lease) => lease,
                 None => streaming.settings.ask_for_lease()?,
             };
-            let deadline = timeout.map_or(Deadline::NEVER, Deadline::after);
+            let deadline = streaming.settings.connection.reply_deadline().min(give_up);
             match lease.scanout_id(&mut streaming.waiter, deadline) {
                 Ok(id) => {
                     let connector = lease.connector();
@@ -192,19 +218,26 @@ impl ScanoutSrc {
         }
         streaming.output.connected(subscription.clock());
         streaming.subscription = Some(subscription);
+        streaming.wrong = None;
         streaming.bytes = (0, 0);
+        self.wish_bitrate();
         self.post(streaming, ConnectionState::Connected, &peer, "");
     }
 
-    /// Calls the host again until it lets this client subscribe, or the time is up. `why` is what
-    /// is wrong.
-    fn call_again(&self, streaming: &mut Streaming, why: &str) -> Result<(), gst::FlowError> {
-        let limit = streaming.settings.connection.reconnect_timeout();
-        if limit.is_zero() {
-            return Err(self.fail(streaming, why));
+    /// There is no host: it is to be called again, unless that is not wanted.
+    fn lost(&self, streaming: &mut Streaming, why: String) -> Result<(), gst::FlowError> {
+        if streaming.settings.connection.reconnect_timeout().is_zero() {
+            return Err(self.fail(streaming, &why));
         }
         gst::warning!(CAT, imp = self, "{why}; calling again");
-        self.post(streaming, ConnectionState::Reconnecting, "", why);
+        self.post(streaming, ConnectionState::Reconnecting, "", &why);
+        streaming.wrong = Some(why);
+        Ok(())
+    }
+
+    /// Calls the host again until it lets this client subscribe, or the time is up.
+    fn call_again(&self, streaming: &mut Streaming) -> Result<(), gst::FlowError> {
+        let limit = streaming.settings.connection.reconnect_timeout();
         let mut outcome = String::new();
         while let Some(at) = streaming
             .backoff
@@ -219,7 +252,8 @@ impl ScanoutSrc {
                     Err(error) => return Err(self.fail(streaming, &error.to_string())),
                 }
             }
-            let target = match self.target(streaming) {
+            let give_up = streaming.backoff.as_ref().map(Backoff::attempt_deadline);
+            let target = match self.target(streaming, give_up.unwrap_or(Deadline::NEVER)) {
                 Ok(target) => target,
                 Err(LeaseError::Cancelled) => return Err(gst::FlowError::Flushing),
                 // The manager may come back as the host may.
@@ -230,7 +264,6 @@ impl ScanoutSrc {
             };
             match Subscription::start(target, &mut streaming.waiter) {
                 Ok(subscription) => {
-                    self.wish_bitrate();
                     self.subscribed(streaming, subscription);
                     return Ok(());
                 }
@@ -243,6 +276,7 @@ impl ScanoutSrc {
                 Err(error) => outcome = format!("; {error}"),
             }
         }
+        let why = streaming.wrong.take().unwrap_or_default();
         let tried = limit.as_millis();
         let text =
             format!("{why}; called again for {tried} ms (reconnect-timeout) in vain{outcome}");
@@ -260,7 +294,10 @@ impl ScanoutSrc {
         streaming.bytes = bytes;
     }
 
+    /// Gives up. Should the element be played again, that is a start like the first.
     fn fail(&self, streaming: &mut Streaming, reason: &str) -> gst::FlowError {
+        streaming.wrong = None;
+        streaming.backoff = None;
         lock(&self.figures).errors += 1;
         self.post(streaming, ConnectionState::Lost, "", reason);
         gst::element_imp_error!(self, gst::ResourceError::OpenRead, ("{reason}"));

@@ -40,6 +40,8 @@ pub(super) struct Open {
     pub picture: Option<Picture>,
     /// What it was sent as; `None` = as pixels.
     pub resource: Option<Arc<Resource>>,
+    /// Bytes of pixels that were sent of it.
+    pixels: usize,
     pub forced: bool,
     /// The session's, when the frame was submitted.
     pub epoch: u32,
@@ -93,6 +95,9 @@ pub(super) struct Conversation {
     /// What the client was told of it.
     pub announced: Way,
     pub after_loss: bool,
+    /// Nothing leaves before a keyframe, at the beginning and after a flush: how many frames had to
+    /// be one and were none.
+    pub passed_over: Option<u32>,
     /// The host has answered a request, if only with an ERROR.
     pub answered: bool,
     /// Frames in a row that were given up for want of an answer.
@@ -127,6 +132,7 @@ impl Conversation {
             way: Way::default(),
             announced: Way::default(),
             after_loss,
+            passed_over: Some(0),
             answered: false,
             unanswered: 0,
             last_answered: None,
@@ -190,11 +196,20 @@ impl Conversation {
         }
     }
 
-    /// Requests that the host has, as far as anybody can know: one that was given up may be
-    /// skipped, and would take its place for ever.
-    fn at_host(&self) -> u32 {
+    /// Whether the host takes another picture now: fewer than `limit` are with it, and not as many
+    /// bytes of them that it would leave this one unread, and a PING behind it ("A full host" in
+    /// docs/protocol.md).
+    fn has_place(&self, limit: u32) -> bool {
+        // As far as anybody can know: one that was given up may be skipped, and would take its place
+        // for ever.
         let at_host = |open: &&Open| open.wait != Wait::Over && open.reply.is_none();
-        self.open.iter().filter(at_host).count() as u32
+        let (mut count, mut bytes) = (0, 0);
+        for open in self.open.iter().filter(at_host) {
+            count += 1;
+            bytes += open.pixels;
+        }
+        let is_legacy = self.host.capabilities.is_none();
+        count < limit && (is_legacy || bytes < self.host.max_pixels() as usize)
     }
 
     /// Sends what the host has a place for, those first that are sent again.
@@ -222,6 +237,9 @@ impl Conversation {
                     // After a flush nobody has what this frame could refer to.
                     let flushed = worker.epoch != epoch;
                     worker.epoch = epoch;
+                    if flushed {
+                        self.passed_over.get_or_insert(0);
+                    }
                     let forced = request.force_keyframe || worker.force_keyframe || due || flushed;
                     worker.force_keyframe = false;
                     worker.since_keyframe = if forced { 1 } else { worker.since_keyframe + 1 };
@@ -232,6 +250,7 @@ impl Conversation {
                         duration: request.duration,
                         picture: None,
                         resource,
+                        pixels: 0,
                         forced,
                         epoch,
                         sent: Instant::now(),
@@ -253,14 +272,15 @@ impl Conversation {
             self.again.pop_front();
             worker.release();
         }
-        let has_place = !self.again.is_empty() && self.at_host() < worker.shared.state().limit;
-        has_place.then(|| self.again.pop_front()).flatten()
+        let limit = worker.shared.state().limit;
+        let is_next = !self.again.is_empty() && self.has_place(limit);
+        is_next.then(|| self.again.pop_front()).flatten()
     }
 
     fn next_queued(&self, worker: &Worker) -> Option<Item> {
         let mut state = worker.shared.state();
         match state.queue.front()? {
-            Item::Frame(..) if !self.again.is_empty() || self.at_host() >= state.limit => None,
+            Item::Frame(..) if !self.again.is_empty() || !self.has_place(state.limit) => None,
             _ => state.queue.pop_front(),
         }
     }
@@ -313,6 +333,7 @@ impl Conversation {
         picture: Picture,
     ) -> Result<(), End> {
         open.tag = self.next_tag(open.epoch);
+        open.pixels = 0;
         let mut wire = FrameRequest {
             resource_id: 0,
             width: picture.width,
@@ -332,12 +353,18 @@ impl Conversation {
         } else {
             let limit = self.host.max_pixels() as usize;
             let pixels = Pixels::new(&picture, limit).map_err(|reason| {
-                End::Hopeless(format!("a picture cannot be sent as pixels: {reason}"))
+                End::Hopeless(format!(
+                    "a picture cannot be sent to {} as pixels: {reason}; have it in memory that \
+                     the CPU can read (a capsfilter video/x-raw before the element asks for that)\
+                     , or use transfer=resource-id where the host resolves ids",
+                    worker.address
+                ))
             })?;
             (wire.width, wire.height, wire.stride) = (pixels.width, pixels.height, pixels.stride);
             // set_format() has compared the size with the protocol's limit, below 4 GiB.
             let size = pixels.size() as u32;
             connection.send_with(encode::frame_request(SESSION_ID, &wire, size), pixels);
+            open.pixels = size as usize;
             self.pixel_bytes += u64::from(size);
             Way::Pixels
         };

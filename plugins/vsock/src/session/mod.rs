@@ -18,6 +18,7 @@
 //! the session's own thread; the two share a queue and a count.
 
 use std::collections::VecDeque;
+use std::io;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
@@ -30,6 +31,7 @@ use zerocopy_plugin_common::{ConnectionSettings, Quantiles};
 
 use self::delivery::Delivery;
 pub use self::liveness::SIGN_OF_LIFE;
+pub use self::replies::{HELD, REFUSALS};
 pub use self::transfer::Way;
 use self::worker::Worker;
 use crate::picture::Picture;
@@ -136,6 +138,8 @@ pub enum Submission {
     Cancelled,
     /// The session has failed, and said so.
     Failed,
+    /// The system does not let this thread wait. Nobody was told.
+    CannotWait(io::ErrorKind),
 }
 
 /// What sessions counted. They add to what their owner gives them, so it outlives them.
@@ -278,7 +282,7 @@ impl Session {
         settings: SessionSettings,
         submitter: Waker,
         client: impl Client,
-    ) -> std::io::Result<Self> {
+    ) -> io::Result<Self> {
         let waiter = Waiter::new()?;
         let waker = waiter.waker();
         let shared = Arc::new(Shared {
@@ -415,7 +419,7 @@ impl Session {
             match waiter.wait(Deadline::NEVER) {
                 Ok(Wake::Cancelled) => return Err(Submission::Cancelled),
                 Ok(_) => {}
-                Err(_) => return Err(Submission::Failed),
+                Err(error) => return Err(Submission::CannotWait(error.kind())),
             }
         }
     }

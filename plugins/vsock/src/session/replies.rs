@@ -22,12 +22,14 @@ use super::worker::{End, Worker};
 /// forgotten.
 const ABANDONED: usize = 64;
 
-/// Resources that a host may keep without saying what became of them. They are buffers of
-/// somebody else's pool, and those are small (L4).
-const HELD: usize = 4;
+/// Resources that a host may keep without saying what became of them, until it is taken for lost.
+/// They are buffers of somebody else's pool, and those are small (L4): the pool that the element
+/// asks for has room for one fewer.
+pub const HELD: u32 = 2;
 
-/// A host that refuses so many frames in a row, and has encoded none, will not encode any.
-const REFUSALS: u32 = 120;
+/// A host that refuses so many frames in a row, and has encoded none, will not encode any; nor
+/// does one make a keyframe that has passed over so many requests for one.
+pub const REFUSALS: u32 = 120;
 
 /// A PTS that went through a host may be off by this much (quirk 3 of docs/protocol.md).
 const PTS_TOLERANCE_NS: u64 = 1000;
@@ -47,6 +49,13 @@ impl Conversation {
             // A client need not answer PING, deployed hosts send none; and what was agreed on in
             // the greeting stays.
             _ => {}
+        }
+        if self.passed_over >= Some(REFUSALS) {
+            return Err(End::Hopeless(format!(
+                "{} has sent no keyframe, though {REFUSALS} frames in a row asked for one: nothing \
+                 can be decoded without it. Does its encoder make keyframes when asked?",
+                worker.address
+            )));
         }
         Ok(())
     }
@@ -152,16 +161,20 @@ impl Conversation {
     ) {
         if worker.is_flushed(open.epoch) {
             worker.release();
-        } else if self.after_loss && !response.is_keyframe {
-            // It refers to what was lost.
+        } else if let Some(passed_over) = &mut self.passed_over
+            && !response.is_keyframe
+        {
+            // It refers to what nobody has.
             worker.force_keyframe = true;
-            let reason = "the host was lost, and this is no keyframe";
+            *passed_over += u32::from(open.forced);
+            let reason = "a keyframe must come first, and this is none";
             worker.report_dropped(open.frame, open.epoch, reason);
         } else if data.is_empty() {
             worker.force_keyframe |= open.forced;
             let reason = "the host sent an empty access unit";
             worker.report_dropped(open.frame, open.epoch, reason);
         } else {
+            self.passed_over = None;
             let took = open.sent.elapsed();
             let access_unit = AccessUnit {
                 response,
@@ -287,7 +300,7 @@ impl Conversation {
         self.finish_ready(worker);
         let abandoned = self.open.iter().filter(|open| over(open));
         let held = abandoned.filter(|open| open.picture.is_some()).count();
-        if held >= HELD {
+        if held >= HELD as usize {
             return Err(End::Lost(format!(
                 "it did not answer {held} pictures that it may still read as resources"
             )));

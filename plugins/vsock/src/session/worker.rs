@@ -3,7 +3,7 @@
 //! The session's thread: it connects, greets, talks, and calls a lost host again.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use helix_protocol::connection::ConnectionError;
 use helix_protocol::greeting::{self, Agreement, GreetingError};
@@ -132,7 +132,7 @@ impl Worker {
     /// A connection to a host that takes our frames.
     fn connect(&mut self) -> Result<(Connection<Pixels>, Agreement), End> {
         use helix_protocol::transport::ConnectError;
-        let deadline = self.settings.connection.reply_deadline();
+        let deadline = self.deadline();
         let stream = Stream::connect(&self.address, &mut self.waiter, deadline);
         let stream = stream.map_err(|error| match error {
             ConnectError::Cancelled => End::Cancelled,
@@ -140,7 +140,7 @@ impl Worker {
         })?;
         let mut connection = Connection::new(stream, Limits::client(), &self.waiter)
             .map_err(|error| End::Lost(format!("connect to {}: {error}", self.address)))?;
-        let (hello, deadline) = (self.hello(), self.settings.connection.reply_deadline());
+        let (hello, began, deadline) = (self.hello(), Instant::now(), self.deadline());
         let host = greeting::greet(
             &mut connection,
             &mut self.waiter,
@@ -148,10 +148,18 @@ impl Worker {
             SESSION_ID,
             deadline,
         )
-        .map_err(|error| self.not_greeted(error))?;
+        .map_err(|error| self.not_greeted(error, began.elapsed()))?;
         Self::is_of_use(&host)
             .map_err(|reason| End::Hopeless(format!("{}: {reason}", self.address)))?;
         Ok((connection, host))
+    }
+
+    /// Until when a step of the way to a host may take that begins now: no longer than a lost host
+    /// is called.
+    fn deadline(&self) -> Deadline {
+        let own = self.settings.connection.reply_deadline();
+        let backoff = self.backoff.as_ref().map(Backoff::attempt_deadline);
+        own.min(backoff.unwrap_or(Deadline::NEVER))
     }
 
     fn hello(&self) -> Hello {
@@ -170,7 +178,8 @@ impl Worker {
         }
     }
 
-    fn not_greeted(&self, error: GreetingError) -> End {
+    /// What a greeting's end means that took so long.
+    fn not_greeted(&self, error: GreetingError, took: Duration) -> End {
         let address = &self.address;
         match error {
             GreetingError::Connection(ConnectionError::Cancelled) => End::Cancelled,
@@ -183,10 +192,14 @@ impl Worker {
                 }
             }
             GreetingError::Silence => {
-                let limit = self.timeout().unwrap_or_default().as_millis();
+                let limit = self.timeout().filter(|limit| *limit <= took);
+                let waited = limit.map_or_else(
+                    || format!("{} ms", took.as_millis()),
+                    |limit| format!("{} ms (timeout)", limit.as_millis()),
+                );
                 End::Lost(format!(
-                    "{address} accepted the connection, but gave no sign of life for {limit} ms \
-                     (timeout): neither HELLO nor PING was answered. Is that a helix-host?"
+                    "{address} accepted the connection, but gave no sign of life for {waited}: \
+                     neither HELLO nor PING was answered. Is that a helix-host?"
                 ))
             }
             error => End::Lost(format!("greeting {address}: {error}")),

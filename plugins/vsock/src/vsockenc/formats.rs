@@ -4,6 +4,8 @@
 
 use gst_video::prelude::*;
 
+use crate::session::HELD;
+
 /// The formats, and their names where the caps say `format=DMA_DRM`: the DRM fourcc without a
 /// modifier, which stands for DRM_FORMAT_MOD_LINEAR (gst_video_dma_drm_fourcc_to_string()).
 ///
@@ -79,8 +81,22 @@ pub fn video_info(caps: &gst::CapsRef) -> Option<gst_video::VideoInfo> {
     gst_video::VideoInfo::from_caps(&plain).ok()
 }
 
+/// The protocol says nothing of fields, and the host would encode two of them as one picture. It is
+/// not in the caps: most sources say nothing about it, and caps without it are no subset of caps
+/// with it.
+pub fn check_progressive(info: &gst_video::VideoInfo) -> Result<(), String> {
+    if info.interlace_mode() == gst_video::VideoInterlaceMode::Progressive {
+        return Ok(());
+    }
+    Err(format!(
+        "interlace-mode={} cannot be encoded, only progressive video can: put a `deinterlace` in \
+         front",
+        info.interlace_mode().to_str()
+    ))
+}
+
 /// Answers what upstream asks before it allocates: strides, offsets and crops cost nothing, and
-/// at least `buffers` are held at once.
+/// at least `buffers` are held at once, of DMA-BUFs [`HELD`] - 1 more.
 pub fn propose_allocation(query: &mut gst::query::Allocation, buffers: u32) {
     query.add_allocation_meta::<gst_video::VideoMeta>(None);
     query.add_allocation_meta::<gst_video::VideoCropMeta>(None);
@@ -91,8 +107,12 @@ pub fn propose_allocation(query: &mut gst::query::Allocation, buffers: u32) {
         return;
     };
     let size = info.size() as u32;
+    let is_dmabuf = is_dmabuf(&caps);
+    // Resources that a host may keep although it does not answer.
+    let kept = if is_dmabuf { HELD - 1 } else { 0 };
+    let buffers = buffers + kept;
     // Nobody but upstream can make its DMA-BUFs.
-    let pool = (need_pool && !is_dmabuf(&caps)).then(gst_video::VideoBufferPool::new);
+    let pool = (need_pool && !is_dmabuf).then(gst_video::VideoBufferPool::new);
     let pool = pool.filter(|pool| {
         let mut config = pool.config();
         config.set_params(Some(&caps), size, buffers, 0);
@@ -200,7 +220,7 @@ mod tests {
         let query = proposed("video/x-raw(memory:DMABuf),format=NV12,width=1280,height=720");
         let (pool, _, min, _) = query.allocation_pools().next().unwrap();
         assert!(pool.is_none());
-        assert_eq!(min, 3);
+        assert_eq!(min, 3 + HELD - 1);
     }
 
     #[test]

@@ -24,6 +24,7 @@
 //!
 //! Since: 0.1
 
+use std::io;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 use gst::glib;
@@ -189,7 +190,7 @@ impl VideoEncoderImpl for VsockEnc {
             ));
         }
         let resources = self.find_resources(&settings)?;
-        let failed = |error: std::io::Error| {
+        let failed = |error: io::Error| {
             gst::error_msg!(
                 gst::ResourceError::Failed,
                 ["cannot start a session: {error}"]
@@ -257,6 +258,11 @@ impl VideoEncoderImpl for VsockEnc {
                 state.caps()
             ));
         };
+        let refuse = |text: String| {
+            gst::element_imp_error!(self, gst::StreamError::Format, ("{text}"));
+            gst::loggable_error!(CAT, "{text}")
+        };
+        formats::check_progressive(&info).map_err(refuse)?;
         // What is under way belongs to the format before. Where a flush or a state change ends
         // this wait, or the next one, that is no error: upstream would take it for one.
         self.drain();
@@ -273,10 +279,7 @@ impl VideoEncoderImpl for VsockEnc {
         };
         let pixels = self.pixels_of(&info);
         let mut format = Format { config, pixels };
-        self.check_limits(&info, &format).map_err(|text| {
-            gst::element_imp_error!(self, gst::StreamError::Format, ("{text}"));
-            gst::loggable_error!(CAT, "{text}")
-        })?;
+        self.check_limits(&info, &format).map_err(refuse)?;
         let duration = gst::ClockTime::SECOND
             .mul_div_ceil(den.into(), num.into())
             .unwrap_or(gst::ClockTime::ZERO);
@@ -302,7 +305,11 @@ impl VideoEncoderImpl for VsockEnc {
         &self,
         frame: gst_video::VideoCodecFrame,
     ) -> Result<gst::FlowSuccess, gst::FlowError> {
-        lock(&self.output).take_flow()?;
+        let needs_keyframe = {
+            let mut output = lock(&self.output);
+            output.take_flow()?;
+            output.needs_keyframe()
+        };
         let number = frame.system_frame_number();
         let buffer = frame.input_buffer_owned().ok_or(gst::FlowError::Error)?;
         let nanos = |time: Option<gst::ClockTime>| time.map_or(0, |time| time.nseconds() as i64);
@@ -315,8 +322,7 @@ impl VideoEncoderImpl for VsockEnc {
         drop(frame);
         if is_late && !force_keyframe {
             // Raw frames may go, encoded ones may not (L26).
-            self.finish_without_output(number, "it is too late for the sink (qos)");
-            return Ok(gst::FlowSuccess::Ok);
+            return self.pass_over(number, "it is too late for the sink (qos)");
         }
 
         let (info, resources) = lock(&self.streaming)
@@ -334,12 +340,14 @@ impl VideoEncoderImpl for VsockEnc {
             );
             gst::FlowError::Error
         })?;
-        self.wait_for_writers(&picture)?;
+        if !self.wait_for_writers(&picture)? {
+            return self.pass_over(number, "what draws it is not done");
+        }
         let request = Request {
             frame: number,
             pts,
             duration,
-            force_keyframe,
+            force_keyframe: force_keyframe || needs_keyframe,
             resource: self.resource(&picture, resources.as_deref())?,
             picture,
         };
@@ -348,12 +356,10 @@ impl VideoEncoderImpl for VsockEnc {
             self.wait(|session, waiter| session.submit(waiter, max_in_flight, request));
         match submission.unwrap_or(Submission::Cancelled) {
             Submission::Accepted => Ok(gst::FlowSuccess::Ok),
-            Submission::NoHost => {
-                self.finish_without_output(number, "no host");
-                Ok(gst::FlowSuccess::Ok)
-            }
+            Submission::NoHost => self.pass_over(number, "no host"),
             Submission::Cancelled => Err(gst::FlowError::Flushing),
             Submission::Failed => Err(gst::FlowError::Error),
+            Submission::CannotWait(reason) => Err(self.cannot_wait(reason)),
         }
     }
 
@@ -361,6 +367,7 @@ impl VideoEncoderImpl for VsockEnc {
         match self.drain() {
             Submission::Cancelled => Err(gst::FlowError::Flushing),
             Submission::Failed => Err(gst::FlowError::Error),
+            Submission::CannotWait(reason) => Err(self.cannot_wait(reason)),
             Submission::Accepted | Submission::NoHost => lock(&self.output).take_flow(),
         }
     }
@@ -439,6 +446,18 @@ impl VsockEnc {
         Some(result)
     }
 
+    /// Finishes a frame that is not sent, on the streaming thread. With it leave the events of all
+    /// frames up to it, which must not overtake the access units of those under way.
+    fn pass_over(&self, number: u32, reason: &str) -> Result<gst::FlowSuccess, gst::FlowError> {
+        // These frames hold the stream lock.
+        let has_events = self.obj().frames().iter().any(release::has_events);
+        if has_events && self.drain() == Submission::Cancelled {
+            return Err(gst::FlowError::Flushing);
+        }
+        self.finish_without_output(number, reason);
+        Ok(gst::FlowSuccess::Ok)
+    }
+
     /// Waits, on the streaming thread, until every frame is finished.
     fn drain(&self) -> Submission {
         if lock(&self.streaming)
@@ -448,6 +467,19 @@ impl VsockEnc {
             return Submission::Accepted;
         }
         self.wait(Session::drain).unwrap_or(Submission::Cancelled)
+    }
+
+    /// Posts why the streaming thread could not wait.
+    fn cannot_wait(&self, reason: io::ErrorKind) -> gst::FlowError {
+        gst::element_imp_error!(
+            self,
+            gst::ResourceError::Failed,
+            [
+                "wait for the host: {reason}; something else in this process may have closed a \
+                 descriptor of this element. Stop the element and start it again"
+            ]
+        );
+        gst::FlowError::Error
     }
 
     fn change_bitrate(&self) {

@@ -105,20 +105,21 @@ impl VsockEnc {
     }
 
     /// Waits, cancellably, until what draws into a picture's DMA-BUFs is done: neither a mapping
-    /// nor, on the host, a resource shows the picture before.
-    pub(super) fn wait_for_writers(&self, picture: &Picture) -> Result<(), gst::FlowError> {
+    /// nor, on the host, a resource shows the picture before. Whether it is: where not, nobody may
+    /// map the picture, as the kernel would wait for the same, for ever and for no signal.
+    pub(super) fn wait_for_writers(&self, picture: &Picture) -> Result<bool, gst::FlowError> {
         let deadline = Deadline::after(WRITERS_LIMIT);
         while let Some(memory) = picture.unready_memory() {
             if deadline.has_passed() {
                 gst::warning!(
                     CAT,
                     imp = self,
-                    "a picture was still drawn after {WRITERS_LIMIT:?}"
+                    "a picture is dropped: what draws it was not done after {WRITERS_LIMIT:?}"
                 );
-                return Ok(());
+                return Ok(false);
             }
             let Some(dmabuf) = dmabuf::dmabuf(&memory) else {
-                return Ok(());
+                return Ok(true);
             };
             let fd = dmabuf::fd(dmabuf);
             let ended = self.wait(|_, waiter| {
@@ -132,11 +133,11 @@ impl VsockEnc {
                 Some(Ok(_)) => {}
                 Some(Err(error)) => {
                     gst::debug!(CAT, imp = self, "wait for what draws a picture: {error}");
-                    return Ok(());
+                    return Ok(true);
                 }
             }
         }
-        Ok(())
+        Ok(true)
     }
 
     /// Bytes of pixels that a frame takes on its way; 0 where only resource ids may go.

@@ -17,7 +17,7 @@ use zerocopy_plugin_common::{ConnectionState, H264Caps, accepted_downstream, con
 use super::imp::{CAT, VsockEnc, lock};
 use super::latency::Latency;
 use super::release;
-use crate::session::{AccessUnit, Client, Counts, Way};
+use crate::session::{AccessUnit, Client, Counts, REFUSALS, Way};
 
 /// A bitrate that differs by more than a tenth is worth a warning (L28).
 const NOTABLE: u32 = 10;
@@ -37,6 +37,8 @@ pub(super) struct Output {
     unfinished: Vec<u32>,
     /// The next access unit that leaves follows a loss.
     discont: bool,
+    /// Access units that came while there were no caps.
+    useless: u32,
     /// The host said that it resolves resource ids.
     pub resolves: bool,
     pub frames: u64,
@@ -61,6 +63,11 @@ impl Output {
         }
         let due = self.stream_caps.is_some() && std::mem::take(&mut self.caps_due);
         due.then(|| self.stream_caps.clone()).flatten()
+    }
+
+    /// Whether another keyframe is to be asked for: the last one was of no use.
+    pub fn needs_keyframe(&self) -> bool {
+        self.stream_caps.is_none() && self.useless > 0
     }
 
     /// What upstream is to be told. An element that is not there, or flushing on its own, may be
@@ -231,9 +238,14 @@ impl VsockEnc {
             let mut output = lock(&self.output);
             let caps = output.caps_before(response.is_keyframe, &data);
             if output.stream_caps.is_none() {
+                output.useless += 1;
+                let useless = output.useless;
                 drop(output);
                 drop(frame);
                 self.finish_without_output(number, "no keyframe with parameter sets came yet");
+                if useless == REFUSALS {
+                    self.see_useless();
+                }
                 return;
             }
             output.frames += 1;
@@ -303,6 +315,18 @@ impl VsockEnc {
                 ("downstream of the encoder takes no more: {error}")
             );
         }
+    }
+
+    /// The host sends no stream that could be described, however often it is asked.
+    fn see_useless(&self) {
+        lock(&self.output).flow = Some(gst::FlowError::Error);
+        gst::element_imp_error!(
+            self,
+            gst::StreamError::Encode,
+            ("the host has sent {REFUSALS} access units, and none was a keyframe with parameter \
+                 sets (SPS and PPS) that can be read: nothing can be decoded without them. Does its \
+                 encoder put them before each keyframe?")
+        );
     }
 
     fn set_output_caps(&self, caps: gst::Caps) -> Result<(), gst::FlowError> {

@@ -467,3 +467,68 @@ fn a_host_that_refuses_everything_is_given_up() {
         "{error}"
     );
 }
+
+#[test]
+fn a_host_that_hangs_while_it_is_called_again_is_given_up_in_time() {
+    let mut clients = 0;
+    let peer = Peer::greeting(Greets::Script, move |link, envelope| {
+        match envelope.message {
+            Message::Hello(_) => clients += 1,
+            Message::FrameRequest(..) => return Then::Close,
+            _ if clients == 1 => {
+                link.pong(envelope);
+            }
+            // Not even to a PING.
+            _ => {}
+        }
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "timeout=0 reconnect-timeout=300");
+    encoder.push().unwrap();
+    let error = encoder.error();
+    assert!(
+        error.contains("300 ms (reconnect-timeout)") && error.contains("no sign of life"),
+        "{error}"
+    );
+}
+
+/// Pushes until that fails, and says with which error; `peer` was asked for keyframes.
+fn given_up(peer: &Peer) -> String {
+    let mut encoder = Encoder::new(peer.port(), "keyframe-interval=0 max-in-flight=1");
+    let mut frames = 0;
+    while encoder.push().is_ok() {
+        frames += 1;
+        assert!(frames < 1000, "it goes on for ever");
+    }
+    for number in 0..100 {
+        // The second may be on its way before the first is answered.
+        assert!(peer.wait_for(request).force_keyframe || number == 1);
+    }
+    encoder.error()
+}
+
+#[test]
+fn a_host_that_makes_no_keyframe_is_asked_again_and_given_up() {
+    let peer = Peer::new(|link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            link.respond(1, request.pts, false, DELTA);
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let error = given_up(&peer);
+    assert!(error.contains("has sent no keyframe"), "{error}");
+}
+
+#[test]
+fn a_host_whose_keyframes_have_no_parameter_sets_is_asked_again_and_given_up() {
+    let peer = Peer::new(|link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            link.respond(1, request.pts, true, &[0, 0, 0, 1, 0x65, 0x88, 0x84]);
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let error = given_up(&peer);
+    assert!(error.contains("parameter sets (SPS and PPS)"), "{error}");
+}

@@ -5,7 +5,7 @@
 
 use std::sync::Once;
 use std::sync::mpsc::{Receiver, channel};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use gst::prelude::*;
 use gst_check::Harness;
@@ -146,6 +146,15 @@ impl Encoder {
 
     fn stat(&self, name: &str) -> u64 {
         self.stats().get(name).unwrap()
+    }
+
+    /// Waits until the answers to all pictures have been read; nobody is told of that.
+    fn wait_for_answers(&self) {
+        let deadline = Instant::now() + LONG;
+        while self.stat("in-flight") > 0 {
+            assert!(Instant::now() < deadline, "the answers are not read");
+            std::thread::yield_now();
+        }
     }
 
     /// Blocks what is downstream, and says when something waits there.

@@ -92,6 +92,20 @@ fn a_frame_over_the_limit_is_refused_by_name() {
     );
 }
 
+#[test]
+fn interlaced_video_is_refused_by_name() {
+    let peer = Peer::answering();
+    for mode in ["interleaved", "mixed"] {
+        let mut encoder = Encoder::new(peer.port(), "");
+        encoder.harness.set_src_caps_str(&format!(
+            "video/x-raw,format=BGRx,width=64,height=48,framerate=60/1,interlace-mode={mode}"
+        ));
+        let error = encoder.error();
+        assert!(error.contains(&format!("interlace-mode={mode}")), "{error}");
+        assert!(error.contains("deinterlace"), "{error}");
+    }
+}
+
 /// Runs frames through a caps filter behind the element to EOS or an error, whose text is returned.
 pub fn with_filter(frames: u32, filter: &str) -> Option<String> {
     init();

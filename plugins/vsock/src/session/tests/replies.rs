@@ -4,7 +4,7 @@
 
 use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, FrameRequest, RequestTag};
 use helix_protocol::{Message, encode};
-use zerocopy_test_support::peer::{Greets, Hello, Link, Peer, Seen, Then, hello};
+use zerocopy_test_support::peer::{Greets, Hello, KEYFRAME, Link, Peer, Seen, Then, hello};
 
 use super::*;
 
@@ -228,6 +228,40 @@ fn no_more_requests_are_open_than_the_host_takes() {
 }
 
 #[test]
+fn a_picture_that_the_host_would_leave_unread_waits_and_pings_do_not() {
+    // Three of 16 bytes are more than one may have.
+    let greets = Greets::With(Hello {
+        max_message: 12 + 44 + 40,
+        ..hello(Capabilities::REQUEST_IDS)
+    });
+    let mut open = VecDeque::new();
+    let peer = Peer::greeting(greets, move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            open.push_back(*request);
+            assert!(open.len() <= 3, "a host would read no more");
+        }
+        // Nothing else comes while the client waits.
+        if link.pong(envelope)
+            && let Some(request) = open.pop_front()
+        {
+            link.answer(&request);
+        }
+        Then::GoOn
+    });
+    let mut run = Run::with(
+        &[("tcp-host", &"127.0.0.1"), ("tcp-port", &peer.port())],
+        Duration::from_millis(20),
+    );
+    run.configure();
+    for number in 0..6 {
+        assert_eq!(run.submit(number), Submission::Accepted);
+    }
+    for number in 0..6 {
+        assert_eq!(run.outcome(), (number, true));
+    }
+}
+
+#[test]
 fn the_settings_in_force_are_told() {
     let greets = Greets::With(hello(Capabilities::CONFIG_RESP));
     let peer = Peer::greeting(greets, |link, envelope| {
@@ -275,4 +309,31 @@ fn a_dead_host_is_found_while_idle() {
     );
     let reason = run.failure();
     assert!(reason.contains("no sign of life for 100 ms"), "{reason}");
+}
+
+#[test]
+fn nothing_leaves_after_a_flush_before_a_keyframe() {
+    let mut requests = 0;
+    let peer = Peer::new(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            requests += 1;
+            // It passes over the keyframe that the flush makes necessary.
+            let is_keyframe = requests != 2 && request.force_keyframe;
+            link.respond(1, request.pts, is_keyframe, KEYFRAME);
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut run = Run::new(&[("tcp-host", &"127.0.0.1"), ("tcp-port", &peer.port())]);
+    run.configure();
+    let outcome = |run: &mut Run, frame| {
+        assert_eq!(run.submit(frame), Submission::Accepted);
+        run.outcome()
+    };
+    assert_eq!(outcome(&mut run, 0), (0, true));
+    run.session.flush();
+    assert_eq!(outcome(&mut run, 1), (1, false));
+    assert_eq!(outcome(&mut run, 2), (2, true));
+    // This one was not asked to be a keyframe, and need not be.
+    assert_eq!(outcome(&mut run, 3), (3, true));
 }

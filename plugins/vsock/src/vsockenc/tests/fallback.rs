@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use zerocopy_test_support::peer::Hello;
 
 use super::*;
+use crate::session::HELD;
 
 #[test]
 fn a_host_that_refuses_ids_gets_each_picture_as_pixels() {
@@ -139,7 +140,7 @@ fn a_host_that_keeps_resources_without_an_answer_is_called_anew() {
         .take_while(|seen| !matches!(seen, Seen::Closed))
         .filter_map(request)
         .filter(|(request, _)| request.resource_id == BAD);
-    assert_eq!(unanswered.count(), 4);
+    assert_eq!(unanswered.count(), HELD as usize);
 }
 
 #[test]
@@ -280,4 +281,59 @@ fn no_more_requests_are_open_than_permitted_while_pictures_are_sent_again() {
         assert_eq!(most.load(Ordering::Relaxed), PERMITTED);
         assert_eq!(encoder.stat::<u64>("dropped"), 0);
     }
+}
+
+#[test]
+fn a_pool_of_the_size_asked_for_lasts_though_the_host_keeps_pictures() {
+    let mut requests = 0;
+    let peer = naming_host(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            requests += 1;
+            // It may still read every fifth.
+            if requests % 5 != 0 {
+                link.answer(request);
+            }
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::with_timeout(&peer, Transfer::ResourceId, 100);
+    let caps = encoder.harness.srcpad().unwrap().current_caps();
+    let mut query = gst::query::Allocation::new(caps.as_ref(), false);
+    assert!(encoder.harness.srcpad().unwrap().peer_query(&mut query));
+    let (_, _, buffers, _) = query.allocation_pools().next().expect("a size");
+    // A pool lends tokens, which come back when the buffers are free that hold them.
+    let pool = gst::BufferPool::new();
+    let mut config = pool.config();
+    config.set_params(None, 1, buffers, buffers);
+    pool.set_config(config).unwrap();
+    pool.set_active(true).unwrap();
+    let known: Vec<_> = (1..=buffers).map(|id| encoder.known(id)).collect();
+    let mut tokens = Vec::new();
+    let (tell, pushed) = channel();
+    let pushing = std::thread::spawn(move || {
+        for _ in 0..30 {
+            let token = pool.acquire_buffer(None).unwrap();
+            let address = token.as_ptr() as usize;
+            let index = tokens.iter().position(|known| *known == address);
+            let index = index.unwrap_or_else(|| {
+                tokens.push(address);
+                tokens.len() - 1
+            });
+            let mut buffer = known[index].copy();
+            gst::ParentBufferMeta::add(buffer.make_mut(), &token);
+            drop(token);
+            encoder.push(&buffer).unwrap();
+            drop(buffer);
+            // A test that has failed no longer listens.
+            let _ = tell.send(());
+        }
+        drop(encoder);
+        pool.set_active(false).unwrap();
+    });
+    for number in 0..30 {
+        let pushed = pushed.recv_timeout(LONG);
+        assert!(pushed.is_ok(), "stands still after {number} frames");
+    }
+    pushing.join().unwrap();
 }

@@ -2,7 +2,7 @@
 
 //! Pictures as resource ids, with descriptors and a device that are not real.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -12,8 +12,9 @@ use gst::prelude::*;
 use gst::subclass::prelude::*;
 use gst_check::Harness;
 use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, FrameRequest, RequestTag};
+use helix_protocol::wait::Waiter;
 use helix_protocol::{Envelope, Message, Payload, encode};
-use zerocopy_test_support::peer::{Greets, KEYFRAME, Link, Peer, Seen, Then, hello};
+use zerocopy_test_support::peer::{Greets, KEYFRAME, LONG, Link, Peer, Seen, Then, hello};
 
 use super::imp::lock;
 use super::{Transfer, VsockEnc};
@@ -340,10 +341,57 @@ fn memory_that_can_neither_be_named_nor_read_is_an_error() {
     let (pipe, _other_end) = unmappable();
     encoder.push(&Encoder::dmabuf(pipe)).unwrap();
     let error = encoder.error();
-    assert!(
-        error.contains("its memory cannot be mapped for reading"),
-        "{error}"
-    );
+    let address = format!("127.0.0.1:{}", peer.port());
+    for said in [
+        "its memory cannot be mapped for reading",
+        &address,
+        "capsfilter video/x-raw",
+    ] {
+        assert!(error.contains(said), "{error}");
+    }
+}
+
+/// A waiter with a descriptor that is no epoll any more.
+fn broken_waiter() -> Waiter {
+    let waiter = Waiter::new().unwrap();
+    // It is the only one to watch this.
+    let (watched, _other_end) = nix::unistd::pipe().unwrap();
+    waiter.register(watched.as_fd()).unwrap();
+    let is_ours = |fd: &std::fs::DirEntry| {
+        let info = std::fs::read_to_string(fd.path()).unwrap_or_default();
+        info.lines().any(|line| {
+            let mut words = line.split_whitespace();
+            words.next() == Some("tfd:") && words.next() == Some(&watched.as_raw_fd().to_string())
+        })
+    };
+    let epoll = std::fs::read_dir("/proc/self/fdinfo")
+        .unwrap()
+        .map(Result::unwrap)
+        .find(is_ours)
+        .expect("a waiter is an epoll");
+    let epoll: i32 = epoll.file_name().to_str().unwrap().parse().unwrap();
+    let other = std::fs::File::open("/dev/null").unwrap();
+    // SAFETY: both are open, and `waiter` owns the second one as before.
+    assert_eq!(unsafe { libc::dup2(other.as_raw_fd(), epoll) }, epoll);
+    waiter
+}
+
+#[test]
+fn a_wait_that_fails_is_an_error_on_the_bus() {
+    let peer = Peer::new(|_, _| Then::GoOn);
+    let mut encoder = Encoder::with_timeout(&peer, Transfer::Pixels, 0);
+    let buffer = Encoder::dmabuf(fake::memfd(SIZE));
+    // As many as may be open.
+    for _ in 0..2 {
+        encoder.push(&buffer).unwrap();
+    }
+    lock(&encoder.element.imp().streaming)
+        .as_mut()
+        .unwrap()
+        .waiter = Some(broken_waiter());
+    assert_eq!(encoder.push(&buffer), Err(gst::FlowError::Error));
+    let error = encoder.error();
+    assert!(error.contains("wait for the host: "), "{error}");
 }
 
 #[test]

@@ -54,12 +54,19 @@ fn a_picture_is_sent_when_what_draws_it_is_done() {
 }
 
 #[test]
-fn a_picture_that_is_drawn_for_ever_is_sent_after_a_while() {
-    let peer = Peer::answering();
-    let mut encoder = Encoder::new(&peer, Transfer::ResourceId);
-    let (buffer, _writer) = drawn(&encoder);
-    encoder.push(&buffer).unwrap();
-    assert_eq!(encoder.pull(), 0);
+fn a_picture_that_is_drawn_for_ever_is_dropped_after_a_while() {
+    for transfer in [Transfer::ResourceId, Transfer::Auto] {
+        let peer = Peer::answering();
+        let mut encoder = Encoder::new(&peer, transfer);
+        let (buffer, _writer) = drawn(&encoder);
+        encoder.push(&buffer).unwrap();
+        assert_eq!(encoder.stat::<u64>("dropped"), 1);
+        // Nobody has mapped it, nor asked the host for it.
+        assert_eq!(requests(&peer), 0);
+        let next = encoder.known(4);
+        encoder.push(&next).unwrap();
+        assert_eq!(encoder.pull(), 1);
+    }
 }
 
 /// Lets `end` end the wait for a picture that is drawn for ever, and expects that it was not sent.

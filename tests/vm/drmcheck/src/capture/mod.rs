@@ -106,6 +106,7 @@ const SCENES: &[(&str, Scene)] = &[
     ("format-twice", format_twice),
     ("modifier-dropped", modifier_dropped),
     ("few-buffers", few_buffers),
+    ("one-buffer", one_buffer),
     ("held", held),
     ("hoarded", hoarded),
     ("no-sync", no_sync),
@@ -460,7 +461,7 @@ fn modifier_dropped(node: &str) -> Outcome<()> {
 
 /// A sink that keeps its last buffer gets the next one, of as few buffers as compositors have.
 fn few_buffers(node: &str) -> Outcome<()> {
-    for buffers in [3, 4] {
+    for buffers in [2, 3, 4] {
         let style = Style {
             buffers,
             ..padded(Memory::Dumb)
@@ -471,6 +472,33 @@ fn few_buffers(node: &str) -> Outcome<()> {
         for number in 1..=8 {
             expect_dmabuf(&stage.shown(number)?.0, true)?;
         }
+    }
+    Ok(())
+}
+
+/// Of one buffer alone everything is copied, or nothing would be drawn any more.
+fn one_buffer(node: &str) -> Outcome<()> {
+    let style = Style {
+        buffers: 1,
+        ..padded(Memory::Dumb)
+    };
+    let offer = |shared| offer(Pixels::Bgrx, &[LINEAR], shared);
+    for shared in [true, false] {
+        let stage = Stage::start(&format!("{node}-{shared}"), offer(shared), style, "auto")?;
+        stage.run.keep_last();
+        for number in 1..=8 {
+            expect_dmabuf(&stage.shown(number)?.0, false)?;
+        }
+        let reason = stage.run.reason("system")?;
+        if !reason.contains("one buffer alone") {
+            return Err(format!("the reason is {reason}").into());
+        }
+    }
+    let stage = Stage::start(&format!("{node}-strict"), offer(true), style, "dmabuf")?;
+    stage.show(1, When::Before)?;
+    let error = stage.run.error(LIMIT)?;
+    if !error.contains("one buffer alone") {
+        return Err(format!("the error is {error}").into());
     }
     Ok(())
 }
@@ -566,8 +594,14 @@ fn explicit(node: &str) -> Outcome<()> {
         return Err("never released".into());
     }
     // More than there are buffers: each is used again only when it was released.
+    let mut promised = 0;
     for number in 5..=20 {
-        stage.shown(number)?;
+        let (_, shown) = stage.shown(number)?;
+        promised += u32::from(shown.promised == Some(true));
+    }
+    // What PipeWire throws away is not promised.
+    if promised == 0 {
+        return Err("no release was promised".into());
     }
     Ok(())
 }

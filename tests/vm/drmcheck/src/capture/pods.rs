@@ -27,6 +27,10 @@ const BUFFERS_META_TYPE: u32 = 7;
 /// `SPA_POD_PROP_FLAG_DONT_FIXATE` (spa/pod/pod.h): the producer chooses, not PipeWire.
 const DONT_FIXATE: PropertyFlags = PropertyFlags::from_bits_retain(1 << 4);
 
+/// `SPA_META_SYNC_TIMELINE_UNSCHEDULED_RELEASE` (spa/buffer/meta.h, PipeWire 1.6): nobody has promised yet
+/// to signal the release point.
+pub const UNSCHEDULED_RELEASE: u32 = 1;
+
 /// `struct spa_meta_sync_timeline` (spa/buffer/meta.h).
 #[repr(C)]
 #[derive(Debug)]

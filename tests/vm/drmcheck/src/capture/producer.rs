@@ -27,7 +27,8 @@ use pipewire::sys::pw_buffer;
 
 use super::canvas::{Canvas, Memory, Style};
 use super::pods::{
-    Agreed, DATA_SYNC_OBJ, META_SYNC_TIMELINE, Modifier, Offer, SyncTimeline, answers,
+    Agreed, DATA_SYNC_OBJ, META_SYNC_TIMELINE, Modifier, Offer, SyncTimeline, UNSCHEDULED_RELEASE,
+    answers,
 };
 use super::sync::{Fence, Release, Timelines};
 use crate::Outcome;
@@ -67,6 +68,8 @@ pub struct Shown {
     pub resource: Option<u32>,
     /// With explicit sync, the point at which its buffer is free again.
     pub release: Option<Release>,
+    /// With explicit sync, whether the consumer had promised a release of what the buffer showed before.
+    pub promised: Option<bool>,
 }
 
 enum Command {
@@ -404,12 +407,15 @@ impl State {
             free.push_back(raw);
         }
         let mut buffers = self.buffers.borrow_mut();
-        // A buffer that has come back may be in use until its release point is signalled.
+        // A buffer that has come back may be in use until its release point is signalled, unless nobody
+        // has promised that.
         let released = |raw: &*mut pw_buffer| {
             let sync = buffers.get(raw).and_then(|buffer| buffer.sync.as_ref());
             sync.is_none_or(|sync| {
                 let release = sync.timelines.release(sync.point);
-                sync.point == 0 || release.within(Duration::ZERO).unwrap_or(false)
+                // SAFETY: The buffer is ours until it is queued.
+                let unseen = sync.point == 0 || unsafe { promised(*raw) } == Some(false);
+                unseen || release.within(Duration::ZERO).unwrap_or(false)
             })
         };
         let Some(index) = free.iter().position(released) else {
@@ -427,6 +433,9 @@ impl State {
             When::After => STALE,
         };
         buffer.canvas.draw(seen, false)?;
+        // SAFETY: The buffer is ours until it is queued.
+        let promised = unsafe { promised(raw) };
+        let promised = promised.filter(|_| buffer.sync.as_ref().is_some_and(|sync| sync.point > 0));
         let mut fence = None;
         if when == When::After && self.style.memory == Memory::Vgem && buffer.sync.is_none() {
             let block = buffer.canvas.blocks().next().ok_or("no plane")?;
@@ -444,6 +453,7 @@ impl State {
         let shown = Shown {
             resource: buffer.canvas.resource,
             release: buffer.sync.as_ref().map(release),
+            promised,
         };
         if when == When::After {
             self.late.replace(Some(Late { raw, number, fence }));
@@ -469,6 +479,21 @@ impl State {
         }
         self.tell(Event::Finished);
         Ok(())
+    }
+}
+
+/// Whether somebody has promised to signal the release point; none for buffers without one.
+///
+/// # Safety
+/// As for [`describe`].
+unsafe fn promised(raw: *mut pw_buffer) -> Option<bool> {
+    // SAFETY: By the contract above; metadata is shared memory that PipeWire has set up.
+    unsafe {
+        let parts = &*(*raw).buffer;
+        let metas = std::slice::from_raw_parts(parts.metas, parts.n_metas as usize);
+        let meta = metas.iter().find(|meta| meta.type_ == META_SYNC_TIMELINE)?;
+        let flags = meta.data.cast::<SyncTimeline>().read().flags;
+        Some(flags & UNSCHEDULED_RELEASE == 0)
     }
 }
 
@@ -499,7 +524,7 @@ unsafe fn describe(raw: *mut pw_buffer, buffer: &Buffer, style: Style) {
                 header.pts = -1;
             } else if let (META_SYNC_TIMELINE, Some(sync)) = (meta.type_, &buffer.sync) {
                 meta.data.cast::<SyncTimeline>().write(SyncTimeline {
-                    flags: 0,
+                    flags: UNSCHEDULED_RELEASE,
                     padding: 0,
                     acquire_point: sync.point,
                     release_point: sync.point,

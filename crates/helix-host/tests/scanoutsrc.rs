@@ -2,38 +2,42 @@
 
 //! The whole way of a virtual machine's screen: a stock QEMU, helix-host, scanoutsrc, a decoder.
 
+mod common;
+
 use std::io::{Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
+use std::sync::Once;
 use std::sync::mpsc::{TryRecvError, channel};
 use std::thread;
 use std::time::Duration;
 
+use common::program::Running;
+use common::{config, start};
 use gst::prelude::*;
-use helix_host::{Config, STALL_LIMIT, Server};
+use helix_host::{Config, ScanoutSpec, Server};
+use helix_protocol::h264::nal_units;
 use helix_protocol::{Address, encode};
 use zerocopy_test_qemu::ppm::Rgb;
 use zerocopy_test_qemu::real::{Bus, Qemu};
 use zerocopy_test_qemu::{LIMIT, eventually};
 
+fn init() {
+    static INIT: Once = Once::new();
+    INIT.call_once(|| {
+        gst::init().unwrap();
+        gstscanout::plugin_register_static().unwrap();
+    });
+}
+
 /// A host at `listen` of the QEMU at `address`, as the command line says both.
 fn host(listen: &str, address: &str) -> Server {
-    gst::init().unwrap();
-    gstscanout::plugin_register_static().unwrap();
-    Server::start(Config {
+    start(Config {
         listen: vec![listen.parse().unwrap()],
-        encoder: "x264enc".to_owned(),
-        scanouts: Vec::new(),
         qemu: Some(address.parse().unwrap()),
-        token_file: None,
-        allow_cids: Vec::new(),
-        resolver: None,
         metrics: Some("tcp:127.0.0.1:0".parse().unwrap()),
-        max_clients: 64,
-        max_frame_bytes: 64 * 1024 * 1024,
-        stall_limit: STALL_LIMIT,
+        ..config()
     })
-    .unwrap()
 }
 
 fn over_qmp(qemu: &Qemu) -> String {
@@ -49,6 +53,7 @@ struct Client {
 impl Client {
     /// Watches scanout 0 of the host at this address, with more properties.
     fn start(address: &Address, properties: &str) -> Self {
+        init();
         let place = match address {
             Address::Tcp { port, .. } => format!("tcp-host=127.0.0.1 tcp-port={port}"),
             Address::Unix(path) => format!("socket-path={}", path.display()),
@@ -101,6 +106,14 @@ impl Client {
                 return;
             }
         }
+    }
+
+    /// Waits until it has found a host so many times again, and forgets what it got before.
+    fn is_back(&self, times: u64) {
+        eventually("the client to be back", || {
+            (self.stat("reconnects") == times).then_some(())
+        });
+        while self.sink.try_pull_sample(gst::ClockTime::ZERO).is_some() {}
     }
 
     fn stat(&self, name: &str) -> u64 {
@@ -188,6 +201,126 @@ fn qemu_host_and_client_are_restarted_in_each_order() {
 }
 
 #[test]
+fn a_host_that_is_killed_harms_neither_qemu_nor_its_client() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("helix");
+    let listen = format!("unix:{}", socket.display());
+    let bus = Bus::start();
+    let on_bus = format!("dbus:{}", bus.address());
+    let mut qemu = bus.qemu_with_vga();
+    let run = || {
+        let mut host = Running::start(&["--listen", &listen, "--qemu", &on_bus]);
+        host.address();
+        host
+    };
+    let kill = |mut host: Running| {
+        // SIGKILL: it says goodbye to nobody, and leaves its socket.
+        host.child.kill().unwrap();
+        host.child.wait().unwrap();
+        assert!(socket.exists());
+    };
+    let mut host = run();
+    let client = Client::start(&listen.parse().unwrap(), "reconnect-timeout=60000");
+    client.shows_the_same(&qemu);
+
+    kill(host);
+    assert!(qemu.screendump().colours() > 1, "QEMU goes on");
+    host = run();
+    client.is_back(1);
+    client.shows_the_same(&qemu);
+
+    kill(host);
+    qemu.kill();
+    qemu = bus.qemu_with_vga();
+    host = run();
+    client.is_back(2);
+    client.shows_the_same(&qemu);
+
+    qemu.kill();
+    kill(host);
+    let _host = run();
+    qemu = bus.qemu_with_vga();
+    client.is_back(3);
+    client.shows_the_same(&qemu);
+}
+
+/// The parameter sets of an access unit (NAL unit types 7 and 8).
+fn parameter_sets(unit: &[u8]) -> Vec<Vec<u8>> {
+    nal_units(unit)
+        .filter(|unit| [7, 8].contains(&(unit[0] & 0x1f)))
+        .map(<[u8]>::to_vec)
+        .collect()
+}
+
+#[test]
+fn a_bitrate_set_while_playing_changes_the_stream_and_does_not_restart_it() {
+    // openh264 begins anew by itself, with parameter sets of another level.
+    for (encoder, goes_on) in [("x264enc", true), ("openh264enc", false)] {
+        let server = start(Config {
+            encoder: encoder.to_owned(),
+            // Much detail, and no cuts, at which an encoder would begin anew.
+            scanouts: vec![ScanoutSpec {
+                id: 0,
+                description: "videotestsrc is-live=true pattern=zone-plate kx2=8 ky2=8 kt=1 ! \
+                              video/x-raw,width=320,height=240,framerate=60/1"
+                    .to_owned(),
+            }],
+            ..config()
+        });
+        init();
+        let Address::Tcp { port, .. } = server.addresses()[0] else {
+            unreachable!("it listens over TCP")
+        };
+        let pipeline = gst::parse::launch(&format!(
+            "scanoutsrc name=src tcp-host=127.0.0.1 tcp-port={port} scanout-id=0 bitrate=400000 ! \
+             appsink name=sink sync=false"
+        ));
+        let pipeline = pipeline.unwrap().downcast::<gst::Pipeline>().unwrap();
+        let sink = pipeline.by_name("sink").and_downcast::<gst_app::AppSink>();
+        let (source, sink) = (pipeline.by_name("src").unwrap(), sink.unwrap());
+        pipeline.set_state(gst::State::Playing).unwrap();
+        let limit = gst::ClockTime::try_from(LIMIT).unwrap();
+        let mut begun: Option<(gst::Caps, Vec<Vec<u8>>)> = None;
+        let mut since_keyframe = 0;
+        // Bytes of 60 frames, after 60 in which the encoder gets there.
+        let mut bytes = |bits: i32| {
+            source.set_property("bitrate", bits);
+            let mut sum = 0;
+            for index in 0..120 {
+                let sample = sink.try_pull_sample(limit).expect("a frame");
+                let buffer = sample.buffer().unwrap();
+                let unit = buffer.map_readable().unwrap();
+                let sets = parameter_sets(&unit);
+                let caps = sample.caps_owned().unwrap();
+                if let Some((first_caps, first_sets)) = &begun {
+                    assert!(!buffer.flags().contains(gst::BufferFlags::DISCONT));
+                    since_keyframe += 1;
+                    let delta = buffer.flags().contains(gst::BufferFlags::DELTA_UNIT);
+                    if !delta && goes_on {
+                        // Those that come all the time.
+                        assert_eq!(since_keyframe, 60);
+                        assert_eq!((&caps, &sets), (first_caps, first_sets));
+                        since_keyframe = 0;
+                    }
+                } else {
+                    begun = Some((caps, sets));
+                }
+                if index >= 60 {
+                    sum += unit.len();
+                }
+            }
+            sum
+        };
+        let sums = [400_000, 1_600_000, 400_000].map(&mut bytes);
+        assert!(sums[1] > 2 * sums[0], "{encoder}: {sums:?}");
+        assert!(sums[1] > 2 * sums[2], "{encoder}: {sums:?}");
+        let stats = source.property::<gst::Structure>("stats");
+        assert_eq!(stats.get::<u64>("reconnects"), Ok(0));
+        pipeline.set_state(gst::State::Null).unwrap();
+    }
+}
+
+#[test]
 fn one_that_never_reads_costs_sixty_three_others_nothing() {
     let qemu = Qemu::with_vga("dbus,p2p=on");
     let folder = tempfile::tempdir().unwrap();
@@ -256,6 +389,7 @@ struct Source(gst::Pipeline);
 
 impl Source {
     fn start(address: &Address) -> Self {
+        init();
         let Address::Unix(path) = address else {
             panic!("{address} is no unix socket");
         };
