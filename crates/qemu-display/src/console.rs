@@ -9,7 +9,6 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use futures_core::Stream;
@@ -162,18 +161,18 @@ impl Console {
                 // Since before QEMU is listened to.
                 let changes = self.changes().await?;
                 let messages = self.listen_anew().await?;
-                Ok((changes, messages))
+                let newer = self.proxy.interfaces().await.is_ok();
+                Ok((changes, messages, newer))
             };
-            let newer = AtomicBool::new(false);
-            let (mut changes, mut messages) = match watched.await {
+            let (mut changes, mut messages, newer) = match watched.await {
                 Ok(watched) => watched,
                 Err(error) => return ended(error),
             };
             tokio::select! {
-                error = serve(&mut messages, screen, &self.address, &newer) => return error,
+                error = serve(&mut messages, screen, &self.address) => return error,
                 // What comes now changes a picture that is not here yet: begin again.
                 () = self.other_size(&mut changes, screen) => screen.forget(),
-                () = is_unwanted(&mut wanted, &mut gone, &newer) => screen.ignore(),
+                () = is_unwanted(&mut wanted, &mut gone, newer) => screen.ignore(),
             }
             self.close(messages).await;
         }
@@ -209,12 +208,12 @@ impl Console {
 async fn is_unwanted(
     wanted: &mut watch::Receiver<usize>,
     gone: &mut watch::Receiver<Option<Error>>,
-    newer: &AtomicBool,
+    newer: bool,
 ) {
     loop {
         // Nobody can want anything any more where this fails.
         let unwanted = wanted.wait_for(|listeners| *listeners == 0).await.is_err();
-        if unwanted || !newer.load(Ordering::Acquire) {
+        if unwanted || !newer {
             return;
         }
         tokio::select! {

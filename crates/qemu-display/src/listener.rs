@@ -12,7 +12,6 @@ use std::future::poll_fn;
 use std::os::fd::{AsFd, OwnedFd};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use futures_core::Stream;
@@ -56,14 +55,8 @@ enum Answer {
     Unknown,
 }
 
-/// Puts into `screen` what QEMU says, until the connection ends. Returns why it did. Sets `newer` if QEMU asks
-/// for extensions, which 8.1 and newer do.
-pub async fn serve(
-    messages: &mut MessageStream,
-    screen: &Arc<Screen>,
-    address: &str,
-    newer: &AtomicBool,
-) -> Error {
+/// Puts into `screen` what QEMU says, until the connection ends. Returns why it did.
+pub async fn serve(messages: &mut MessageStream, screen: &Arc<Screen>, address: &str) -> Error {
     let connection = Connection::from(&*messages);
     let held = Arc::new(Semaphore::new(MOST_HELD));
     loop {
@@ -79,9 +72,6 @@ pub async fn serve(
             Ok(answer) => answer,
             Err(error) => return error,
         };
-        if matches!(answer, Answer::Interfaces(_) | Answer::AllProperties(_)) {
-            newer.store(true, Ordering::Release);
-        }
         if let Err(error) = reply(&connection, &message, answer, screen, &held).await {
             return gone(address, &error.to_string());
         }

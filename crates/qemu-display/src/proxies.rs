@@ -53,4 +53,8 @@ pub trait Console {
     /// Pixels.
     #[zbus(property(emits_changed_signal = "false"))]
     fn height(&self) -> zbus::Result<u32>;
+
+    /// Its extensions. QEMU has had this since 8.1.
+    #[zbus(property(emits_changed_signal = "false"))]
+    fn interfaces(&self) -> zbus::Result<Vec<String>>;
 }

@@ -5,14 +5,13 @@
 
 mod common;
 
-use std::process::Command;
 use std::time::Instant;
 
 use common::Rig;
 use gst::prelude::*;
 use zerocopy_test_qemu::LIMIT;
 use zerocopy_test_qemu::card::{CURSOR_SIDE, Card, Cursor};
-use zerocopy_test_qemu::real::{Qemu, program};
+use zerocopy_test_qemu::real::{Qemu, is_newer};
 
 /// Pixels.
 const SIZE: (u32, u32) = (320, 200);
@@ -176,12 +175,6 @@ fn a_cursor_that_has_come_is_there_after_a_pause() {
         !is_newer() || count("dbus_listener_vanished ") == 0,
         "{trace}"
     );
-}
-
-/// QEMU 8 or newer.
-fn is_newer() -> bool {
-    let version = Command::new(program()).arg("--version").output().unwrap();
-    !String::from_utf8_lossy(&version.stdout).contains("version 7.")
 }
 
 /// QEMU 7.2 tells a new listener none until it has another shape.

@@ -40,6 +40,7 @@ pub struct FakeQemu {
     listeners: Receiver<Listener>,
     registered: Arc<AtomicUsize>,
     mute: Arc<AtomicBool>,
+    newer: Arc<AtomicBool>,
     sizes: Receiver<(u32, u32, u32)>,
     silent: watch::Sender<bool>,
     away: Arc<AtomicBool>,
@@ -66,6 +67,7 @@ impl FakeQemu {
         let connections = Arc::new(Mutex::new(Vec::new()));
         let registered = Arc::new(AtomicUsize::new(0));
         let mute = Arc::new(AtomicBool::new(false));
+        let newer = Arc::new(AtomicBool::new(false));
         let silent = watch::Sender::new(false);
         let away = Arc::new(AtomicBool::new(false));
         let server = Server {
@@ -73,6 +75,7 @@ impl FakeQemu {
             listeners: listener_sender,
             registered: registered.clone(),
             mute: mute.clone(),
+            newer: newer.clone(),
             sizes: Arc::new(Mutex::new(size_sender)),
             silent: silent.clone(),
             away: away.clone(),
@@ -86,6 +89,7 @@ impl FakeQemu {
             listeners,
             registered,
             mute,
+            newer,
             sizes,
             silent,
             away,
@@ -111,6 +115,11 @@ impl FakeQemu {
     /// How many listeners clients have registered so far.
     pub fn registered(&self) -> usize {
         self.registered.load(Ordering::Acquire)
+    }
+
+    /// From now on it is one of 8.1 or newer, which says that it has extensions.
+    pub fn grow_up(&self) {
+        self.newer.store(true, Ordering::Release);
     }
 
     /// From now on listeners are registered, and nothing is said on their sockets.
@@ -317,6 +326,7 @@ struct Server {
     listeners: Sender<Listener>,
     registered: Arc<AtomicUsize>,
     mute: Arc<AtomicBool>,
+    newer: Arc<AtomicBool>,
     sizes: Sizes,
     silent: watch::Sender<bool>,
     away: Arc<AtomicBool>,
@@ -369,6 +379,7 @@ impl Server {
                 listeners: self.listeners.clone(),
                 registered: self.registered.clone(),
                 mute: self.mute.clone(),
+                newer: self.newer.clone(),
                 sizes: self.sizes.clone(),
                 silent: self.silent.subscribe(),
                 handle: self.handle.clone(),
@@ -439,6 +450,7 @@ struct Console {
     listeners: Sender<Listener>,
     registered: Arc<AtomicUsize>,
     mute: Arc<AtomicBool>,
+    newer: Arc<AtomicBool>,
     sizes: Sizes,
     silent: watch::Receiver<bool>,
     handle: Handle,
@@ -498,6 +510,15 @@ impl Console {
             // For ever, if the fake ends.
             let _ = self.silent.clone().wait_for(|silent| !silent).await;
         }
+    }
+
+    #[zbus(property)]
+    fn interfaces(&self) -> zbus::fdo::Result<Vec<String>> {
+        if self.newer.load(Ordering::Acquire) {
+            return Ok(Vec::new());
+        }
+        let text = "no such property".to_owned();
+        Err(zbus::fdo::Error::UnknownProperty(text))
     }
 
     #[zbus(property)]

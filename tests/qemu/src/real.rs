@@ -21,6 +21,16 @@ pub fn program() -> String {
     std::env::var("QEMU").unwrap_or_else(|_| "qemu-system-x86_64".to_owned())
 }
 
+/// Whether it is 8.1 or newer, as Debian 13's.
+///
+/// # Panics
+///
+/// If there is no QEMU.
+pub fn is_newer() -> bool {
+    let version = Command::new(program()).arg("--version").output().unwrap();
+    !String::from_utf8_lossy(&version.stdout).contains("version 7.")
+}
+
 /// A bus of a test's own.
 pub struct Bus {
     daemon: Child,
