@@ -481,3 +481,21 @@ fn transfers_that_are_not_built_are_refused() {
         element.set_state(gst::State::Null).unwrap();
     }
 }
+
+#[test]
+fn a_token_that_no_host_takes_is_refused_at_the_start() {
+    init();
+    let bus = gst::Bus::new();
+    let element = gst::ElementFactory::make("vsockenc")
+        .property("auth-token", "x".repeat(1025))
+        .build()
+        .unwrap();
+    element.set_bus(Some(&bus));
+    assert!(element.set_state(gst::State::Paused).is_err());
+    let message = bus.pop_filtered(&[gst::MessageType::Error]).unwrap();
+    let gst::MessageView::Error(error) = message.view() else {
+        unreachable!()
+    };
+    assert!(error.error().to_string().contains("1024"), "{error:?}");
+    element.set_state(gst::State::Null).unwrap();
+}
