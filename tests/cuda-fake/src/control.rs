@@ -5,6 +5,7 @@
 use std::ffi::{CString, c_char, c_int};
 use std::path::PathBuf;
 
+use crate::gl::WithGl;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
 /// The library, loaded in libcuda's place.
@@ -60,6 +61,20 @@ impl Fake {
         }
     }
 
+    /// Lets the library look at EGL images of a display with a GL context of it: `with_gl` makes one
+    /// current, calls its first argument with the second, and ends. Pixels of four bytes begin with
+    /// blue, or with red. Without it, images that were not set are refused.
+    pub fn lend_gl(&self, with_gl: Option<WithGl>, blue_first: bool) {
+        // SAFETY: the type is that of the function in `driver`.
+        unsafe {
+            let lend = self
+                .library
+                .get::<unsafe extern "C" fn(Option<WithGl>, bool)>(b"fake_lend_gl\0")
+                .expect("it is there");
+            lend(with_gl, blue_first);
+        }
+    }
+
     /// Lets the call of this name fail with a `CUresult` after it has worked `after` times more; 0
     /// as the code lets it work again.
     pub fn fail(&self, call: &str, after: u32, code: c_int) {
@@ -71,6 +86,31 @@ impl Fake {
                 .get::<unsafe extern "C" fn(*const c_char, u32, c_int)>(b"fake_fail\0")
                 .expect("it is there");
             fail(call.as_ptr(), after, code);
+        }
+    }
+
+    /// Lets there be one device for each of these PCI addresses, in this order.
+    pub fn set_devices(&self, addresses: &[&str]) {
+        let addresses = CString::new(addresses.join(",")).expect("addresses");
+        // SAFETY: the type is that of the function in `driver`.
+        unsafe {
+            let set = self
+                .library
+                .get::<unsafe extern "C" fn(*const c_char)>(b"fake_set_devices\0")
+                .expect("it is there");
+            set(addresses.as_ptr());
+        }
+    }
+
+    /// How many contexts are alive on the device of this number.
+    pub fn contexts_on(&self, device: c_int) -> usize {
+        // SAFETY: the type is that of the function in `driver`.
+        unsafe {
+            let count = self
+                .library
+                .get::<unsafe extern "C" fn(c_int) -> usize>(b"fake_contexts_on\0")
+                .expect("it is there");
+            count(device)
         }
     }
 

@@ -104,13 +104,11 @@ calls! {
         Ok(())
     }
     fn cuDeviceGetCount(count: *mut c_int) {
-        put(count, 2);
+        put(count, state().devices.len() as c_int);
         Ok(())
     }
     fn cuDeviceGet(device: *mut c_int, number: c_int) {
-        if !(0..2).contains(&number) {
-            return Err(101);
-        }
+        state().has_device(number)?;
         put(device, number);
         Ok(())
     }
@@ -125,7 +123,11 @@ calls! {
         if room < 13 {
             return Err(INVALID_VALUE);
         }
-        put(text.cast(), if device == 0 { *b"0000:65:00.0\0" } else { *b"0000:66:00.0\0" });
+        let state = state();
+        state.has_device(device)?;
+        for (index, byte) in state.devices[device as usize].bytes().chain([0]).take(13).enumerate() {
+            put(text.wrapping_add(index).cast(), byte);
+        }
         Ok(())
     }
     fn cuDeviceGetAttribute(value: *mut c_int, attribute: c_int, _device: c_int) {
@@ -138,19 +140,20 @@ calls! {
         Ok(())
     }
 
-    fn cuCtxCreate_v2(context: *mut usize, _flags: c_uint, _device: c_int) {
+    fn cuCtxCreate_v2(context: *mut usize, _flags: c_uint, device: c_int) {
         let mut state = state();
+        state.has_device(device)?;
         let new = state.handle();
-        state.contexts.insert(new);
+        state.contexts.insert(new, device);
         CURRENT.with_borrow_mut(|stack| stack.push(new));
         put(context, new);
         Ok(())
     }
     fn cuCtxDestroy_v2(context: usize) {
-        if state().contexts.remove(&context) { Ok(()) } else { Err(INVALID_CONTEXT) }
+        state().contexts.remove(&context).map(drop).ok_or(INVALID_CONTEXT)
     }
     fn cuCtxPushCurrent_v2(context: usize) {
-        if !state().contexts.contains(&context) {
+        if !state().contexts.contains_key(&context) {
             return Err(INVALID_CONTEXT);
         }
         CURRENT.with_borrow_mut(|stack| stack.push(context));
@@ -236,31 +239,39 @@ calls! {
     fn cuGraphicsEGLRegisterImage(resource: *mut usize, image: usize, _flags: c_uint) {
         has_context()?;
         let mut state = state();
-        // An image that nobody has described is one that the driver does not take.
-        let rows = *state.images.get(&image).ok_or(INVALID_VALUE)?;
+        let known = state.images.get(&image).map(|rows| Resource::Image(*rows));
+        // An image that nobody has described, and that nobody can look at, the driver does not take.
+        let shown = || {
+            let rows = gl::with_image(state.with_gl?, image, gl::layout)?;
+            Some(Resource::Shown(image, rows, Box::default()))
+        };
+        let registered = known.or_else(shown).ok_or(INVALID_VALUE)?;
         let new = state.handle();
-        state.resources.insert(new, Resource::Image(rows));
+        state.resources.insert(new, registered);
         put(resource, new);
         Ok(())
     }
     fn cuGraphicsResourceGetMappedEglFrame(frame: *mut EglFrame, resource: usize, index: c_uint, level: c_uint) {
         has_context()?;
         let state = state();
-        let Some(Resource::Image(rows)) = state.resources.get(&resource) else {
-            return Err(INVALID_HANDLE);
+        // In rows, or in an array, whose number is that of the resource.
+        let (rows, start, kind, pitch) = match state.resources.get(&resource) {
+            Some(Resource::Image(rows)) => (rows, rows.start, 1, rows.pitch),
+            Some(Resource::Shown(_, rows, _)) => (rows, resource, 0, 0),
+            _ => return Err(INVALID_HANDLE),
         };
         if (index, level) != (0, 0) {
             return Err(INVALID_VALUE);
         }
         put(frame, EglFrame {
-            planes: [rows.start, 0, 0],
+            planes: [start, 0, 0],
             width: (rows.pitch / rows.bytes_per_pixel as usize) as c_uint,
             height: (rows.length / rows.pitch) as c_uint,
             depth: 0,
-            pitch: rows.pitch as c_uint,
+            pitch: pitch as c_uint,
             plane_count: 1,
             channels: rows.bytes_per_pixel,
-            frame_type: 1,
+            frame_type: kind,
             colour: 0,
             array_format: 1,
         });
@@ -311,7 +322,9 @@ calls! {
     }
     fn cuGraphicsUnregisterResource(resource: usize) {
         has_context()?;
-        state().resources.remove(&resource).map(drop).ok_or(INVALID_HANDLE)
+        let mut state = state();
+        state.arrays.remove(&resource);
+        state.resources.remove(&resource).map(drop).ok_or(INVALID_HANDLE)
     }
 }
 
@@ -343,12 +356,35 @@ extern "C" fn fake_set_image(
 }
 
 #[unsafe(no_mangle)]
+extern "C" fn fake_lend_gl(with_gl: Option<gl::WithGl>, blue_first: bool) {
+    let mut state = state();
+    state.with_gl = with_gl;
+    state.blue_first = blue_first;
+}
+
+#[unsafe(no_mangle)]
 extern "C" fn fake_fail(call: *const c_char, after: u32, code: c_int) {
     // SAFETY: the test gives a C string.
     let call = unsafe { CStr::from_ptr(call) }
         .to_string_lossy()
         .into_owned();
     state().failures.insert(call, (after, code));
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn fake_set_devices(addresses: *const c_char) {
+    // SAFETY: the test gives a C string.
+    let addresses = unsafe { CStr::from_ptr(addresses) }.to_string_lossy();
+    state().devices = addresses.split(',').map(str::to_owned).collect();
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn fake_contexts_on(device: c_int) -> usize {
+    state()
+        .contexts
+        .values()
+        .filter(|on| **on == device)
+        .count()
 }
 
 #[unsafe(no_mangle)]

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Reads the textures of the GL context that is current, where there is one: what a real driver
-//! shares with the GPU, this one copies.
+//! Reads the textures of the GL context that is current, where there is one, and EGL images with a
+//! context that the test lends: what a real driver shares with the GPU, this one copies.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::mem::transmute_copy;
@@ -38,6 +38,51 @@ fn function<F: Copy>(name: &CStr) -> Option<F> {
 
 type Get = unsafe extern "C" fn(c_uint, *mut c_int);
 type Bind = unsafe extern "C" fn(c_uint, c_uint);
+
+/// Makes some GL context current on this thread, calls its first argument with the second, and makes
+/// current again what was.
+pub type WithGl = extern "C" fn(extern "C" fn(*mut c_void), *mut c_void);
+
+/// Calls `work` with a texture that shows an EGL image.
+pub fn with_image<T>(
+    with_gl: WithGl,
+    image: usize,
+    work: impl FnOnce(c_uint) -> Option<T>,
+) -> Option<T> {
+    /// What is done once, and what came of it.
+    type Task<'a> = (Option<Box<dyn FnOnce() + 'a>>, ());
+    extern "C" fn call(task: *mut c_void) {
+        // SAFETY: it is the task below, which lives through the call.
+        let task = unsafe { &mut *task.cast::<Task<'_>>() };
+        if let Some(work) = task.0.take() {
+            work();
+        }
+    }
+    let mut found = None;
+    let mut task: Task<'_> = (Some(Box::new(|| found = show(image, work))), ());
+    with_gl(call, (&raw mut task).cast());
+    drop(task);
+    found
+}
+
+fn show<T>(image: usize, work: impl FnOnce(c_uint) -> Option<T>) -> Option<T> {
+    type Textures = unsafe extern "C" fn(c_int, *mut c_uint);
+    type Target = unsafe extern "C" fn(c_uint, *mut c_void);
+    let make: Textures = function(c"glGenTextures")?;
+    let delete: Textures = function(c"glDeleteTextures")?;
+    let bind: Bind = function(c"glBindTexture")?;
+    let target: Target = function(c"glEGLImageTargetTexture2DOES")?;
+    let mut texture = 0;
+    // SAFETY: a context is current; the test says that the image is one of its display.
+    unsafe {
+        make(1, &raw mut texture);
+        bind(TEXTURE_2D, texture);
+        target(TEXTURE_2D, std::ptr::with_exposed_provenance_mut(image));
+        let found = work(texture);
+        delete(1, &raw mut texture);
+        found
+    }
+}
 
 /// How large a texture is; GL ES 3.1 can tell.
 pub fn layout(texture: c_uint) -> Option<Rows> {

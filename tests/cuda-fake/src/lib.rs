@@ -16,3 +16,4 @@ mod gl;
 mod state;
 
 pub use control::{Alive, Fake};
+pub use gl::WithGl;

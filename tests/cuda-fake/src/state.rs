@@ -4,12 +4,16 @@
 
 use std::cell::RefCell;
 use std::collections::{HashMap, HashSet};
+use std::env;
 use std::sync::{LazyLock, Mutex, MutexGuard, PoisonError};
+
+use crate::gl::{self, WithGl};
 
 /// `CUresult`
 pub type Code = i32;
 pub const SUCCESS: Code = 0;
 pub const INVALID_VALUE: Code = 1;
+pub const INVALID_DEVICE: Code = 101;
 pub const INVALID_CONTEXT: Code = 201;
 pub const INVALID_HANDLE: Code = 400;
 pub const NOT_SUPPORTED: Code = 801;
@@ -26,7 +30,10 @@ pub struct Rows {
 /// A registered image or texture.
 #[derive(Clone, Debug)]
 pub enum Resource {
+    /// Of which the test has said where its bytes are.
     Image(Rows),
+    /// Which GL shows, with its pixels as they were at the last copy.
+    Shown(usize, Rows, Box<[u8]>),
     /// The pixels are there while it is mapped.
     Texture(u32, Option<Box<[u8]>>, Rows),
 }
@@ -56,15 +63,25 @@ pub struct Memcpy2d {
 const ARRAY: u32 = 3;
 const HOST: u32 = 1;
 
+/// The PCI addresses of the devices, for programs that are not tests; separated by commas.
+const DEVICES: &str = "ZEROCOPY_CUDA_FAKE_DEVICES";
+
 #[derive(Default)]
 pub struct State {
-    pub contexts: HashSet<usize>,
+    /// PCI addresses.
+    pub devices: Vec<String>,
+    /// The devices that they are on.
+    pub contexts: HashMap<usize, i32>,
     pub streams: HashSet<usize>,
     /// The stream in which each was recorded.
     pub events: HashMap<usize, usize>,
     /// Address and bytes.
     pub memories: HashMap<usize, usize>,
     pub images: HashMap<usize, Rows>,
+    /// By which the pixels of other images are had.
+    pub with_gl: Option<WithGl>,
+    /// Pixels of four bytes begin with blue.
+    pub blue_first: bool,
     pub resources: HashMap<usize, Resource>,
     /// Arrays are numbers here; these are their pixels.
     pub arrays: HashMap<usize, Rows>,
@@ -76,6 +93,20 @@ pub struct State {
 }
 
 impl State {
+    fn new() -> Self {
+        let said = env::var(DEVICES).unwrap_or_else(|_| "0000:65:00.0,0000:66:00.0".into());
+        Self {
+            devices: said.split(',').map(str::to_owned).collect(),
+            ..Self::default()
+        }
+    }
+
+    /// Whether there is such a device.
+    pub fn has_device(&self, number: i32) -> Result<(), Code> {
+        let known = usize::try_from(number).is_ok_and(|number| number < self.devices.len());
+        known.then_some(()).ok_or(INVALID_DEVICE)
+    }
+
     /// A handle that was never used.
     pub fn handle(&mut self) -> usize {
         self.last += 16;
@@ -102,7 +133,28 @@ impl State {
             .drain(..)
             .partition::<Vec<_>, _>(|(of, _)| *of == stream);
         self.queued = later;
+        for (_, copy) in &now {
+            self.look_at(copy.src_array)?;
+        }
         now.iter().try_for_each(|(_, copy)| self.copy(copy))
+    }
+
+    /// Takes what an image shows now, if it is one of those that GL shows.
+    fn look_at(&mut self, array: usize) -> Result<(), Code> {
+        let (with_gl, blue_first) = (self.with_gl, self.blue_first);
+        if let Some(Resource::Shown(image, rows, pixels)) = self.resources.get_mut(&array) {
+            let with_gl = with_gl.ok_or(NOT_SUPPORTED)?;
+            let read = gl::with_image(with_gl, *image, |texture| gl::read(texture, *rows));
+            *pixels = read.ok_or(NOT_SUPPORTED)?;
+            if blue_first && rows.bytes_per_pixel == 4 {
+                pixels
+                    .chunks_exact_mut(4)
+                    .for_each(|pixel| pixel.swap(0, 2));
+            }
+            let start = pixels.as_ptr() as usize;
+            self.arrays.insert(array, Rows { start, ..*rows });
+        }
+        Ok(())
     }
 
     /// Copies, if both sides have that much.
@@ -169,7 +221,7 @@ impl State {
 }
 
 pub fn state() -> MutexGuard<'static, State> {
-    static STATE: LazyLock<Mutex<State>> = LazyLock::new(Mutex::default);
+    static STATE: LazyLock<Mutex<State>> = LazyLock::new(|| Mutex::new(State::new()));
     STATE.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -182,7 +234,7 @@ thread_local! {
 pub fn has_context() -> Result<(), Code> {
     let current = CURRENT.with_borrow(|stack| stack.last().copied());
     current
-        .filter(|context| state().contexts.contains(context))
+        .filter(|context| state().contexts.contains_key(context))
         .map(drop)
         .ok_or(INVALID_CONTEXT)
 }

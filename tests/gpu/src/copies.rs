@@ -1,27 +1,38 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The checks: what arrives, whether it is the newest, how long it takes, and what stays behind.
+//! The import by itself: what arrives, whether it is the newest, how long it takes, and what stays behind.
+
+use std::sync::mpsc;
 
 use gst::prelude::*;
-use gst_video::prelude::*;
 use gstpipewirezerocopy::cuda::{Importer, Pool, Source, Stream};
-use gstpipewirezerocopy::egl::Gl;
+use gstpipewirezerocopy::egl::Display;
+use zerocopy_test_producer::Pixels;
 
 use crate::Outcome;
 use crate::exported::Exported;
-use crate::figures::Times;
+use crate::figures::{Row, Times};
+use crate::pictures;
+
+/// Pixels of a picture in a race.
+const SIZE: (u32, u32) = (640, 480);
+/// Buffers in a race: one is drawn, one is copied, one is on its way.
+const BUFFERS: usize = 3;
+/// Rounds of work for each pixel, so that drawing takes about as long as copying, and longer.
+const WORK: [u32; 3] = [0, 100, 1000];
 
 /// Buffers for pictures of one kind.
-pub struct Buffers {
+struct Buffers {
     pool: gst::BufferPool,
-    pub info: gst_video::VideoInfo,
+    info: gst_video::VideoInfo,
     _stream: Stream,
 }
 
 impl Buffers {
-    fn new(importer: &Importer, picture: &Exported<'_>) -> Outcome<Self> {
-        let (width, height) = picture.size();
-        let info = gst_video::VideoInfo::builder(picture.format()?, width, height).build()?;
+    fn new(importer: &Importer, size: (u32, u32)) -> Outcome<Self> {
+        // Four bytes, whatever their names: they are copied as they lie.
+        let format = gst_video::VideoFormat::Rgba;
+        let info = gst_video::VideoInfo::builder(format, size.0, size.1).build()?;
         let mut caps = info.to_caps()?;
         caps.make_mut()
             .set_features(0, Some(gst::CapsFeatures::new(["memory:CUDAMemory"])));
@@ -49,106 +60,132 @@ impl Drop for Buffers {
     }
 }
 
-/// Every pixel of a picture whose width the GPU's rows do not end with, as the CPU reads it back.
-pub fn content(importer: &mut Importer, picture: &Exported<'_>) -> Outcome<bool> {
-    let (width, height) = picture.size();
-    let pixel = |x: u32, y: u32| [x as u8, y as u8, (x / 256 + 8 * (y / 256)) as u8, 255];
-    let pixels: Vec<u8> = (0..height)
-        .flat_map(|y| (0..width).flat_map(move |x| pixel(x, y)))
-        .collect();
-    picture.fill(&pixels)?;
-    let buffers = Buffers::new(importer, picture)?;
-    let source = picture.with_dmabuf(|dmabuf| importer.prepare(dmabuf))?;
-    let copy = buffers.copy(importer, &source)?;
-    let frame = gst_video::VideoFrameRef::from_buffer_ref_readable(&copy, &buffers.info)?;
-    let pitch = usize::try_from(frame.plane_stride()[0])?;
-    let found = frame.plane_data(0)?;
-    let blue_first = picture.blue_first();
-    let wrong = (0..height)
-        .flat_map(|y| (0..width).map(move |x| (x, y)))
-        .find(|&(x, y)| {
-            let mut expected = pixel(x, y);
-            if blue_first {
-                expected.swap(0, 2);
+/// Every pixel of a picture whose width the GPU's rows do not end with, as the CPU reads it back: in the
+/// format that the driver exports, and with its colours the other way round, which changes no byte.
+pub fn content(importer: &mut Importer, picture: &Exported) -> Outcome<bool> {
+    picture.draw(7, 0)?;
+    picture.finish()?;
+    let buffers = Buffers::new(importer, picture.size())?;
+    let way = importer.way().name();
+    let mut right = true;
+    for fourcc in [picture.fourcc(), picture.swapped()] {
+        let name = String::from_utf8_lossy(&fourcc.to_le_bytes()).into_owned();
+        let source = picture.with_dmabuf_as(fourcc, |dmabuf| importer.prepare(dmabuf));
+        let source = match source {
+            Ok(source) => source,
+            Err(error) => {
+                println!("{way} {name}: not checked: {error}");
+                continue;
             }
-            found[y as usize * pitch + x as usize * 4..][..4] != expected
-        });
-    match wrong {
-        None => println!(
-            "{}: every pixel is right (pitch {pitch})",
-            importer.way().name()
-        ),
-        Some((x, y)) => println!(
-            "{}: WRONG at {x}, {y}: {:?} instead of {:?}",
-            importer.way().name(),
-            &found[y as usize * pitch + x as usize * 4..][..4],
-            pixel(x, y)
-        ),
-    }
-    Ok(wrong.is_none())
-}
-
-/// Draws a new colour and copies at once, over and over, with one import: an old colour, or one
-/// that is not the same everywhere, is a stale or torn frame (L14, L15).
-pub fn fresh(gl: &Gl, importer: &mut Importer, frames: usize) -> Outcome<bool> {
-    let pictures = [
-        Exported::new(gl, (640, 480))?,
-        Exported::new(gl, (640, 480))?,
-    ];
-    let buffers = Buffers::new(importer, &pictures[0])?;
-    let sources = pictures
-        .iter()
-        .map(|picture| picture.with_dmabuf(|dmabuf| importer.prepare(dmabuf)))
-        .collect::<Result<Vec<_>, _>>()?;
-    let mut stale = 0;
-    for number in 0..frames {
-        let which = number % 2;
-        let mut colour = [number as u8, (number / 256) as u8, (number * 7) as u8, 255];
-        pictures[which].clear(colour)?;
-        let copy = buffers.copy(importer, &sources[which])?;
-        if pictures[which].blue_first() {
-            colour.swap(0, 2);
-        }
+        };
+        let copy = buffers.copy(importer, &source)?;
         let frame = gst_video::VideoFrameRef::from_buffer_ref_readable(&copy, &buffers.info)?;
-        let pitch = usize::try_from(frame.plane_stride()[0])?;
-        let found = frame.plane_data(0)?;
-        let good = [(0, 0), (320, 240), (639, 479)]
-            .iter()
-            .all(|(x, y)| found[y * pitch + x * 4..][..4] == colour);
-        stale += usize::from(!good);
+        match pictures::compare(&frame, Pixels::Rgba) {
+            Ok(7) => println!("{way} {name}: every pixel is right"),
+            Ok(number) => {
+                println!("{way} {name}: WRONG: the picture {number} instead of 7");
+                right = false;
+            }
+            Err(wrong) => {
+                println!("{way} {name}: WRONG: {wrong}");
+                right = false;
+            }
+        }
     }
-    let way = importer.way().name();
-    println!("{way}: {stale} stale or torn of {frames} frames");
-    Ok(stale == 0)
+    Ok(right)
 }
 
-/// Times of importing a new buffer and of copying one that is imported.
-pub fn time(
-    gl: &Gl,
-    importer: &mut Importer,
-    name: &str,
-    size: (u32, u32),
-    frames: usize,
-) -> Outcome<()> {
+/// One thread draws pictures into the buffers of a small pool, another one copies each as soon as it is
+/// drawn, while the next is being drawn, with one import for each buffer: an old picture, or one that is
+/// not the same everywhere, is a stale or torn frame (L14, L15).
+pub fn race(display: &Display, importer: &mut Importer, frames: usize) -> Outcome<bool> {
+    let (drawn, to_copy) = mpsc::channel();
+    let (copied, free) = mpsc::channel();
+    let pictures = (0..BUFFERS).map(|_| Exported::new(display, SIZE));
+    let pictures = pictures.collect::<Outcome<Vec<_>>>()?;
+    let buffers = Buffers::new(importer, SIZE)?;
+    let imports = pictures
+        .iter()
+        .map(|picture| picture.with_dmabuf(|dmabuf| importer.prepare(dmabuf)));
+    let sources = imports.collect::<Result<Vec<_>, _>>()?;
+    (0..BUFFERS).try_for_each(|index| copied.send(index))?;
     let way = importer.way().name();
-    let picture = Exported::new(gl, size)?;
-    picture.clear([1, 2, 3, 255])?;
-    let buffers = Buffers::new(importer, &picture)?;
-    let import = Times::take(frames, || {
-        picture
-            .with_dmabuf(|dmabuf| importer.prepare(dmabuf))
-            .map(drop)
+    let wrong = std::thread::scope(|scope| -> Outcome<usize> {
+        let producer = scope.spawn(move || -> Result<(), String> {
+            for number in 0..frames {
+                let Ok(index) = free.recv() else {
+                    break;
+                };
+                let picture: &Exported = &pictures[index];
+                picture
+                    .draw(number as u8, WORK[number % WORK.len()])
+                    .and_then(|()| picture.finish())
+                    .map_err(|error| error.to_string())?;
+                if drawn.send((index, number as u8)).is_err() {
+                    break;
+                }
+            }
+            Ok(())
+        });
+        // It ends the producer, too, where this ends early.
+        let copied = copied;
+        let mut wrong = 0;
+        for (index, number) in to_copy {
+            let copy = buffers.copy(importer, &sources[index])?;
+            // The producer may have it back; what was copied must be right all the same.
+            let _ = copied.send(index);
+            let frame = gst_video::VideoFrameRef::from_buffer_ref_readable(&copy, &buffers.info)?;
+            let found = pictures::compare(&frame, Pixels::Rgba);
+            if found != Ok(number) {
+                if wrong == 0 {
+                    println!("{way}: WRONG: {found:?} instead of picture {number}");
+                }
+                wrong += 1;
+            }
+        }
+        drop(copied);
+        producer.join().map_err(|_| "the producer panicked")??;
+        Ok(wrong)
     })?;
-    println!("{way} {name} import: {}", import.line());
-    let source = picture.with_dmabuf(|dmabuf| importer.prepare(dmabuf))?;
+    println!("{way}: {wrong} stale or torn of {frames} frames, drawn and copied side by side");
+    Ok(wrong == 0)
+}
+
+/// Times of importing a new buffer, of copying one that is imported, and of both.
+pub fn time(
+    display: &Display,
+    importer: &mut Importer,
+    (name, size): (&str, (u32, u32)),
+    frames: usize,
+) -> Outcome<Vec<Row>> {
+    let way = importer.way().name();
+    let picture = Exported::new(display, size)?;
+    picture.draw(1, 0)?;
+    picture.finish()?;
+    let buffers = Buffers::new(importer, size)?;
+    let row = |what, times| Row {
+        way,
+        size: name.to_owned(),
+        what,
+        times,
+    };
+    let prepare = |importer: &mut Importer| picture.with_dmabuf(|dmabuf| importer.prepare(dmabuf));
+    let import = Times::take(frames, || prepare(importer).map(drop))?;
+    let source = prepare(importer)?;
     let copy = Times::take(frames, || buffers.copy(importer, &source).map(drop))?;
-    println!("{way} {name} copy: {}", copy.line());
-    Ok(())
+    let total = Times::take(frames, || -> Outcome<()> {
+        let source = prepare(importer)?;
+        buffers.copy(importer, &source).map(drop)
+    })?;
+    Ok(vec![
+        row("import of a new buffer", import),
+        row(crate::figures::COPY, copy),
+        row("import and copy", total),
+    ])
 }
 
 /// Imports many times and looks at the descriptors that stay behind.
-pub fn registrations(gl: &Gl, importer: &mut Importer) -> Outcome<bool> {
-    let picture = Exported::new(gl, (640, 480))?;
+pub fn registrations(importer: &mut Importer, picture: &Exported) -> Outcome<bool> {
     let open = || std::fs::read_dir("/proc/self/fd").map(Iterator::count);
     let mut cycle = || {
         picture

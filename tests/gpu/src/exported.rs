@@ -8,13 +8,17 @@ use std::os::fd::{AsFd, FromRawFd, OwnedFd};
 use std::sync::LazyLock;
 
 use glow::HasContext;
-use gstpipewirezerocopy::egl::{DmaBuf, Gl, Plane};
+use gstpipewirezerocopy::egl::{self, Current, DmaBuf, Gl, Plane};
 use libloading::Library;
+use zerocopy_test_producer::{Block, Canvas, Offer, Pixels};
 
 use crate::Outcome;
 
 /// `EGL_GL_TEXTURE_2D` (egl.h)
 const GL_TEXTURE_2D: u32 = 0x30B1;
+
+/// Rounds of work for each pixel of a picture that is captured: some milliseconds of a slow GPU.
+const WORK: u32 = 200;
 
 type Display = *mut c_void;
 type Image = *mut c_void;
@@ -70,10 +74,36 @@ impl Egl {
     }
 }
 
-/// A texture of four bytes a pixel and the DMA-BUF that it lies in.
-pub struct Exported<'a> {
-    gl: &'a Gl,
+/// One triangle that covers everything.
+const VERTEX_SHADER: &str = "#version 300 es
+void main() {
+    vec2 corner = vec2(gl_VertexID & 1, gl_VertexID >> 1) * 4.0 - 1.0;
+    gl_Position = vec4(corner, 0.0, 1.0);
+}";
+
+/// The known picture of a number (Pixels::byte of zerocopy-test-producer), after some work that takes time.
+const FRAGMENT_SHADER: &str = "#version 300 es
+precision highp float;
+precision highp int;
+uniform int number;
+uniform int work;
+out vec4 colour;
+void main() {
+    float value = gl_FragCoord.x;
+    for (int i = 0; i < work; i++) value = fract(sin(value) * 43758.5);
+    ivec2 at = ivec2(gl_FragCoord.xy) & 255;
+    vec4 bytes = vec4(at.x, at.y, number, 255) / 255.0;
+    colour = value > 2.0 ? vec4(0.0) : bytes.ORDER;
+}";
+
+/// A texture of four bytes a pixel and the DMA-BUF that it lies in, with a GL context of its own. What is
+/// drawn has the bytes of Pixels::Rgba or Pixels::Bgrx in memory, whichever its format is.
+pub struct Exported {
+    // Before the context that they are of.
+    framebuffer: glow::Framebuffer,
+    program: glow::Program,
     texture: glow::Texture,
+    gl: Gl,
     size: (u32, u32),
     fd: OwnedFd,
     fourcc: u32,
@@ -82,10 +112,11 @@ pub struct Exported<'a> {
     offset: u32,
 }
 
-impl<'a> Exported<'a> {
-    /// Makes one of this many pixels.
-    pub fn new(gl: &'a Gl, size: (u32, u32)) -> Outcome<Self> {
+impl Exported {
+    /// Makes one of this many pixels, on the GPU of a display.
+    pub fn new(display: &egl::Display, size: (u32, u32)) -> Outcome<Self> {
         let egl = Egl::get()?;
+        let gl = Gl::new(display, 3)?;
         let current = gl.enter()?;
         // SAFETY: the context is current, what is exported is what was made just now, and all that
         // is written is ours. One plane is asked for and there is room for four.
@@ -124,9 +155,22 @@ impl<'a> Exported<'a> {
             if !done {
                 return Err(format!("a texture of {planes} planes cannot be exported").into());
             }
+            let framebuffer = current.create_framebuffer()?;
+            current.bind_framebuffer(glow::FRAMEBUFFER, Some(framebuffer));
+            current.framebuffer_texture_2d(
+                glow::FRAMEBUFFER,
+                glow::COLOR_ATTACHMENT0,
+                glow::TEXTURE_2D,
+                Some(texture),
+                0,
+            );
+            let program = link(&current, fourcc.cast_unsigned())?;
+            drop(current);
             Ok(Self {
-                gl,
+                framebuffer,
+                program,
                 texture,
+                gl,
                 size,
                 fd: OwnedFd::from_raw_fd(fds[0]),
                 fourcc: fourcc.cast_unsigned(),
@@ -151,36 +195,59 @@ impl<'a> Exported<'a> {
         )
     }
 
+    /// DRM's name of its format.
+    pub fn fourcc(&self) -> u32 {
+        self.fourcc
+    }
+
     /// Pixels.
     pub fn size(&self) -> (u32, u32) {
         self.size
     }
 
-    /// GStreamer's name for the same bytes.
-    pub fn format(&self) -> Outcome<gst_video::VideoFormat> {
+    /// What a PipeWire producer calls it.
+    pub fn offer(&self) -> Outcome<Offer> {
+        Ok(Offer {
+            pixels: self.pixels()?,
+            size: self.size,
+            modifiers: vec![self.modifier],
+            shared: false,
+            most: Some(60),
+        })
+    }
+
+    /// How its pixels lie in memory.
+    pub fn pixels(&self) -> Outcome<Pixels> {
         match &self.fourcc.to_le_bytes() {
-            b"AB24" => Ok(gst_video::VideoFormat::Rgba),
-            b"XB24" => Ok(gst_video::VideoFormat::Rgbx),
-            b"AR24" => Ok(gst_video::VideoFormat::Bgra),
-            b"XR24" => Ok(gst_video::VideoFormat::Bgrx),
+            b"AB24" => Ok(Pixels::Rgba),
+            b"AR24" | b"XR24" => Ok(Pixels::Bgrx),
             _ => Err(format!("a texture in an unexpected format: {}", self.describe()).into()),
         }
     }
 
-    /// Whether the first byte of a pixel is blue.
-    pub fn blue_first(&self) -> bool {
-        matches!(&self.fourcc.to_le_bytes(), b"AR24" | b"XR24")
+    /// The fourcc of the same memory with its colours the other way round.
+    pub fn swapped(&self) -> u32 {
+        u32::from_le_bytes(if blue_first(self.fourcc) {
+            *b"AB24"
+        } else {
+            *b"XR24"
+        })
     }
 
     /// What is imported.
     pub fn with_dmabuf<T>(&self, use_it: impl FnOnce(&DmaBuf<'_>) -> T) -> T {
+        self.with_dmabuf_as(self.fourcc, use_it)
+    }
+
+    /// The same memory, called something else.
+    pub fn with_dmabuf_as<T>(&self, fourcc: u32, use_it: impl FnOnce(&DmaBuf<'_>) -> T) -> T {
         let plane = Plane {
             fd: self.fd.as_fd(),
             offset: self.offset,
             stride: self.stride,
         };
         use_it(&DmaBuf {
-            fourcc: self.fourcc,
+            fourcc,
             modifier: Some(self.modifier),
             width: self.size.0,
             height: self.size.1,
@@ -188,70 +255,103 @@ impl<'a> Exported<'a> {
         })
     }
 
-    /// Puts these R, G, B, A bytes in, and waits until they are there.
-    pub fn fill(&self, pixels: &[u8]) -> Outcome<()> {
+    /// The GPU begins to draw picture `number`; the more `work`, the longer it takes.
+    pub fn draw(&self, number: u8, work: u32) -> Outcome<()> {
+        let current = self.gl.enter()?;
         let (width, height) = (self.size.0 as i32, self.size.1 as i32);
-        let current = self.gl.enter()?;
-        // SAFETY: the context is current and the texture its own; there are as many bytes as pixels
-        // need, which is asserted.
-        unsafe {
-            assert_eq!(
-                pixels.len(),
-                self.size.0 as usize * self.size.1 as usize * 4
-            );
-            current.bind_texture(glow::TEXTURE_2D, Some(self.texture));
-            current.tex_sub_image_2d(
-                glow::TEXTURE_2D,
-                0,
-                0,
-                0,
-                width,
-                height,
-                glow::RGBA,
-                glow::UNSIGNED_BYTE,
-                glow::PixelUnpackData::Slice(Some(pixels)),
-            );
-            current.finish();
-        }
-        Ok(())
-    }
-
-    /// Draws it full of one colour, and waits until it is there.
-    pub fn clear(&self, colour: [u8; 4]) -> Outcome<()> {
-        let current = self.gl.enter()?;
-        let [red, green, blue, alpha] = colour.map(|value| f32::from(value) / 255.0);
         // SAFETY: the context is current, and all objects are its own.
         unsafe {
-            let framebuffer = current.create_framebuffer()?;
-            current.bind_framebuffer(glow::FRAMEBUFFER, Some(framebuffer));
-            current.framebuffer_texture_2d(
-                glow::FRAMEBUFFER,
-                glow::COLOR_ATTACHMENT0,
-                glow::TEXTURE_2D,
-                Some(self.texture),
-                0,
-            );
-            current.clear_color(red, green, blue, alpha);
-            current.clear(glow::COLOR_BUFFER_BIT);
-            current.finish();
-            current.delete_framebuffer(framebuffer);
+            while current.get_error() != glow::NO_ERROR {}
+            current.bind_framebuffer(glow::FRAMEBUFFER, Some(self.framebuffer));
+            current.viewport(0, 0, width, height);
+            current.use_program(Some(self.program));
+            let place = |name| current.get_uniform_location(self.program, name);
+            current.uniform_1_i32(place("number").as_ref(), number.into());
+            current.uniform_1_i32(place("work").as_ref(), work as i32);
+            current.draw_arrays(glow::TRIANGLES, 0, 3);
+            current.flush();
+            match current.get_error() {
+                glow::NO_ERROR => Ok(()),
+                error => Err(format!("drawing a picture failed (GL error {error:#x})").into()),
+            }
         }
+    }
+
+    /// Returns when it is drawn.
+    pub fn finish(&self) -> Outcome<()> {
+        let current = self.gl.enter()?;
+        // SAFETY: the context is current.
+        unsafe { current.finish() };
         Ok(())
     }
-}
 
-impl Drop for Exported<'_> {
-    fn drop(&mut self) {
-        if let Ok(current) = self.gl.enter() {
-            // SAFETY: the context is current and the texture its own.
-            unsafe { current.delete_texture(self.texture) };
-        }
+    /// What draws, in its own words.
+    pub fn renderer(&self) -> Outcome<String> {
+        let current = self.gl.enter()?;
+        // SAFETY: the context is current.
+        Ok(unsafe { current.get_parameter_string(glow::RENDERER) })
     }
 }
 
-/// What draws, in its own words.
-pub fn renderer(gl: &Gl) -> Outcome<String> {
-    let current = gl.enter()?;
-    // SAFETY: the context is current.
-    Ok(unsafe { current.get_parameter_string(glow::RENDERER) })
+impl Canvas for Exported {
+    fn blocks(&self) -> Vec<Block<'_>> {
+        let (offset, stride) = (self.offset as usize, self.stride as usize);
+        let length = stride * self.size.1 as usize;
+        vec![Block {
+            fd: self.fd.as_fd(),
+            size: offset + length,
+            offset,
+            stride,
+            length,
+        }]
+    }
+
+    /// Flushed, not finished: as a compositor leaves it.
+    fn draw(&self, number: u8, _by_device: bool) -> Outcome<()> {
+        Self::draw(self, number, WORK)
+    }
+}
+
+/// Makes the program that draws into memory of that format.
+fn link(gl: &Current<'_>, fourcc: u32) -> Outcome<glow::Program> {
+    let order = if blue_first(fourcc) { "bgra" } else { "rgba" };
+    let fragment = FRAGMENT_SHADER.replace("ORDER", order);
+    let stages = [
+        (glow::VERTEX_SHADER, VERTEX_SHADER),
+        (glow::FRAGMENT_SHADER, &fragment),
+    ];
+    // SAFETY: the context is current. Shaders that are attached are deleted with the program.
+    unsafe {
+        let program = gl.create_program()?;
+        for (stage, source) in stages {
+            let shader = gl.create_shader(stage)?;
+            gl.shader_source(shader, source);
+            gl.compile_shader(shader);
+            gl.attach_shader(program, shader);
+            gl.delete_shader(shader);
+        }
+        gl.link_program(program);
+        if !gl.get_program_link_status(program) {
+            return Err(gl.get_program_info_log(program).into());
+        }
+        Ok(program)
+    }
+}
+
+/// Whether the first byte of a pixel is blue.
+fn blue_first(fourcc: u32) -> bool {
+    matches!(&fourcc.to_le_bytes(), b"AR24" | b"XR24")
+}
+
+impl Drop for Exported {
+    fn drop(&mut self) {
+        if let Ok(current) = self.gl.enter() {
+            // SAFETY: the context is current and the objects are its own.
+            unsafe {
+                current.delete_program(self.program);
+                current.delete_framebuffer(self.framebuffer);
+                current.delete_texture(self.texture);
+            }
+        }
+    }
 }

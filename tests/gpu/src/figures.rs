@@ -1,13 +1,34 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! Times of many frames in a line.
+//! Times of many frames, in a table, and what they should be.
 
 use std::time::{Duration, Instant};
+
+/// What is done for each frame: the buffer is imported already.
+pub const COPY: &str = "a frame";
+/// The same of `cudaupload`, for comparison.
+pub const UPLOAD: &str = "cudaupload";
+/// Where the targets are looked at.
+pub const TARGET_SIZE: &str = "4K";
+
+/// Targets for a frame at [`TARGET_SIZE`] on a data-centre GPU: 99 of 100, and each.
+const MOST: [Duration; 2] = [Duration::from_micros(300), Duration::from_millis(2)];
+/// How much less CPU time than `cudaupload`.
+const LESS: f64 = 5.0;
 
 /// Wall-clock time of each frame, and the process's CPU time of all.
 pub struct Times {
     wall: Vec<Duration>,
     cpu: Duration,
+}
+
+/// One line of the table.
+pub struct Row {
+    /// How pixels are got at.
+    pub way: &'static str,
+    pub size: String,
+    pub what: &'static str,
+    pub times: Times,
 }
 
 impl Times {
@@ -28,18 +49,57 @@ impl Times {
         Ok(Self { wall, cpu })
     }
 
-    /// Milliseconds: median, 99th percentile and longest, and CPU time of one.
-    pub fn line(&self) -> String {
-        let last = self.wall.len() - 1;
-        let at = |part: usize| self.wall[last * part / 100].as_secs_f64() * 1e3;
-        let cpu = self.cpu.as_secs_f64() * 1e3 / self.wall.len() as f64;
-        format!(
-            "p50 {:.3} p99 {:.3} max {:.3} ms; CPU {cpu:.3} ms a frame, over {} frames",
-            at(50),
-            at(99),
-            at(100),
-            last + 1
-        )
+    /// The time within which so many of 100 were done.
+    fn within(&self, part: usize) -> Duration {
+        let last = self.wall.len().saturating_sub(1);
+        self.wall
+            .get(last * part / 100)
+            .copied()
+            .unwrap_or_default()
+    }
+
+    /// Seconds of CPU for one.
+    fn cpu(&self) -> f64 {
+        self.cpu.as_secs_f64() / self.wall.len().max(1) as f64
+    }
+}
+
+/// Prints all of them, and whether the targets are met.
+pub fn print(rows: &[Row]) {
+    println!();
+    println!("| way | size | what | p50 ms | p99 ms | max ms | CPU ms each | of |");
+    println!("| --- | --- | --- | --- | --- | --- | --- | --- |");
+    for row in rows {
+        let ms = |part| row.times.within(part).as_secs_f64() * 1e3;
+        println!(
+            "| {} | {} | {} | {:.3} | {:.3} | {:.3} | {:.3} | {} |",
+            row.way,
+            row.size,
+            row.what,
+            ms(50),
+            ms(99),
+            ms(100),
+            row.times.cpu() * 1e3,
+            row.times.wall.len()
+        );
+    }
+    println!();
+    let at_target = |what| {
+        rows.iter()
+            .filter(move |row| row.what == what && row.size == TARGET_SIZE)
+    };
+    let upload = at_target(UPLOAD).map(|row| row.times.cpu()).next();
+    for row in at_target(COPY) {
+        let verdict = |held| if held { "held" } else { "MISSED" };
+        let [p99, most] = MOST;
+        println!(
+            "{}: target of p99 under {p99:?} at {TARGET_SIZE}: {}; none over {most:?}: {}; {LESS} times less CPU \
+             than cudaupload: {}",
+            row.way,
+            verdict(row.times.within(99) < p99),
+            verdict(row.times.within(100) <= most),
+            upload.map_or("not measured", |cpu| verdict(row.times.cpu() * LESS <= cpu))
+        );
     }
 }
 

@@ -6,16 +6,20 @@ use gst::prelude::*;
 use gstpipewirezerocopy::cuda::Context;
 
 use crate::Outcome;
-use crate::figures::Times;
+use crate::figures::{Row, Times, UPLOAD};
 
 /// Time of one frame through cudaupload, in the same context.
-pub fn time(context: &Context, name: &str, size: (u32, u32), frames: usize) -> Outcome<()> {
+pub fn time(
+    context: &Context,
+    (name, size): (&str, (u32, u32)),
+    frames: usize,
+) -> Outcome<Option<Row>> {
     let Ok(upload) = gst::ElementFactory::make("cudaupload").build() else {
         println!(
             "cudaupload {name}: not measured: GStreamer's nvcodec plugin does not register it here \
              (it wants libnvcuvid or libnvidia-encode)"
         );
-        return Ok(());
+        return Ok(None);
     };
     upload.set_context(&context.to_shared()?);
     let mut harness = gst_check::Harness::with_element(&upload, Some("sink"), Some("src"));
@@ -36,6 +40,10 @@ pub fn time(context: &Context, name: &str, size: (u32, u32), frames: usize) -> O
         harness.pull()?;
         Ok(())
     })?;
-    println!("cudaupload {name}: {}", times.line());
-    Ok(())
+    Ok(Some(Row {
+        way: "processor",
+        size: name.to_owned(),
+        what: UPLOAD,
+        times,
+    }))
 }

@@ -155,16 +155,19 @@ impl DmaBuffer {
     /// What is still being written to the buffer now, as far as the kernel knows (implicit fences).
     /// Costs one system call for each block where nothing is.
     pub fn writers(&self) -> Fence {
-        let mut fence = Fence::default();
+        let mut fence = Fence {
+            of_files: true,
+            ..Fence::default()
+        };
         for (slot, block) in fence.pending.iter_mut().zip(&self.blocks) {
             if is_signalled(block.as_fd()) {
                 continue;
             }
             // A snapshot: nobody who writes later is waited for. Before Linux 6.0 only the memory
             // itself can be asked.
-            *slot = export_sync_file(block.as_fd())
-                .or_else(|_| block.file.try_clone().map(OwnedFd::from))
-                .ok();
+            let file = export_sync_file(block.as_fd()).ok();
+            fence.of_files &= file.is_some();
+            *slot = file.or_else(|| block.file.try_clone().map(OwnedFd::from).ok());
         }
         fence
     }
@@ -196,6 +199,8 @@ impl Drop for CpuAccess<'_> {
 pub struct Fence {
     /// Descriptors that become readable when it has.
     pending: [Option<OwnedFd>; MAX_PLANES],
+    /// They are sync files, which a GPU can wait for too.
+    of_files: bool,
 }
 
 impl Fence {
@@ -203,7 +208,24 @@ impl Fence {
     pub(super) fn new(fd: OwnedFd) -> Self {
         Self {
             pending: [Some(fd), None, None, None],
+            of_files: false,
         }
+    }
+
+    /// Waits for one sync file.
+    pub(super) fn of_file(file: OwnedFd) -> Self {
+        Self {
+            of_files: true,
+            ..Self::new(file)
+        }
+    }
+
+    /// The sync files that have not been signalled, for a GPU to wait for; none where that cannot be
+    /// said with sync files.
+    pub fn sync_files(&self) -> Vec<BorrowedFd<'_>> {
+        let files = self.pending.iter().flatten().map(AsFd::as_fd);
+        let files = files.filter(|file| self.of_files && !is_signalled(*file));
+        files.collect()
     }
 
     /// A descriptor to wait for: it becomes readable. None when all has happened.
@@ -411,10 +433,15 @@ pub(super) mod tests {
         let (reader, mut writer) = io::pipe().unwrap();
         let fence = Fence {
             pending: [None, Some(reader.into()), None, None],
+            of_files: true,
         };
         assert!(fence.pending().is_some());
+        assert_eq!(fence.sync_files().len(), 1);
         writer.write_all(b"!").unwrap();
         assert!(fence.pending().is_none());
+        assert!(fence.sync_files().is_empty());
+        let event = Fence::new(io::pipe().unwrap().0.into());
+        assert!(event.sync_files().is_empty(), "a GPU knows sync files only");
         assert!(buffer(&[1]).writers().pending().is_none(), "nobody writes");
     }
 }

@@ -284,20 +284,19 @@ impl Frame {
     }
 
     /// What must have happened before the frame may be looked at or passed on, and how that is known.
-    pub fn fence(&self) -> io::Result<(Sync, Fence)> {
+    /// `for_gpu`: as something that a GPU can wait for, where that can be had.
+    pub fn fence(&self, for_gpu: bool) -> io::Result<(Sync, Fence)> {
         match (&self.acquire, self.dmabuf()) {
             (Some(point), _) => {
+                if for_gpu && let Ok(file) = point.timeline.promised(point.value) {
+                    return Ok((Sync::Explicit, Fence::of_file(file)));
+                }
                 let reached = point.timeline.reached(point.value)?;
                 Ok((Sync::Explicit, Fence::new(reached)))
             }
             (None, Some(picture)) => Ok((Sync::Implicit, picture.buffer.writers())),
             (None, None) => Ok((Sync::None, Fence::default())),
         }
-    }
-
-    /// Whether the producer has finished it for certain: then there is nothing to wait for.
-    pub fn is_drawn(&self) -> bool {
-        self.acquire.is_none() && self.dmabuf().is_none()
     }
 
     /// Whether the producer says when it may be looked at.

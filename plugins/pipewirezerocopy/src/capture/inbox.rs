@@ -146,6 +146,22 @@ impl Inbox {
         contents.frame.take()
     }
 
+    /// Gives a frame back which could not leave as was agreed, and may in another way: on a still screen no
+    /// other comes. A newer one goes before it.
+    pub fn put_back(&self, frame: Frame) {
+        let dropped = {
+            let mut contents = self.lock();
+            contents.missed = true;
+            match contents.frame {
+                Some(_) => Some(frame),
+                None => contents.frame.replace(frame),
+            }
+        };
+        if dropped.is_some() {
+            self.counters.dropped.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
     /// Whether there is news of the pointer.
     pub fn has_cursor(&self) -> bool {
         self.lock().cursor.is_some()
@@ -469,6 +485,28 @@ mod tests {
         inbox.put_frame(frame(1, &counters));
         assert!(matches!(inbox.look(Interest::All), Look::Vanished(_)));
         assert!(matches!(inbox.look(Interest::All), Look::Frame(_)));
+    }
+
+    #[test]
+    fn a_frame_that_is_given_back_comes_again_unless_there_is_a_newer_one() {
+        let Setup {
+            counters, inbox, ..
+        } = setup();
+        let format = frame(1, &counters).format;
+        inbox.put_frame(frame(1, &counters));
+        let taken = inbox.take(&format, |_| true).unwrap();
+        inbox.put_back(taken);
+        let again = inbox.take(&format, |_| true).unwrap();
+        assert_eq!(again.damage, Damage::Everything);
+        let mut newer = frame(1, &counters);
+        newer.damage = Damage::Rects(Vec::new());
+        let came = newer.captured;
+        inbox.put_frame(newer);
+        inbox.put_back(again);
+        let taken = inbox.take(&format, |_| true).unwrap();
+        assert_eq!(taken.captured, came);
+        assert_eq!(taken.damage, Damage::Everything);
+        assert_eq!(counters.dropped.load(Ordering::Relaxed), 1);
     }
 
     #[test]

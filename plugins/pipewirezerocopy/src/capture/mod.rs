@@ -302,8 +302,32 @@ impl Drop for Capture {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use super::frame::{Frame, tests::frame_of};
     use super::*;
+
+    /// A capture without a thread: what comes is what the test puts there.
+    pub fn idle(waker: Waker, counters: &Arc<Counters>) -> Capture {
+        let (commands, _) = pipewire::channel::channel();
+        Capture {
+            inbox: Arc::new(Inbox::new(waker, counters.clone())),
+            commands,
+            thread: None,
+        }
+    }
+
+    /// A frame of BGRx, one pixel high.
+    pub fn frame(width: u32, counters: &Arc<Counters>) -> Frame {
+        frame_of(&[0; 64], (width, 1), 0, 8, counters)
+    }
+
+    pub fn put_frame(capture: &Capture, frame: Frame) {
+        capture.inbox.put_frame(frame);
+    }
+
+    pub fn put_vanished(capture: &Capture, reason: &str) {
+        capture.inbox.put_vanished(reason.into());
+    }
 
     #[test]
     fn every_stage_is_told_apart() {

@@ -26,6 +26,7 @@ use super::damage::MAX_RECTS;
 use super::dmabuf::MAX_PLANES;
 use super::format::PixelFormat;
 use super::meta::MAX_CURSOR;
+use super::offer::FRAMERATES;
 use super::timeline::{
     FEATURE_RELEASE, SPA_META_SYNC_TIMELINE, SPA_PARAM_BUFFERS_META_TYPE, SPA_PARAM_META_FEATURES,
     SyncTimelineMeta,
@@ -98,14 +99,15 @@ impl StreamFormat {
         let format = PixelFormat::from_spa(info.format())
             .ok_or_else(|| format!("{:?}, which was not offered", info.format()))?;
         let rate = |fraction: Fraction| (fraction.num, fraction.denom.max(1));
-        let max = info.max_framerate();
+        // The greatest that is offered comes back from a producer that says none (spa_pod_filter).
+        let max = Some(info.max_framerate()).filter(|max| *max != FRAMERATES.2);
         let modifiers = modifiers(pod)?;
         let fixed = Self {
             format,
             width: info.size().width,
             height: info.size().height,
             framerate: rate(info.framerate()),
-            max_framerate: (max.num > 0 && max.denom > 0).then(|| rate(max)),
+            max_framerate: max.filter(|max| max.num > 0 && max.denom > 0).map(rate),
             color: Color {
                 range: info.color_range(),
                 matrix: info.color_matrix(),

@@ -18,7 +18,7 @@ use super::negotiate::{PodBytes, StreamFormat};
 /// Always a range that begins at 0/1, which is what damage-driven compositors have, and never one
 /// fixed rate: mutter's limiter compares 16 ms frames with 16.666 ms and drops to 30-40 fps when
 /// it is told a plain 60, and a least rate of 1 has once become the rate (lesson L6).
-const FRAMERATES: (Fraction, Fraction, Fraction) = (
+pub(super) const FRAMERATES: (Fraction, Fraction, Fraction) = (
     Fraction {
         num: 1000,
         denom: 1,

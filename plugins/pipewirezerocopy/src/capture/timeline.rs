@@ -122,6 +122,20 @@ impl Timeline {
         Ok(fd)
     }
 
+    /// A sync file that is signalled when the timeline has reached `point`. An error where nobody has
+    /// promised that point yet.
+    pub fn promised(&self, point: u64) -> io::Result<OwnedFd> {
+        // Only what has no points can be exported as such.
+        let copy = self.node.create_syncobj(false)?;
+        let file = self
+            .node
+            .syncobj_timeline_transfer(self.handle, copy, point, 0)
+            .and_then(|()| self.node.syncobj_to_fd(copy, true));
+        // Fails only for a handle that is none.
+        let _ = self.node.destroy_syncobj(copy);
+        file
+    }
+
     /// Says that the timeline has reached `point`.
     pub fn signal(&self, point: u64) -> io::Result<()> {
         self.node.syncobj_timeline_signal(&[self.handle], &[point])

@@ -66,6 +66,15 @@ impl Context {
         self.object.property("cuda-device-id")
     }
 
+    /// Whether it is this object.
+    pub(super) fn is(&self, object: &gst::Object) -> bool {
+        self.object == *object
+    }
+
+    pub(super) fn downgrade(&self) -> glib::WeakRef<gst::Object> {
+        self.object.downgrade()
+    }
+
     /// Makes it the thread's current context until the guard is dropped.
     pub(super) fn enter(&self) -> Result<Entered<'_>, Error> {
         let library = gstcuda::library()?;
@@ -180,6 +189,12 @@ impl Pool {
             return None;
         }
         Self::configure(pool, stream, caps, size, min, max).ok()
+    }
+
+    /// Whether it was set up for these caps.
+    pub fn is_for(&self, caps: &gst::Caps) -> bool {
+        let params = self.pool.config().params();
+        params.is_some_and(|(known, ..)| known.as_ref() == Some(caps))
     }
 
     fn configure(

@@ -6,12 +6,19 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use super::{Error, driver};
+use crate::egl;
 
-/// The number of the CUDA device that is the GPU of a DRM node (render or primary).
+/// The number of the CUDA device that is the GPU of a display.
 ///
-/// Both are asked for their PCI address. `EGL_CUDA_DEVICE_NV` would say the same
-/// ([`egl::Display::cuda_device`](crate::egl::Display::cuda_device)); this needs no display.
-pub fn of_node(node: &Path) -> Result<u32, Error> {
+/// By the PCI address of its node, which libcuda is asked about, so that it is libcuda's own number; by
+/// `EGL_CUDA_DEVICE_NV` (L19) for a display without a node.
+pub fn of_display(display: &egl::Display) -> Result<u32, Error> {
+    of_node(display.node()).or_else(|error| display.cuda_device().ok_or(error))
+}
+
+/// The number of the CUDA device that is the GPU of a DRM node (render or primary): both are asked for
+/// their PCI address.
+fn of_node(node: &Path) -> Result<u32, Error> {
     let wanted = pci_address(node)?;
     for device in 0..driver::device_count()? {
         // A device that does not say where it is is not the one.
@@ -37,8 +44,13 @@ fn pci_address(node: &Path) -> Result<String, Error> {
     let target = link
         .canonicalize()
         .map_err(|error| unavailable(format!("{}: {error}", link.display())))?;
-    let name = target.file_name().and_then(|name| name.to_str());
-    name.filter(|name| parse(name).is_some())
+    // A GPU is a PCI device, or something that sits on one, as virtio's do.
+    let names = target
+        .ancestors()
+        .filter_map(|path| path.file_name()?.to_str());
+    names
+        .into_iter()
+        .find(|name| parse(name).is_some())
         .map(str::to_lowercase)
         .ok_or_else(|| unavailable(format!("{} is no PCI device", target.display())))
 }

@@ -70,16 +70,22 @@ symbols! {
     }
 }
 
+/// Whether this GStreamer is new enough.
+pub fn check_version() -> Result<(), Error> {
+    let (major, minor, micro, _) = gst::version();
+    if (major, minor) < GSTREAMER {
+        return Err(Error::Unavailable(format!(
+            "this is GStreamer {major}.{minor}.{micro}, and CUDA memory needs {}.{}",
+            GSTREAMER.0, GSTREAMER.1
+        )));
+    }
+    Ok(())
+}
+
 /// libgstcuda, ready for use, or why there is none.
 pub fn library() -> Result<&'static GstCuda, Error> {
     static LIBRARY: LazyLock<Result<GstCuda, String>> = LazyLock::new(|| {
-        let (major, minor, micro, _) = gst::version();
-        if (major, minor) < GSTREAMER {
-            return Err(format!(
-                "this is GStreamer {major}.{minor}.{micro}, and CUDA memory needs {}.{}",
-                GSTREAMER.0, GSTREAMER.1
-            ));
-        }
+        check_version().map_err(|error| error.to_string())?;
         let library = load_for_ever(LIBGSTCUDA)?;
         // SAFETY: the types are those of its headers, and the library is never unloaded.
         let functions =

@@ -4,6 +4,7 @@
 
 use std::ffi::c_void;
 use std::ops::Deref;
+use std::os::fd::BorrowedFd;
 
 use super::context::Target;
 use super::resource::{Done, EglResource, Rectangle, queue_copy};
@@ -145,6 +146,10 @@ impl<I> Source<I> {
     pub fn is_of(&self, context: &Context) -> bool {
         self.context == *context
     }
+
+    fn refused(&self, why: &str) -> Error {
+        Error::Refused(format!("{}: {why}", self.about))
+    }
 }
 
 /// Copies pictures in one CUDA context. It may be used from one thread at a time, and from another
@@ -254,23 +259,95 @@ impl<D: Display> Importer<D> {
         buffer: &mut gst::BufferRef,
         info: &gst_video::VideoInfo,
     ) -> Result<(), Error> {
-        let refused = |why: &str| Error::Refused(format!("{}: {why}", source.about));
         let size = (info.width(), info.height());
+        self.begin(source, at, size, &[])?.copy(buffer, info)
+    }
+
+    /// Begins a copy of a picture that may still be drawn: until all of `fences`, which are sync files,
+    /// are signalled. Where the GPU can wait for them, it does, and [`Begun::waits`] says so.
+    pub fn begin<'a>(
+        &'a mut self,
+        source: &'a Source<D::Image>,
+        at: (u32, u32),
+        size: (u32, u32),
+        fences: &[BorrowedFd<'_>],
+    ) -> Result<Begun<'a, D>, Error> {
         let fits = |from: u32, size: u32, all| from.checked_add(size).is_some_and(|end| end <= all);
         if !fits(at.0, size.0, source.width) || !fits(at.1, size.1, source.height) {
-            return Err(refused("is smaller than what is to be copied"));
+            return Err(source.refused("is smaller than what is to be copied"));
         }
         if !source.is_of(&self.context) {
-            return Err(refused("was imported in another context"));
+            return Err(source.refused("was imported in another context"));
         }
-        let target = Target::map(buffer, info, &self.context)?;
+        let mut drawing = false;
+        if let Images::Drawn(images) = &source.images {
+            let context = self.context.clone();
+            let painter = self.painter()?;
+            // A driver that takes no fence leaves the wait to the thread.
+            if !fences.is_empty() && painter.wait_for(fences).is_ok() {
+                let _current = context.enter()?;
+                painter.draw(images.iter().map(D::raw), &source.planes, at, size)?;
+                drawing = true;
+            }
+        }
+        Ok(Begun {
+            importer: self,
+            source,
+            at,
+            size,
+            drawing,
+        })
+    }
+
+    /// What draws, made when first needed.
+    fn painter(&mut self) -> Result<&mut Painter, Error> {
+        let painter = match self.painter.take() {
+            Some(painter) => painter,
+            None => Painter::new(self.display.egl()?, &self.context)?,
+        };
+        Ok(self.painter.insert(painter))
+    }
+}
+
+/// A copy that has begun. Dropping it leaves it at that: what the GPU was told to draw, it draws into
+/// textures of ours.
+pub struct Begun<'a, D: Display> {
+    importer: &'a mut Importer<D>,
+    source: &'a Source<D::Image>,
+    at: (u32, u32),
+    size: (u32, u32),
+    /// The GPU has been told to draw, after what it waits for.
+    drawing: bool,
+}
+
+impl<D: Display> Begun<'_, D> {
+    /// Whether the GPU waits for the fences. Else somebody must, before [`copy`](Self::copy).
+    pub fn waits(&self) -> bool {
+        self.drawing
+    }
+
+    /// Copies into a buffer of a pool of the context, for pictures of `info`. When it returns, the copy is
+    /// done, and the picture may be drawn over (L16).
+    pub fn copy(
+        self,
+        buffer: &mut gst::BufferRef,
+        info: &gst_video::VideoInfo,
+    ) -> Result<(), Error> {
+        let Self {
+            importer,
+            source,
+            at,
+            size,
+            drawing,
+        } = self;
+        let context = importer.context.clone();
+        let target = Target::map(buffer, info, &context)?;
         let place = |index: usize, part: Rectangle| {
             target
                 .plane(index, part.width, part.rows)
-                .ok_or_else(|| refused("does not fit a buffer of the pool"))
+                .ok_or_else(|| source.refused("does not fit a buffer of the pool"))
         };
         let stream = target.stream();
-        let context = self.context.clone();
         let _current = context.enter()?;
         let planes = source.planes.iter().enumerate();
         let queued = match &source.images {
@@ -283,8 +360,11 @@ impl<D: Display> Importer<D> {
                     })
             }
             Images::Drawn(images) => {
-                let painter = self.painter()?;
-                painter.draw(images.iter().map(D::raw), &source.planes, at, size)?;
+                let painter = importer.painter()?;
+                if !drawing {
+                    painter.draw(images.iter().map(D::raw), &source.planes, at, size)?;
+                }
+                painter.finish()?;
                 planes
                     .map(|(index, plane)| (index, plane.part((0, 0), size)))
                     .try_for_each(|(index, part)| {
@@ -294,16 +374,7 @@ impl<D: Display> Importer<D> {
             }
         };
         // Also after an error: one plane may be on its way.
-        queued.and(self.done.wait(stream))
-    }
-
-    /// What draws, made when first needed.
-    fn painter(&mut self) -> Result<&mut Painter, Error> {
-        let painter = match self.painter.take() {
-            Some(painter) => painter,
-            None => Painter::new(self.display.egl()?, &self.context)?,
-        };
-        Ok(self.painter.insert(painter))
+        queued.and(importer.done.wait(stream))
     }
 }
 

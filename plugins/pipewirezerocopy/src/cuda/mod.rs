@@ -17,7 +17,7 @@
 //! | `gstcuda` | what is called of libgstcuda, raw |
 //! | `context` | contexts, streams and pools of libgstcuda, safe |
 //! | `share` | which context: downstream's, the application's, or one of our own |
-//! | `device` | which CUDA device a DRM node belongs to |
+//! | `device` | which CUDA device a display's GPU is |
 //! | `resource` | what the driver has registered |
 //! | `texture` | drawing an image into a texture of our own |
 //! | `import` | the copy itself |
@@ -37,10 +37,10 @@ mod symbols;
 mod texture;
 
 pub use context::{Context, MEMORY_FEATURE, Pool, Stream};
-pub use device::of_node;
-pub use import::{Display, Importer, Source, Way, image_formats};
+pub use device::of_display;
+pub use import::{Begun, Display, Importer, Source, Way, image_formats};
 pub use resource::EglResource;
-pub use share::{CONTEXT_TYPE, Slot, answer, ensure, set_context};
+pub use share::{CONTEXT_TYPE, Slot, answer, ensure, set_context, shared_with};
 
 /// Why something did not work: what was tried, on what, and what was the answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -77,11 +77,14 @@ impl From<crate::egl::Error> for Error {
     }
 }
 
-/// Whether this machine has all that CUDA memory needs: both libraries and a device. The error says
+/// Whether this machine has all that CUDA memory needs: the libraries and a device. The error says
 /// what is missing. Looked at once.
 pub fn available() -> Result<(), Error> {
+    // Before anything is loaded: libcuda's start takes long.
+    gstcuda::check_version()?;
     // libgstcuda loads libcuda too, and takes a machine without a device for an error in its log.
     driver::driver()?;
     gstcuda::library()?;
+    crate::egl::available()?;
     Ok(())
 }

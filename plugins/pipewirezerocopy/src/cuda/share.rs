@@ -25,6 +25,8 @@ struct State {
     context: Option<Context>,
     /// None = any.
     device: Option<u32>,
+    /// One of which nothing can be used any more.
+    dead: gst::glib::WeakRef<gst::Object>,
 }
 
 impl Slot {
@@ -36,26 +38,54 @@ impl Slot {
     /// Forgets the context, and takes only one of this device from now on.
     pub fn reset(&self, device: Option<u32>) {
         let before = self.with(|state| {
-            std::mem::replace(
-                state,
-                State {
-                    context: None,
-                    device,
-                },
-            )
+            state.device = device;
+            state.context.take()
         });
         // Here, where nothing is locked: it may be the last reference.
         drop(before);
     }
 
+    /// Forgets the context, and does not take it again: its GPU is lost. Elements keep what they were
+    /// given, also when they are stopped.
+    pub fn bury(&self) {
+        let before = self.with(|state| {
+            state.dead = state
+                .context
+                .as_ref()
+                .map_or_else(Default::default, Context::downgrade);
+            state.context.take()
+        });
+        drop(before);
+    }
+
+    /// Takes only a context of this device from now on, and forgets one of another.
+    fn restrict(&self, device: u32) {
+        if self.get().is_none_or(|context| context.device() == device) {
+            self.with(|state| state.device = Some(device));
+        } else {
+            self.reset(Some(device));
+        }
+    }
+
     /// Keeps a context if there is none yet and it is of the right device.
     fn offer(&self, context: Context) {
         let device = context.device();
-        self.with(|state| {
-            if state.context.is_none() && state.device.is_none_or(|wanted| wanted == device) {
+        if self
+            .with(|state| state.dead.upgrade())
+            .is_some_and(|dead| context.is(&dead))
+        {
+            return;
+        }
+        let refused = self.with(|state| {
+            let right = state.device.is_none_or(|wanted| wanted == device);
+            if state.context.is_none() && right {
                 state.context = Some(context);
+                return None;
             }
+            Some(context)
         });
+        // Here, where nothing is locked: it may be the last reference.
+        drop(refused);
     }
 
     fn with<T>(&self, change: impl FnOnce(&mut State) -> T) -> T {
@@ -83,31 +113,37 @@ pub fn answer(slot: &Slot, query: &mut gst::query::Context<gst::QueryRef>) -> bo
     true
 }
 
-/// The element's context: the one it has, else downstream's, else the application's, else a new one
-/// on the device it was told, or on that of `own`, which the others are told of.
+/// The contexts, of whatever device, that elements downstream of `pad` share, and that the element was given
+/// before: in an earlier run, too. Calls downstream: hold no lock.
+pub fn shared_with(element: &gst::Element, pad: &gst::Pad) -> impl Iterator<Item = Context> {
+    let given = || Context::from_shared(element.context(CONTEXT_TYPE)?.as_ref());
+    let downstream = || {
+        let mut query = gst::query::Context::new(CONTEXT_TYPE);
+        pad.peer_query(&mut query)
+            .then(|| Context::from_shared(query.context()?))?
+    };
+    downstream()
+        .into_iter()
+        .chain(std::iter::once_with(given).flatten())
+}
+
+/// The element's context on this device: the one it has, else one of [`shared_with`], else the
+/// application's, else a new one, which the others are told of. One of another device is not taken.
 ///
 /// Calls downstream and posts messages: hold no lock.
 pub fn ensure(
     element: &gst::Element,
     pad: &gst::Pad,
     slot: &Slot,
-    own: impl FnOnce() -> u32,
+    device: u32,
 ) -> Result<Context, Error> {
     available()?;
+    slot.restrict(device);
     if let Some(context) = slot.get() {
         return Ok(context);
     }
-    // What it was given, or had made, before.
-    if let Some(shared) = element.context(CONTEXT_TYPE) {
-        set_context(slot, &shared);
-    }
-    if slot.get().is_none() {
-        let mut query = gst::query::Context::new(CONTEXT_TYPE);
-        if pad.peer_query(&mut query)
-            && let Some(shared) = query.context_owned()
-        {
-            element.set_context(&shared);
-        }
+    if let Some(context) = shared_with(element, pad).find(|context| context.device() == device) {
+        element.set_context(&context.to_shared()?);
     }
     if slot.get().is_none() {
         let message = gst::message::NeedContext::builder(CONTEXT_TYPE)
@@ -119,7 +155,6 @@ pub fn ensure(
     if let Some(context) = slot.get() {
         return Ok(context);
     }
-    let device = slot.with(|state| state.device).unwrap_or_else(own);
     slot.offer(Context::new(device)?);
     // Another thread may have been faster; there is one now in any case.
     let context = slot.get().ok_or_else(|| {

@@ -6,6 +6,7 @@
 //! the order of its own format, whatever the driver makes of that (L9).
 
 use std::ffi::c_void;
+use std::os::fd::BorrowedFd;
 
 use glow::HasContext;
 
@@ -75,8 +76,14 @@ impl Painter {
         })
     }
 
-    /// Draws the part of a picture that begins at pixel `at`, one image for each of its planes. When
-    /// it returns, drawing is finished (L16).
+    /// Lets what is drawn from here on begin only when all these sync files are signalled. Where this
+    /// fails, nobody but the caller waits.
+    pub fn wait_for(&self, fences: &[BorrowedFd<'_>]) -> Result<(), Error> {
+        let gl = self.gl.enter()?;
+        Ok(fences.iter().try_for_each(|fence| gl.wait_for(*fence))?)
+    }
+
+    /// Begins to draw the part of a picture that begins at pixel `at`, one image for each of its planes.
     pub fn draw(
         &mut self,
         images: impl Iterator<Item = *mut c_void>,
@@ -136,6 +143,14 @@ impl Painter {
                 check(&gl, "drawing an image")?;
             }
         }
+        // SAFETY: the context is current.
+        unsafe { gl.flush() };
+        Ok(())
+    }
+
+    /// Returns when drawing is finished (L16).
+    pub fn finish(&self) -> Result<(), Error> {
+        let gl = self.gl.enter()?;
         // SAFETY: the context is current.
         unsafe { gl.finish() };
         Ok(())

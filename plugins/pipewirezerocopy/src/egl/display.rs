@@ -15,7 +15,7 @@ use khronos_egl as egl;
 
 use super::image::Image;
 use super::library::{self, Egl, Gbm};
-use super::{DmaBuf, Error, MAX_PLANES, describe};
+use super::{DmaBuf, Error, describe};
 
 // From eglext.h.
 const PLATFORM_DEVICE_EXT: egl::Enum = 0x313F;
@@ -24,16 +24,6 @@ const DRM_DEVICE_FILE_EXT: egl::Int = 0x3233;
 const DRM_RENDER_NODE_FILE_EXT: egl::Int = 0x3377;
 const DEVICE_EXT: egl::Int = 0x322C;
 const CUDA_DEVICE_NV: egl::Int = 0x323A;
-const LINUX_DMA_BUF_EXT: egl::Enum = 0x3270;
-const LINUX_DRM_FOURCC_EXT: egl::Attrib = 0x3271;
-/// For each plane: descriptor, offset, pitch, low and high half of the modifier.
-const PLANE_ATTRIBUTES: [[egl::Attrib; 5]; MAX_PLANES] = [
-    [0x3272, 0x3273, 0x3274, 0x3443, 0x3444],
-    [0x3275, 0x3276, 0x3277, 0x3445, 0x3446],
-    [0x3278, 0x3279, 0x327A, 0x3447, 0x3448],
-    [0x3440, 0x3441, 0x3442, 0x3449, 0x344A],
-];
-
 type DeviceExt = *mut c_void;
 type QueryDevices =
     unsafe extern "system" fn(egl::Int, *mut DeviceExt, *mut egl::Int) -> egl::Boolean;
@@ -86,7 +76,7 @@ pub(super) struct Inner {
     node: PathBuf,
     extensions: String,
     /// Modifiers can be said on import.
-    with_modifiers: bool,
+    pub with_modifiers: bool,
     /// What the display was made from; it uses them as long as it lives.
     _native: Option<(Gbm, File)>,
 }
@@ -381,31 +371,7 @@ impl Display {
     /// The pixels are the producer's as before: the image shows whatever is in the memory when it
     /// is read (lesson L8).
     pub fn import(&self, buffer: &DmaBuf) -> Result<Image, Error> {
-        let refused = |reason: &str| Error::Refused(self.inner.about(buffer, reason));
-        if buffer.planes.is_empty() || buffer.planes.len() > MAX_PLANES {
-            return Err(refused(&format!("it has {} planes", buffer.planes.len())));
-        }
-        let attributes = attributes(buffer, self.inner.with_modifiers)
-            .ok_or_else(|| refused("the driver cannot import with a modifier"))?;
-        // SAFETY: a null context and a null client buffer are what this target wants.
-        let (context, source) = unsafe {
-            (
-                egl::Context::from_ptr(egl::NO_CONTEXT),
-                egl::ClientBuffer::from_ptr(ptr::null_mut()),
-            )
-        };
-        let raw = self
-            .inner
-            .egl
-            .create_image(
-                self.inner.raw,
-                context,
-                LINUX_DMA_BUF_EXT,
-                source,
-                &attributes,
-            )
-            .map_err(|error| refused(&format!("eglCreateImage: {error}")))?;
-        Ok(Image::new(self.inner.clone(), raw, buffer))
+        Image::import(&self.inner, buffer)
     }
 
     pub(super) fn inner(&self) -> &Arc<Inner> {
@@ -418,43 +384,6 @@ impl Inner {
     pub fn about(&self, buffer: &DmaBuf, reason: &str) -> String {
         format!("{} on {}: {reason}", describe(buffer), self.node.display())
     }
-}
-
-/// What `eglCreateImage` is told, or `None` where a modifier cannot be said and must be.
-fn attributes(buffer: &DmaBuf, with_modifiers: bool) -> Option<Vec<egl::Attrib>> {
-    /// drm_fourcc.h: rows one after another, which is what a driver without modifiers takes.
-    const LINEAR: u64 = 0;
-    let modifier = if with_modifiers {
-        buffer.modifier
-    } else {
-        match buffer.modifier {
-            None | Some(LINEAR) => None,
-            Some(_) => return None,
-        }
-    };
-    let mut list = vec![
-        egl::WIDTH as egl::Attrib,
-        buffer.width as egl::Attrib,
-        egl::HEIGHT as egl::Attrib,
-        buffer.height as egl::Attrib,
-        LINUX_DRM_FOURCC_EXT,
-        buffer.fourcc as egl::Attrib,
-    ];
-    for (plane, names) in buffer.planes.iter().zip(PLANE_ATTRIBUTES) {
-        let [fd, offset, pitch, low, high] = names;
-        list.extend([
-            fd,
-            std::os::fd::AsRawFd::as_raw_fd(&plane.fd) as egl::Attrib,
-        ]);
-        list.extend([offset, plane.offset as egl::Attrib]);
-        list.extend([pitch, plane.stride as egl::Attrib]);
-        if let Some(modifier) = modifier {
-            list.extend([low, (modifier & 0xffff_ffff) as egl::Attrib]);
-            list.extend([high, (modifier >> 32) as egl::Attrib]);
-        }
-    }
-    list.push(egl::ATTRIB_NONE);
-    Some(list)
 }
 
 /// Asks how many there are, then for all of them: some drivers write as many as there are, whatever
@@ -496,10 +425,7 @@ fn failed(egl: &Egl, call: &str) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Plane;
     use super::*;
-
-    const XR24: u32 = 0x3432_5258;
 
     #[test]
     fn what_is_no_drm_node_says_so() {
@@ -517,64 +443,6 @@ mod tests {
             };
             assert!(text.ends_with(": is no DRM node"), "{text}");
         }
-    }
-
-    #[test]
-    fn every_plane_is_said_with_its_offset_stride_and_modifier() {
-        let file = File::open("/dev/null").unwrap();
-        let fd = std::os::fd::AsRawFd::as_raw_fd(&file) as egl::Attrib;
-        let plane = |offset, stride| Plane {
-            fd: file.as_fd(),
-            offset,
-            stride,
-        };
-        let planes = [plane(0, 1408), plane(5120, 704)];
-        let buffer = DmaBuf {
-            fourcc: XR24,
-            modifier: Some(0x0300_0000_0060_6014),
-            width: 1366,
-            height: 768,
-            planes: &planes,
-        };
-        let list = attributes(&buffer, true).unwrap();
-        let (pairs, end) = list.as_chunks::<2>();
-        assert_eq!(end, [egl::ATTRIB_NONE]);
-        let wanted = [
-            [0x3057, 1366],
-            [0x3056, 768],
-            [0x3271, XR24 as usize],
-            [0x3272, fd],
-            [0x3273, 0],
-            [0x3274, 1408],
-            [0x3443, 0x0060_6014],
-            [0x3444, 0x0300_0000],
-            [0x3275, fd],
-            [0x3276, 5120],
-            [0x3277, 704],
-            [0x3445, 0x0060_6014],
-            [0x3446, 0x0300_0000],
-        ];
-        assert_eq!(pairs, wanted);
-    }
-
-    #[test]
-    fn a_driver_without_modifiers_takes_linear_only() {
-        let file = File::open("/dev/null").unwrap();
-        let planes = [Plane {
-            fd: file.as_fd(),
-            offset: 0,
-            stride: 64,
-        }];
-        let buffer = |modifier| DmaBuf {
-            fourcc: XR24,
-            modifier,
-            width: 16,
-            height: 16,
-            planes: &planes,
-        };
-        assert_eq!(attributes(&buffer(Some(0)), false).unwrap().len(), 13);
-        assert_eq!(attributes(&buffer(None), true).unwrap().len(), 13);
-        assert!(attributes(&buffer(Some(1)), false).is_none());
     }
 
     #[test]

@@ -5,6 +5,8 @@
 use std::ffi::c_void;
 use std::marker::PhantomData;
 use std::ops::Deref;
+use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd};
+use std::ptr;
 
 use khronos_egl as egl;
 
@@ -14,12 +16,46 @@ use super::{Error, library};
 /// GL_OES_EGL_image. `GLeglImageOES` is a `void *`.
 type ImageTargetTexture = unsafe extern "system" fn(u32, *mut c_void);
 
+// From eglext.h.
+const SYNC_NATIVE_FENCE_ANDROID: egl::Enum = 0x3144;
+const SYNC_NATIVE_FENCE_FD_ANDROID: egl::Int = 0x3145;
+
+type RawSync = *mut c_void;
+
+/// EGL_KHR_fence_sync and EGL_KHR_wait_sync, for EGL_ANDROID_native_fence_sync.
+#[derive(Clone, Copy)]
+struct Fences {
+    create: unsafe extern "system" fn(egl::EGLDisplay, egl::Enum, *const egl::Int) -> RawSync,
+    wait: unsafe extern "system" fn(egl::EGLDisplay, RawSync, egl::Int) -> egl::Int,
+    destroy: unsafe extern "system" fn(egl::EGLDisplay, RawSync) -> egl::Boolean,
+}
+
+impl Fences {
+    /// None where the display cannot wait for sync files.
+    fn of(display: &Display) -> Option<Self> {
+        let extensions = ["EGL_ANDROID_native_fence_sync", "EGL_KHR_wait_sync"];
+        if !extensions.iter().all(|name| display.has_extension(name)) {
+            return None;
+        }
+        let egl = display.inner().egl;
+        // SAFETY: the types are those of EGL_KHR_fence_sync and EGL_KHR_wait_sync.
+        unsafe {
+            Some(Self {
+                create: library::extension(egl, "eglCreateSyncKHR").ok()?,
+                wait: library::extension(egl, "eglWaitSyncKHR").ok()?,
+                destroy: library::extension(egl, "eglDestroySyncKHR").ok()?,
+            })
+        }
+    }
+}
+
 /// An OpenGL ES context with no surface. It may be used on any thread, on one at a time.
 pub struct Gl {
     display: Display,
     context: egl::Context,
     functions: glow::Context,
     image_target_texture: ImageTargetTexture,
+    fences: Option<Fences>,
 }
 
 // SAFETY: a GL context may go from thread to thread as long as it is current on one at most; it is
@@ -43,7 +79,7 @@ impl Gl {
             unsafe { library::extension(egl, "glEGLImageTargetTexture2DOES") }?;
         let api = Api::bind(display)?;
         // SAFETY: EGL_NO_CONFIG_KHR is null, and the display takes it.
-        let no_config = unsafe { egl::Config::from_ptr(std::ptr::null_mut()) };
+        let no_config = unsafe { egl::Config::from_ptr(ptr::null_mut()) };
         let attributes = [egl::CONTEXT_CLIENT_VERSION, version.into(), egl::NONE];
         let context = egl
             .create_context(raw, no_config, None, &attributes)
@@ -60,7 +96,7 @@ impl Gl {
         let functions = unsafe {
             glow::Context::from_loader_function(|name| {
                 egl.get_proc_address(name)
-                    .map_or(std::ptr::null(), |function| function as *const c_void)
+                    .map_or(ptr::null(), |function| function as *const c_void)
             })
         };
         drop(before);
@@ -69,7 +105,13 @@ impl Gl {
             context,
             functions,
             image_target_texture,
+            fences: Fences::of(display),
         })
+    }
+
+    /// Whether the GPU can wait for sync files.
+    pub fn takes_fences(&self) -> bool {
+        self.fences.is_some()
     }
 
     /// Makes it current on this thread, until what is returned is dropped; then the thread has what
@@ -113,6 +155,42 @@ impl Current<'_> {
     pub unsafe fn show_image(&self, image: *mut c_void) {
         // SAFETY: the context is current; the caller vouches for the image.
         unsafe { (self.gl.image_target_texture)(glow::TEXTURE_2D, image) }
+    }
+
+    /// Lets the GPU begin what is drawn from here on only when a sync file is signalled. Nobody waits
+    /// here, unless the GPU is the processor.
+    pub fn wait_for(&self, fence: BorrowedFd<'_>) -> Result<(), Error> {
+        let node = self.gl.display.node().display();
+        let unavailable = |text: String| Error::Unavailable(format!("{node}: {text}"));
+        let fences = self
+            .gl
+            .fences
+            .ok_or_else(|| unavailable("its driver has no EGL_ANDROID_native_fence_sync".into()))?;
+        let fd = fence
+            .try_clone_to_owned()
+            .map_err(|error| unavailable(format!("no descriptor: {error}")))?;
+        let attributes = [SYNC_NATIVE_FENCE_FD_ANDROID, fd.as_raw_fd(), egl::NONE];
+        let display = self.gl.display.inner().raw.as_ptr();
+        // SAFETY: the list ends with EGL_NONE; the display is initialised.
+        let sync =
+            unsafe { (fences.create)(display, SYNC_NATIVE_FENCE_ANDROID, attributes.as_ptr()) };
+        if sync.is_null() {
+            return Err(unavailable("eglCreateSync takes a fence for none".into()));
+        }
+        // It belongs to the sync object from here on.
+        let _ = fd.into_raw_fd();
+        // SAFETY: the context is current, no flags are defined, and the object was made just now; what
+        // waits for it keeps it.
+        let (waits, _) = unsafe {
+            (
+                (fences.wait)(display, sync, 0),
+                (fences.destroy)(display, sync),
+            )
+        };
+        if waits != egl::TRUE as egl::Int {
+            return Err(unavailable("eglWaitSync failed".into()));
+        }
+        Ok(())
     }
 }
 

@@ -27,6 +27,11 @@ pub use gl::{Current, Gl};
 pub use image::Image;
 pub use reader::Reader;
 
+/// Whether there is an EGL that would do. The error says what is missing. Looked at once.
+pub fn available() -> Result<(), Error> {
+    library::egl().map(drop)
+}
+
 /// The most planes that a DMA-BUF of EGL_EXT_image_dma_buf_import_modifiers can have.
 pub const MAX_PLANES: usize = 4;
 

@@ -8,16 +8,22 @@ use std::sync::Arc;
 use gst::prelude::*;
 use gst::subclass::prelude::*;
 use gst_base::prelude::*;
+use zerocopy_plugin_common::wait::Waiter;
 
+use super::CudaImport;
 use super::abilities::Use;
 use super::dmabuf::with_dmabuf;
-use super::gpu::Gpu;
+use super::figures::WaitedBy;
 use super::imp::{CAT, PipeWireZeroCopySrc, lock};
-use super::streaming::Streaming;
+use super::settings::Settings;
+use super::streaming::{Negotiated, Streaming};
 use crate::capture::StreamFormat;
-use crate::capture::dmabuf::Plane;
+use crate::capture::dmabuf::{Fence, Plane};
 use crate::capture::frame::Frame;
 use crate::cuda::{self, Error, Importer, Pool, Source, Stream, Way};
+
+/// The way to begin with. Not measured: no GPU was to be had. `ci/gpu` prints the figures of both.
+const BETTER: Way = Way::Image;
 
 /// What copies frames, from the first time that CUDA memory is negotiated on.
 pub(super) struct CudaOutput {
@@ -37,14 +43,16 @@ struct Imported {
 }
 
 impl PipeWireZeroCopySrc {
-    /// Whether CUDA can copy what this GPU imports. The error says what is missing.
-    pub(super) fn has_cuda(&self, gpu: &Gpu) -> Result<(), String> {
-        cuda::available().map_err(|error| error.to_string())?;
-        // Whoever names a device is taken at their word.
-        if lock(&self.settings).cuda_device().is_some() {
-            return Ok(());
+    /// The device of a CUDA context that downstream or the application shares, where CUDA memory is wanted.
+    /// Calls downstream.
+    pub(super) fn shared_device(&self, settings: &Settings) -> Option<u32> {
+        let wanted = settings.wanted().is_ok_and(|wanted| wanted.cuda);
+        if !wanted || cuda::available().is_err() {
+            return None;
         }
-        device_of(gpu).map(drop).map_err(|error| error.to_string())
+        let obj = self.obj();
+        let mut shared = cuda::shared_with(obj.upcast_ref(), obj.src_pad().upcast_ref());
+        shared.next().map(|context| context.device())
     }
 
     /// Finds or makes the context that is shared with downstream, and what copies into it. Calls
@@ -54,37 +62,52 @@ impl PipeWireZeroCopySrc {
         caps: &gst::Caps,
         info: &gst_video::VideoInfo,
     ) -> Result<(), Error> {
-        let display = lock(&self.streaming)
+        let gpu = lock(&self.streaming)
             .as_ref()
-            .and_then(|streaming| streaming.display.clone())
-            .ok_or_else(|| Error::Unavailable("there is no GPU".into()))?;
+            .and_then(|streaming| streaming.display.clone().zip(streaming.cuda_device));
+        let (display, device) =
+            gpu.ok_or_else(|| Error::Unavailable("there is no GPU of CUDA's".into()))?;
         let obj = self.obj();
-        let pad = obj.src_pad();
-        let by_driver = display.cuda_device();
-        let own = || {
-            let by_node = || cuda::of_node(display.node()).unwrap_or(0);
-            by_driver.unwrap_or_else(by_node)
-        };
-        let context = cuda::ensure(obj.upcast_ref(), pad.upcast_ref(), &self.cuda, own)?;
+        let (element, pad) = (obj.upcast_ref(), obj.src_pad().upcast_ref());
+        let context = cuda::ensure(element, pad, &self.cuda, device)?;
+        if let Some(other) = cuda::shared_with(element, pad).find(|other| *other != context) {
+            gst::warning!(
+                CAT,
+                imp = self,
+                "downstream has a CUDA context of its own, on device {}, and copies what comes from \
+                 device {device} (cuda-device-id and render-node say which is used)",
+                other.device()
+            );
+        }
         let before = lock(&self.streaming)
             .as_mut()
             .and_then(|streaming| streaming.cuda.take())
             .filter(|cuda| cuda.context == context);
-        let (importer, stream) = if let Some(CudaOutput {
+        let (importer, stream, before) = if let Some(CudaOutput {
             importer: Some(importer),
             stream,
+            pool,
             ..
         }) = before
         {
-            (importer, stream)
+            (importer, stream, Some(pool))
         } else {
             gst::info!(CAT, imp = self, "CUDA device {}", context.device());
-            let importer = Importer::new(display, &context, Way::Image)?;
-            (importer, Arc::new(Stream::new(&context)?))
+            let way = match lock(&self.settings).cuda_import {
+                CudaImport::Auto => BETTER,
+                CudaImport::EglImage => Way::Image,
+                CudaImport::GlTexture => Way::Texture,
+            };
+            let importer = Importer::new(display, &context, way)?;
+            (importer, Arc::new(Stream::new(&context)?), None)
         };
         let size =
             u32::try_from(info.size()).map_err(|_| Error::Refused("frames over 4 GiB".into()))?;
-        let pool = Pool::new(&context, &stream, caps, size)?;
+        // A new one takes memory and gives it back, to learn the layout, and the GPU stands still for that.
+        let pool = match before.filter(|pool| pool.is_for(caps)) {
+            Some(pool) => pool,
+            None => Pool::new(&context, &stream, caps, size)?,
+        };
         if let Some(streaming) = &mut *lock(&self.streaming) {
             streaming.cuda = Some(CudaOutput {
                 importer: Some(importer),
@@ -138,22 +161,33 @@ impl PipeWireZeroCopySrc {
         Ok(())
     }
 
-    /// Copies a frame into a buffer of the pool. When this returns, the producer may have its buffer
-    /// back. False where it cannot be done with this frame; then it will not be tried again so.
+    /// Copies a frame into a buffer of the pool, once it is drawn. When this returns, the producer may
+    /// have its buffer back. Where it cannot be done with this frame, it will not be tried again so.
     pub(super) fn copy_to_cuda(
         &self,
         frame: &Frame,
+        fence: &Fence,
         buffer: &mut gst::Buffer,
-        info: &gst_video::VideoInfo,
-        format: &StreamFormat,
-    ) -> Result<bool, gst::FlowError> {
+        negotiated: &Negotiated,
+        waiter: &mut Waiter,
+    ) -> Result<Copied, gst::FlowError> {
+        let Negotiated {
+            source: format,
+            info,
+            ..
+        } = negotiated;
         let importer = lock(&self.streaming)
             .as_mut()
             .and_then(|streaming| streaming.cuda.as_mut()?.importer.take());
         let Some(mut importer) = importer else {
             return Err(gst::FlowError::Flushing);
         };
-        let copied = copy(&mut importer, frame, buffer, info, format);
+        // Also where the GPU waits: what waits for the GPU then could not be interrupted.
+        let drawn = || match fence.pending() {
+            Some(_) => self.wait_for(fence, waiter),
+            None => Ok(true),
+        };
+        let copied = copy(&mut importer, frame, fence, buffer, (info, format), drawn);
         let way = importer.way();
         if let Some(Streaming {
             cuda: Some(cuda), ..
@@ -162,28 +196,40 @@ impl PipeWireZeroCopySrc {
             cuda.importer = Some(importer);
         }
         match copied {
-            Ok(()) => {
-                lock(&self.figures).way = Some(way);
-                Ok(true)
+            Ok(copied) => {
+                if matches!(copied, Ok(Copied::Done(_))) {
+                    lock(&self.figures).way = Some(way);
+                }
+                copied
             }
             Err(error) => {
-                self.give_up_cuda(format, &error);
-                let can = lock(&self.streaming).as_ref().map(|s| s.can.caps());
-                if can.is_some_and(|caps| caps.is_empty()) {
-                    // Asked for by name, and nothing else may take its place.
-                    return self.fail(gst::error_msg!(
-                        gst::ResourceError::Failed,
-                        ["frames cannot be copied into CUDA memory: {error}"]
-                    ));
-                }
-                Ok(false)
+                self.give_up_cuda(format, &error)?;
+                Ok(Copied::Not)
             }
         }
     }
 
+    /// Does without CUDA memory for a frame that cannot come into it. An error, which is told, where it
+    /// was asked for by name, and nothing else may take its place.
+    pub(super) fn give_up_cuda(
+        &self,
+        format: &StreamFormat,
+        error: &Error,
+    ) -> Result<(), gst::FlowError> {
+        self.do_without_cuda(format, error);
+        let can = lock(&self.streaming).as_ref().map(|s| s.can.caps());
+        if can.is_some_and(|caps| caps.is_empty()) {
+            return self.fail(gst::error_msg!(
+                gst::ResourceError::Failed,
+                ["frames cannot be copied into CUDA memory: {error}"]
+            ));
+        }
+        Ok(())
+    }
+
     /// Does without CUDA memory from now on: for this kind of DMA-BUFs, or for all where the GPU
     /// cannot go on.
-    pub(super) fn give_up_cuda(&self, format: &StreamFormat, error: &Error) {
+    pub(super) fn do_without_cuda(&self, format: &StreamFormat, error: &Error) {
         if let Error::Refused(reason) = error {
             return self.refuse(format, Use::Cuda, reason);
         }
@@ -196,25 +242,32 @@ impl PipeWireZeroCopySrc {
         });
         // Here, where nothing is locked.
         drop(cuda);
+        if matches!(error, Error::Lost(_)) {
+            self.cuda.bury();
+        }
         self.obj().src_pad().mark_reconfigure();
     }
 }
 
-/// The CUDA device that draws what this GPU imports.
-fn device_of(gpu: &Gpu) -> Result<u32, Error> {
-    match gpu.display.cuda_device() {
-        Some(device) => Ok(device),
-        None => cuda::of_node(gpu.display.node()),
-    }
+/// What became of a frame.
+pub(super) enum Copied {
+    /// It is copied; who waited until it was drawn.
+    Done(WaitedBy),
+    /// What draws it has not ended in time.
+    NeverDrawn,
+    /// It cannot be copied so.
+    Not,
 }
 
+/// Copies a frame. `drawn` returns when what the fence stands for has happened, and whether it has.
 fn copy(
     importer: &mut Importer,
     frame: &Frame,
+    fence: &Fence,
     buffer: &mut gst::Buffer,
-    info: &gst_video::VideoInfo,
-    format: &StreamFormat,
-) -> Result<(), Error> {
+    (info, format): (&gst_video::VideoInfo, &StreamFormat),
+    drawn: impl FnOnce() -> Result<bool, gst::FlowError>,
+) -> Result<Result<Copied, gst::FlowError>, Error> {
     let refused = |text: &str| Error::Refused(text.to_owned());
     let context = importer.context().clone();
     let picture = frame.dmabuf().ok_or_else(|| refused("no DMA-BUF"))?;
@@ -236,5 +289,17 @@ fn copy(
     let buffer = buffer
         .get_mut()
         .ok_or_else(|| refused("the pool's buffer is in use"))?;
-    importer.copy(&known.source, frame.layout.origin, buffer, info)
+    let size = (info.width(), info.height());
+    let files = fence.sync_files();
+    let begun = importer.begin(&known.source, frame.layout.origin, size, &files)?;
+    let waited = match (begun.waits(), fence.pending()) {
+        (true, _) => WaitedBy::Gpu,
+        (false, Some(_)) => WaitedBy::Thread,
+        (false, None) => WaitedBy::Nobody,
+    };
+    match drawn() {
+        Ok(true) => begun.copy(buffer, info).map(|()| Ok(Copied::Done(waited))),
+        Ok(false) => Ok(Ok(Copied::NeverDrawn)),
+        Err(stopped) => Ok(Err(stopped)),
+    }
 }

@@ -17,8 +17,8 @@ use super::abilities::{Refusal, Use};
 use super::gpu::drm_format;
 use super::imp::{CAT, PipeWireZeroCopySrc, lock};
 use super::output::{Takes, write_rgba};
-use crate::capture::dmabuf::{Block, DmaBufPicture, DmaBuffer, IMPLICIT, MAX_PLANES, Plane};
-use crate::capture::frame::{Frame, Lease, Sync};
+use crate::capture::dmabuf::{Block, DmaBufPicture, DmaBuffer, Fence, IMPLICIT, MAX_PLANES, Plane};
+use crate::capture::frame::{Frame, Lease};
 use crate::capture::{PixelFormat, StreamFormat};
 use crate::egl::{self, Display, Image, Reader};
 
@@ -27,24 +27,16 @@ use crate::egl::{self, Display, Image, Reader};
 const WRITERS_LIMIT: Duration = Duration::from_secs(1);
 
 impl PipeWireZeroCopySrc {
-    /// Waits, cancellably, until what a frame needs has happened, and returns how that was known. Off the
-    /// loop thread: the compositor goes on meanwhile (lesson L20). None where it has not happened in
-    /// time: whoever looked at such a frame would see it half drawn, or wait in the kernel, without a
-    /// limit.
-    pub(super) fn wait_until_drawn(
+    /// Waits, cancellably, until what a frame needs has happened. Off the loop thread: the
+    /// compositor goes on meanwhile (lesson L20). False where it has not happened in time: whoever
+    /// looked at such a frame would see it half drawn, or wait in the kernel, without a limit.
+    pub(super) fn wait_for(
         &self,
-        frame: &Frame,
+        fence: &Fence,
         waiter: &mut Waiter,
-    ) -> Result<Option<Sync>, gst::FlowError> {
-        let (sync, fence) = match frame.fence() {
-            Ok(known) => known,
-            Err(error) => {
-                gst::warning!(CAT, imp = self, "a frame is taken as it is: {error}");
-                return Ok(Some(Sync::None));
-            }
-        };
+    ) -> Result<bool, gst::FlowError> {
         match until_none(|| fence.pending(), waiter, WRITERS_LIMIT) {
-            Ok(Waited::Done) => Ok(Some(sync)),
+            Ok(Waited::Done) => Ok(true),
             Ok(Waited::Cancelled) => Err(gst::FlowError::Flushing),
             Ok(Waited::TooLong) => {
                 gst::warning!(
@@ -52,7 +44,7 @@ impl PipeWireZeroCopySrc {
                     imp = self,
                     "a frame is dropped: it was still being drawn after {WRITERS_LIMIT:?}"
                 );
-                Ok(None)
+                Ok(false)
             }
             Err(error) => {
                 gst::warning!(
@@ -60,7 +52,7 @@ impl PipeWireZeroCopySrc {
                     imp = self,
                     "a frame is dropped: waiting for what draws it failed: {error}"
                 );
-                Ok(None)
+                Ok(false)
             }
         }
     }

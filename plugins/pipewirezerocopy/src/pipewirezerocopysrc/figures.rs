@@ -13,6 +13,28 @@ use crate::capture::Counters;
 use crate::capture::frame::Sync;
 use crate::cuda::Way;
 
+/// Who has waited until a frame was drawn.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) enum WaitedBy {
+    /// Nobody: it was drawn already, or nothing says when it is.
+    #[default]
+    Nobody,
+    /// The streaming thread.
+    Thread,
+    /// The GPU that copies it.
+    Gpu,
+}
+
+impl WaitedBy {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Nobody => "none",
+            Self::Thread => "thread",
+            Self::Gpu => "gpu",
+        }
+    }
+}
+
 /// What is counted beside the capture's own [`Counters`].
 #[derive(Default)]
 pub(super) struct Figures {
@@ -31,6 +53,8 @@ pub(super) struct Figures {
     pub memory: Option<OutputMemory>,
     /// How the last frame was kept from being read too early.
     pub sync: Sync,
+    /// Who waited until the last frame was drawn.
+    pub waited: WaitedBy,
     /// The last frame was kept for a frame's time, because nothing said when it was drawn.
     pub latched: bool,
     /// How the last frame came into CUDA memory.
@@ -108,6 +132,7 @@ impl Figures {
             .field("memory", memory.name())
             .field("import", self.way.map_or("none", Way::name))
             .field("sync", sync)
+            .field("waited-by", self.waited.name())
             .field("latency-p50-us", p50)
             .field("latency-p99-us", p99)
             .build()

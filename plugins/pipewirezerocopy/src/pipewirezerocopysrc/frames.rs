@@ -13,15 +13,19 @@ use zerocopy_plugin_common::wait::Waiter;
 
 use super::abilities::Use;
 use super::caps::OutputMemory;
+use super::cuda::Copied;
 use super::dmabuf::pass_on;
+use super::figures::WaitedBy;
 use super::imp::{CAT, PipeWireZeroCopySrc, lock};
 use super::output::{can_leave_in_place, copy_frame, draw, in_place, orientation};
 use super::settings::LiveSettings;
 use super::streaming::{Negotiated, Streaming};
 use crate::capture::damage::Damage;
+use crate::capture::dmabuf::Fence;
 use crate::capture::frame::{Frame, Sync};
 use crate::capture::meta::Transform;
-use crate::capture::{Monotonic, StreamFormat};
+use crate::capture::{Inbox, Monotonic, StreamFormat};
+use crate::cuda::Error;
 
 impl PipeWireZeroCopySrc {
     /// Gives a frame that nobody wants back to the producer.
@@ -45,7 +49,7 @@ impl PipeWireZeroCopySrc {
         settings: &LiveSettings,
         waiter: &mut Waiter,
     ) -> Result<Option<gst::Buffer>, gst::FlowError> {
-        let (inbox, last, negotiated, takes, latches) = {
+        let (inbox, last, negotiated, takes) = {
             let mut streaming = lock(&self.streaming);
             let Some(streaming) = &mut *streaming else {
                 return Err(gst::FlowError::Flushing);
@@ -58,7 +62,6 @@ impl PipeWireZeroCopySrc {
                 streaming.last.take(),
                 negotiated,
                 streaming.takes,
-                streaming.latch.without_fences || streaming.latch.active,
             )
         };
         let Negotiated { info, memory, .. } = &*negotiated;
@@ -90,22 +93,28 @@ impl PipeWireZeroCopySrc {
                 return Ok(None);
             }
             // The pool may make us wait: no frame is held meanwhile (L4).
-            pooled = Some(self.pooled_buffer()?);
-            found = inbox.take(format, |_| true);
+            pooled = self.pooled_buffer_of(&negotiated)?;
+            if pooled.is_some() {
+                found = inbox.take(format, |_| true);
+            }
         }
-        let Some(mut frame) = found else {
+        let Some(frame) = found else {
             return Ok(None);
         };
-        if latches
-            && self.must_latch(&frame, memory)
-            && let Some(streaming) = &mut *lock(&self.streaming)
-        {
-            let time = Duration::from(Self::interval(Some(&negotiated)));
-            match streaming.latch.exchange(frame, Instant::now(), time) {
-                Some(before) => frame = before,
-                // It leaves with the next one, or when none comes.
-                None => return Ok(None),
-            }
+        self.look_at_sync(&frame, memory);
+        let interval = Duration::from(Self::interval(Some(&negotiated)));
+        let (leaves, of_no_use) = match &mut *lock(&self.streaming) {
+            Some(streaming) => streaming.latch.exchange(frame, Instant::now(), interval),
+            None => return Err(gst::FlowError::Flushing),
+        };
+        // One that is kept leaves with the next one, or when none comes.
+        let Some(mut frame) = leaves else {
+            return Ok(None);
+        };
+        if let Some(older) = of_no_use {
+            frame.damage.add(older.damage);
+            let figures = lock(&self.figures);
+            figures.counters.dropped.fetch_add(1, Ordering::Relaxed);
         }
         self.finish(frame, pooled, &negotiated, settings, waiter)
     }
@@ -116,30 +125,53 @@ impl PipeWireZeroCopySrc {
         settings: &LiveSettings,
         waiter: &mut Waiter,
     ) -> Result<Option<gst::Buffer>, gst::FlowError> {
-        let pooled = self.pooled_buffer()?;
-        let kept = lock(&self.streaming)
-            .as_mut()
-            .and_then(|streaming| streaming.latch.take().zip(streaming.negotiated.clone()));
-        match kept {
-            Some((frame, negotiated)) => {
+        let negotiated = match &*lock(&self.streaming) {
+            Some(streaming) => streaming.negotiated.clone(),
+            None => return Err(gst::FlowError::Flushing),
+        };
+        let pooled = match &negotiated {
+            Some(negotiated) => self.pooled_buffer_of(negotiated)?,
+            None => None,
+        };
+        let (inbox, kept) = match &mut *lock(&self.streaming) {
+            Some(streaming) => (streaming.capture.inbox().clone(), streaming.latch.take()),
+            None => return Err(gst::FlowError::Flushing),
+        };
+        match (kept, negotiated, pooled) {
+            (Some(frame), Some(negotiated), Some(pooled)) => {
                 self.finish(frame, Some(pooled), &negotiated, settings, waiter)
             }
-            None => Ok(None),
+            (Some(frame), ..) => {
+                inbox.put_back(frame);
+                Ok(None)
+            }
+            (None, ..) => Ok(None),
         }
     }
 
-    /// Whether frames must be kept because nothing says when they are drawn. Tells when that changes:
-    /// it is a frame's time of latency.
-    fn must_latch(&self, frame: &Frame, memory: OutputMemory) -> bool {
+    /// Lets another attempt find the newest picture, which did not leave as was agreed: this one, or the one
+    /// that is kept after it.
+    fn hand_back(&self, inbox: &Inbox, frame: Frame) {
+        let kept = lock(&self.streaming)
+            .as_mut()
+            .and_then(|streaming| streaming.latch.take());
+        if let Some(kept) = kept {
+            inbox.put_back(kept);
+        }
+        inbox.put_back(frame);
+    }
+
+    /// Looks whether frames must be kept because nothing says when they are drawn. Tells when that
+    /// changes: it is a frame's time of latency.
+    fn look_at_sync(&self, frame: &Frame, memory: OutputMemory) {
         let sync = match frame.dmabuf() {
             _ if frame.has_acquire_point() => Sync::Explicit,
             Some(_) => Sync::Implicit,
             None => Sync::None,
         };
         let mut changed = false;
-        let mut latching = false;
         if let Some(streaming) = &mut *lock(&self.streaming) {
-            latching = streaming.latch.is_needed(sync, memory);
+            let latching = streaming.latch.is_needed(sync, memory);
             changed = streaming.latch.active != latching;
             streaming.latch.active = latching;
         }
@@ -148,7 +180,6 @@ impl PipeWireZeroCopySrc {
             // Fails only while the element is being disposed of.
             let _ = self.obj().post_message(message);
         }
-        latching
     }
 
     /// A frame as a buffer, and all that is to be remembered of it.
@@ -176,24 +207,26 @@ impl PipeWireZeroCopySrc {
             memory,
         } = negotiated;
         let memory = *memory;
-        let sync = if frame.is_drawn() {
-            Sync::None
-        } else {
-            match self.wait_until_drawn(&frame, waiter) {
-                Ok(Some(Sync::Implicit)) if without_fences => Sync::None,
-                Ok(Some(sync)) => sync,
-                Ok(None) => {
-                    inbox.miss();
-                    let figures = lock(&self.figures);
-                    figures.counters.corrupted.fetch_add(1, Ordering::Relaxed);
-                    return Ok(None);
-                }
-                Err(error) => {
-                    inbox.miss();
-                    return Err(error);
-                }
+        let for_gpu = memory == OutputMemory::Cuda;
+        let (sync, fence) = match frame.fence(for_gpu) {
+            Ok((Sync::Implicit, fence)) if without_fences => (Sync::None, fence),
+            Ok(known) => known,
+            Err(error) => {
+                gst::warning!(CAT, imp = self, "a frame is taken as it is: {error}");
+                (Sync::None, Fence::default())
             }
         };
+        // Where the GPU copies it, it may be the GPU that waits.
+        let mut by = WaitedBy::Nobody;
+        if !for_gpu && fence.pending().is_some() {
+            by = WaitedBy::Thread;
+            if !self
+                .wait_for(&fence, waiter)
+                .inspect_err(|_| inbox.miss())?
+            {
+                return Ok(self.never_drawn(&inbox));
+            }
+        }
         let (captured, transform) = (frame.captured, frame.transform);
         let damage = std::mem::replace(&mut frame.damage, Damage::Everything);
         let copied = pooled.is_some() && memory == OutputMemory::System;
@@ -208,9 +241,14 @@ impl PipeWireZeroCopySrc {
             },
             (None, OutputMemory::System | OutputMemory::Cuda) => in_place(frame, info),
             (Some(mut buffer), OutputMemory::Cuda) => {
-                if !self.copy_to_cuda(&frame, &mut buffer, info, format)? {
-                    inbox.miss();
-                    return Ok(None);
+                let copied = self.copy_to_cuda(&frame, &fence, &mut buffer, negotiated, waiter);
+                match copied.inspect_err(|_| inbox.miss())? {
+                    Copied::Done(who) => by = who,
+                    Copied::NeverDrawn => return Ok(self.never_drawn(&inbox)),
+                    Copied::Not => {
+                        self.hand_back(&inbox, frame);
+                        return Ok(None);
+                    }
                 }
                 Some(buffer)
             }
@@ -238,6 +276,7 @@ impl PipeWireZeroCopySrc {
             }
             figures.memory = Some(memory);
             figures.sync = sync;
+            figures.waited = by;
             figures.latched = latching;
             figures.add_frame(info.size(), Monotonic::now().since(captured));
         }
@@ -262,6 +301,14 @@ impl PipeWireZeroCopySrc {
         }
         gst::trace!(CAT, imp = self, "frame {:?}", buffer.pts());
         Ok(Some(buffer))
+    }
+
+    /// Nothing leaves: what draws the frame has not ended in time.
+    fn never_drawn(&self, inbox: &Inbox) -> Option<gst::Buffer> {
+        inbox.miss();
+        let figures = lock(&self.figures);
+        figures.counters.corrupted.fetch_add(1, Ordering::Relaxed);
+        None
     }
 
     /// Copies a frame into a buffer. False where that cannot be done with this frame.
@@ -422,6 +469,26 @@ impl PipeWireZeroCopySrc {
         let pool = self.obj().buffer_pool();
         pool.ok_or(gst::FlowError::NotNegotiated)?
             .acquire_buffer(None)
+    }
+
+    /// The same for a new frame. None where the GPU has no memory left, and other memory is to be agreed on.
+    fn pooled_buffer_of(
+        &self,
+        negotiated: &Negotiated,
+    ) -> Result<Option<gst::Buffer>, gst::FlowError> {
+        match self.pooled_buffer() {
+            Err(gst::FlowError::Error) if negotiated.memory == OutputMemory::Cuda => {
+                let info = &negotiated.info;
+                let error = Error::Exhausted(format!(
+                    "no CUDA memory can be had for one more picture of {}x{}",
+                    info.width(),
+                    info.height()
+                ));
+                self.give_up_cuda(&negotiated.source, &error)?;
+                Ok(None)
+            }
+            other => other.map(Some),
+        }
     }
 
     /// Says downstream how the frames from now on are turned.

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::capture::PixelFormat;
 use crate::capture::dmabuf::{IMPLICIT, LINEAR};
-use crate::cuda::image_formats;
+use crate::cuda::{self, image_formats};
 use crate::egl::{Display, Format};
 
 /// Where the kernel's DRM nodes are.
@@ -50,12 +50,57 @@ impl Gpu {
     }
 
     fn open(node: &Path) -> Result<Self, String> {
-        let display = Display::open(node).map_err(|error| error.to_string())?;
+        Self::of_display(Display::open(node).map_err(|error| error.to_string())?)
+    }
+
+    /// The GPU that is the CUDA device of this number, without a DRM node.
+    pub fn of_cuda_device(number: u32) -> Result<Self, String> {
+        Self::of_display(Display::of_cuda_device(number).map_err(|error| error.to_string())?)
+    }
+
+    /// The number of the CUDA device that it is. The error says what is missing, or that another one
+    /// was asked for.
+    pub fn cuda_device(&self, asked: Option<Asked>) -> Result<u32, String> {
+        cuda::available().map_err(|error| error.to_string())?;
+        let device = cuda::of_display(&self.display).map_err(|error| error.to_string())?;
+        match asked {
+            Some(asked) if asked.device != device => Err(format!(
+                "it is CUDA device {device}, not the device {} of {}",
+                asked.device,
+                if asked.by_name {
+                    "cuda-device-id"
+                } else {
+                    "the CUDA context that is shared"
+                }
+            )),
+            _ => Ok(device),
+        }
+    }
+
+    fn of_display(display: Display) -> Result<Self, String> {
         let formats = display.formats().map_err(|error| error.to_string())?;
         Ok(Self {
             display,
             importable: Importable(formats),
         })
+    }
+}
+
+/// The CUDA device that frames are to be on.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Asked {
+    pub device: u32,
+    /// By cuda-device-id, and not by a context that somebody shares.
+    pub by_name: bool,
+}
+
+impl Asked {
+    /// The one that is named, else, where no node is, that of a context that is shared. None where it
+    /// is for the node to say.
+    pub fn for_node(node: Option<&str>, named: Option<u32>, shared: Option<u32>) -> Option<Self> {
+        let by_name = named.is_some();
+        let device = named.or(shared.filter(|_| node.is_none()))?;
+        Some(Self { device, by_name })
     }
 }
 
@@ -221,6 +266,20 @@ mod tests {
         let names: Vec<_> = found.iter().map(|path| path.file_name().unwrap()).collect();
         assert_eq!(names, ["renderD128", "renderD129", "card0", "card1"]);
         assert!(nodes(Path::new("/nonexistent")).is_empty());
+    }
+
+    #[test]
+    fn a_device_that_is_named_goes_before_a_shared_one_and_a_node_says_its_own() {
+        let of = |node, named, shared| {
+            let asked = Asked::for_node(node, named, shared);
+            asked.map(|asked| (asked.device, asked.by_name))
+        };
+        let node = Some("/dev/dri/renderD128");
+        assert_eq!(of(None, Some(1), Some(2)), Some((1, true)));
+        assert_eq!(of(node, Some(1), Some(2)), Some((1, true)));
+        assert_eq!(of(None, None, Some(2)), Some((2, false)));
+        assert_eq!(of(node, None, Some(2)), None);
+        assert_eq!(of(None, None, None), None);
     }
 
     #[test]

@@ -191,7 +191,8 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
         let target = settings.target().map_err(unusable)?;
         let remote = settings.remote().map_err(unusable)?;
         self.cuda.reset(settings.cuda_device());
-        let (can, display) = self.look_for_gpu(&settings)?;
+        let shared = self.shared_device(&settings);
+        let (can, display, cuda_device) = self.look_for_gpu(&settings, shared)?;
         let failed = |error: std::io::Error| {
             gst::error_msg!(
                 gst::ResourceError::Failed,
@@ -213,7 +214,8 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
         wait_for_connection(&capture, &mut waiter)?;
         *lock(&self.figures) = Figures::new(counters);
         *lock(&self.waker) = Some(waiter.waker());
-        *lock(&self.streaming) = Some(Streaming::new(capture, waiter, described, can, display));
+        let streaming = Streaming::new(capture, waiter, described, can, display, cuda_device);
+        *lock(&self.streaming) = Some(streaming);
         Ok(())
     }
 

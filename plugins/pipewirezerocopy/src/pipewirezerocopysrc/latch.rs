@@ -34,10 +34,16 @@ impl<T> Latch<T> {
         self.without_fences && sync == Sync::Implicit && memory != OutputMemory::DmaBuf
     }
 
-    /// Keeps a frame that has come at `now`, and gives the one that was kept.
-    pub fn exchange(&mut self, frame: T, now: Instant, time: Duration) -> Option<T> {
-        let before = self.kept.replace((frame, now + time));
-        before.map(|(frame, _)| frame)
+    /// A frame has come at `now`, which is kept while the latch is active. Gives the one that is to
+    /// leave, and one that is of no use any more.
+    pub fn exchange(&mut self, frame: T, now: Instant, time: Duration) -> (Option<T>, Option<T>) {
+        if self.active {
+            let before = self.kept.replace((frame, now + time));
+            (before.map(|(frame, _)| frame), None)
+        } else {
+            // It is newer than what was kept before, and needs no time.
+            (Some(frame), self.take())
+        }
     }
 
     /// When the frame that is kept must leave, if none comes before.
@@ -67,19 +73,35 @@ mod tests {
         assert!(!latch.is_needed(Sync::Implicit, OutputMemory::DmaBuf));
     }
 
+    fn active() -> Latch<u32> {
+        Latch {
+            active: true,
+            ..Latch::new(true)
+        }
+    }
+
     const TIME: Duration = Duration::from_millis(16);
 
     #[test]
     fn a_frame_leaves_when_the_next_one_comes() {
-        let (mut latch, now) = (Latch::new(true), Instant::now());
-        assert_eq!(latch.exchange(1, now, TIME), None);
-        assert_eq!(latch.exchange(2, now, TIME), Some(1));
-        assert_eq!(latch.exchange(3, now, TIME), Some(2));
+        let (mut latch, now) = (active(), Instant::now());
+        assert_eq!(latch.exchange(1, now, TIME), (None, None));
+        assert_eq!(latch.exchange(2, now, TIME), (Some(1), None));
+        assert_eq!(latch.exchange(3, now, TIME), (Some(2), None));
+    }
+
+    #[test]
+    fn an_older_frame_does_not_leave_after_one_that_is_not_kept() {
+        let (mut latch, now) = (active(), Instant::now());
+        latch.exchange(1, now, TIME);
+        latch.active = false;
+        assert_eq!(latch.exchange(2, now, TIME), (Some(2), Some(1)));
+        assert_eq!(latch.due(), None);
     }
 
     #[test]
     fn the_last_frame_leaves_when_the_screen_has_gone_still() {
-        let (mut latch, now) = (Latch::new(true), Instant::now());
+        let (mut latch, now) = (active(), Instant::now());
         assert_eq!(latch.due(), None);
         latch.exchange(1, now, TIME);
         latch.exchange(2, now + TIME, TIME);

@@ -49,6 +49,29 @@ pub enum OutputMode {
     System,
 }
 
+/// How CUDA gets at a picture.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, glib::Enum)]
+#[enum_type(name = "GstPipeWireZeroCopySrcCudaImport")]
+#[repr(i32)]
+pub enum CudaImport {
+    /// The one that is thought to be better.
+    #[default]
+    #[enum_value(name = "The one that is thought to be better", nick = "auto")]
+    Auto,
+    /// The EGL image is registered with CUDA, or drawn where the driver refuses that.
+    #[enum_value(
+        name = "Registered with CUDA; drawn where the driver refuses that",
+        nick = "egl-image"
+    )]
+    EglImage,
+    /// The EGL image is drawn into a texture that is registered with CUDA.
+    #[enum_value(
+        name = "Drawn into a texture that is registered with CUDA",
+        nick = "gl-texture"
+    )]
+    GlTexture,
+}
+
 /// What a vanished producer means.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, glib::Enum)]
 #[enum_type(name = "GstPipeWireZeroCopySrcOnDisconnect")]

@@ -11,7 +11,7 @@ use gst_base::prelude::*;
 use super::abilities::{Abilities, Use};
 use super::caps::{self, OutputMemory};
 use super::dmabuf::describe;
-use super::gpu::Gpu;
+use super::gpu::{Asked, Gpu};
 use super::imp::{CAT, PipeWireZeroCopySrc, lock};
 use super::offers;
 use super::output::Takes;
@@ -22,15 +22,16 @@ use crate::cuda;
 use crate::egl::Display;
 
 impl PipeWireZeroCopySrc {
-    /// What can leave on this machine, and the GPU that has to do with it. An error where nothing
-    /// of what is wanted can.
+    /// What can leave on this machine, the display of the GPU that has to do with it, and the number of
+    /// the CUDA device which that is, if it is one. An error where nothing of what is wanted can. `shared`
+    /// is the device of a CUDA context that others have.
     pub(super) fn look_for_gpu(
         &self,
         settings: &Settings,
-    ) -> Result<(Abilities, Option<Display>), gst::ErrorMessage> {
-        let wanted = settings
-            .wanted()
-            .map_err(|text| gst::error_msg!(gst::ResourceError::Settings, ["{text}"]))?;
+        shared: Option<u32>,
+    ) -> Result<(Abilities, Option<Display>, Option<u32>), gst::ErrorMessage> {
+        let unusable = |text: String| gst::error_msg!(gst::ResourceError::Settings, ["{text}"]);
+        let wanted = settings.wanted().map_err(unusable)?;
         let mut can = Abilities {
             system: wanted.system,
             dmabuf: wanted.dmabuf,
@@ -49,19 +50,41 @@ impl PipeWireZeroCopySrc {
             // What is missing is said before what a GPU might lack.
             cuda::available().map_err(|error| without_cuda(&error))?;
         }
-        let found = Gpu::find(settings.render_node.as_deref(), |gpu| {
-            if no_other { self.has_cuda(gpu) } else { Ok(()) }
-        });
+        let has_cuda = wanted.cuda && cuda::available().is_ok();
+        let node = settings.render_node.as_deref();
+        let asked = has_cuda.then(|| Asked::for_node(node, settings.cuda_device(), shared));
+        let asked = asked.flatten();
+        let found = if no_other || asked.is_some() {
+            let suiting = Gpu::find(node, |gpu| gpu.cuda_device(asked).map(drop));
+            let or_none = |reason| match node {
+                // A GPU without a DRM node, as in a container that was given no more than CUDA.
+                None if has_cuda => Gpu::of_cuda_device(asked.map_or(0, |asked| asked.device))
+                    .map_err(|without| format!("{reason}; {without}")),
+                _ => Err(reason),
+            };
+            match suiting.or_else(or_none) {
+                Err(reason) if !no_other => match Gpu::find(node, |_| Ok(())) {
+                    Ok(_) if asked.is_some_and(|asked| asked.by_name) && node.is_some() => {
+                        return Err(unusable(reason));
+                    }
+                    other => other,
+                },
+                found => found,
+            }
+        } else {
+            Gpu::find(node, |_| Ok(()))
+        };
         match found {
             Ok(gpu) => {
-                let node = gpu.display.node().display();
-                gst::info!(CAT, imp = self, "DMA-BUFs as {node} imports them");
-                if let Err(reason) = self.has_cuda(&gpu) {
+                let name = gpu.display.node().display();
+                gst::info!(CAT, imp = self, "DMA-BUFs as {name} imports them");
+                let device = wanted.cuda.then(|| gpu.cuda_device(asked));
+                if let Some(Err(reason)) = &device {
                     gst::info!(CAT, imp = self, "no CUDA memory leaves here: {reason}");
                     can.cuda = false;
                 }
                 can.gpu = Some(gpu.importable);
-                Ok((can, Some(gpu.display)))
+                Ok((can, Some(gpu.display), device.and_then(Result::ok)))
             }
             Err(reason) if no_other => Err(without_cuda(&reason)),
             Err(reason) if !wanted.system => Err(gst::error_msg!(
@@ -73,7 +96,7 @@ impl PipeWireZeroCopySrc {
             )),
             Err(reason) => {
                 gst::info!(CAT, imp = self, "no DMA-BUFs leave here: {reason}");
-                Ok((can, None))
+                Ok((can, None, None))
             }
         }
     }
@@ -96,8 +119,10 @@ impl PipeWireZeroCopySrc {
         if settings.wanted().is_err() {
             return caps::template();
         }
-        let found = self.look_for_gpu(&settings);
-        found.map_or_else(|_| gst::Caps::new_empty(), |(can, _)| can.caps())
+        // Nobody is asked for a context here: who asks for caps may not want to be asked.
+        // So is what cannot be had at all: of a link that fails nobody learns why.
+        let found = self.look_for_gpu(&settings, None);
+        found.map_or_else(|_| caps::template(), |(can, ..)| can.caps())
     }
 
     /// Tells PipeWire what downstream takes and, once the producer has fixed a format, sets caps. The
@@ -163,7 +188,7 @@ impl PipeWireZeroCopySrc {
             if memory == OutputMemory::Cuda
                 && let Err(error) = self.prepare_cuda(&caps, &info)
             {
-                self.give_up_cuda(&wanted, &error);
+                self.do_without_cuda(&wanted, &error);
                 continue;
             }
             let what = match memory {
@@ -195,6 +220,7 @@ impl PipeWireZeroCopySrc {
 
     fn agreed(&self, negotiated: &Arc<Negotiated>) {
         let mut changed = false;
+        let mut kept = None;
         if let Some(streaming) = &mut *lock(&self.streaming) {
             let before = streaming.negotiated.replace(negotiated.clone());
             streaming.stale = None;
@@ -204,10 +230,16 @@ impl PipeWireZeroCopySrc {
                     || before.memory != negotiated.memory
             });
             if changed {
-                // They have the old format.
+                // It has the old format.
                 streaming.last = None;
-                streaming.latch.take();
+                let inbox = streaming.capture.inbox().clone();
+                kept = streaming.latch.take().map(|frame| (frame, inbox));
             }
+        }
+        if let Some((frame, inbox)) = kept {
+            // The producer has not changed what it gives, or the frame would have left: it leaves as is
+            // agreed now.
+            inbox.put_back(frame);
         }
         if changed {
             let message = gst::message::Latency::builder().src(&*self.obj()).build();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use gst::glib;
 use gst::prelude::*;
 
-use super::{OnDisconnect, OutputMode};
+use super::{CudaImport, OnDisconnect, OutputMode};
 use crate::capture::{Remote, Target};
 
 /// What the application has set.
@@ -23,6 +23,7 @@ pub(super) struct Settings {
     /// It was set, be it to its default, and so goes before `buffer_type`.
     pub output_mode_was_set: bool,
     pub cuda_device_id: i32,
+    pub cuda_import: CudaImport,
     pub buffer_type: Option<String>,
     pub capture_source: Option<String>,
     pub live: LiveSettings,
@@ -66,6 +67,7 @@ impl Default for Settings {
             output_mode: OutputMode::Auto,
             output_mode_was_set: false,
             cuda_device_id: -1,
+            cuda_import: CudaImport::Auto,
             buffer_type: None,
             capture_source: Some(CAPTURE_SOURCE.into()),
             live: LiveSettings::default(),
@@ -134,11 +136,16 @@ impl Settings {
             glib::ParamSpecInt::builder("cuda-device-id")
                 .nick("CUDA device")
                 .blurb(
-                    "CUDA device whose memory buffers leave in (-1 = that of downstream's context, \
-                     else the render node's GPU)",
+                    "CUDA device whose memory buffers leave in; it must be the GPU of a render node that is \
+                     named (-1 = that node's, else that of downstream's context, else the first)",
                 )
                 .minimum(-1)
                 .default_value(default.cuda_device_id)
+                .mutable_ready()
+                .build(),
+            glib::ParamSpecEnum::builder_with_default("cuda-import", default.cuda_import)
+                .nick("CUDA import")
+                .blurb("How pictures come into CUDA memory; for drivers with which one way is bad")
                 .mutable_ready()
                 .build(),
             glib::ParamSpecUInt::builder("keepalive-time")
@@ -209,6 +216,7 @@ impl Settings {
                 self.output_mode_was_set = true;
             }
             "cuda-device-id" => self.cuda_device_id = get(value),
+            "cuda-import" => self.cuda_import = get(value),
             "keepalive-time" => self.live.keepalive_time = get(value),
             "resend-last" => self.live.resend_last = get(value),
             "first-frame-timeout" => self.live.first_frame_timeout = get(value),
@@ -229,6 +237,7 @@ impl Settings {
             "render-node" => self.render_node.to_value(),
             "output-mode" => self.output_mode.to_value(),
             "cuda-device-id" => self.cuda_device_id.to_value(),
+            "cuda-import" => self.cuda_import.to_value(),
             "keepalive-time" => self.live.keepalive_time.to_value(),
             "resend-last" => self.live.resend_last.to_value(),
             "first-frame-timeout" => self.live.first_frame_timeout.to_value(),

@@ -55,6 +55,8 @@ pub(super) struct Streaming {
     pub can: Abilities,
     /// The GPU's, where there is one.
     pub display: Option<Display>,
+    /// The number of the CUDA device that it is, where CUDA memory is wanted and it is one.
+    pub cuda_device: Option<u32>,
     /// Reads what only the GPU can; made when first needed.
     pub reader: Option<Reader>,
     /// Copies into CUDA memory; made when that is first negotiated.
@@ -88,6 +90,8 @@ pub(super) struct Streaming {
     pub waits_for_buffer: bool,
     /// The producer is gone; there is nothing to keep alive.
     pub vanished: bool,
+    /// So is it, for this reason, once a frame that is kept has left.
+    gone: Option<String>,
     pub ending: Ending,
 }
 
@@ -113,16 +117,18 @@ impl Streaming {
         target: String,
         can: Abilities,
         display: Option<Display>,
+        cuda_device: Option<u32>,
     ) -> Self {
-        // NVIDIA's driver.
-        let cuda = display.as_ref().and_then(Display::cuda_device);
-        let without_fences = cuda.is_some();
+        // NVIDIA's driver has none (L14), and says so of itself or is libcuda's.
+        let of_nvidia = display.as_ref().and_then(Display::cuda_device);
+        let without_fences = cuda_device.or(of_nvidia).is_some();
         Self {
             capture,
             waiter: Some(waiter),
             target,
             can,
             display,
+            cuda_device,
             reader: None,
             cuda: None,
             latch: Latch::new(without_fences),
@@ -142,6 +148,7 @@ impl Streaming {
             announced: None,
             waits_for_buffer: false,
             vanished: false,
+            gone: None,
             ending: Ending::No,
         }
     }
@@ -150,11 +157,16 @@ impl Streaming {
     fn next_step(&mut self, settings: &LiveSettings, now: Instant) -> Step {
         match self.ending {
             Ending::No => {}
+            // What is kept is newer than what has left.
+            Ending::ResendLast | Ending::Now if self.keeps_frame() => return Step::Flush,
             Ending::ResendLast if self.last.is_some() => {
                 self.ending = Ending::Now;
                 return Step::Resend;
             }
             Ending::ResendLast | Ending::Now => return Step::End,
+        }
+        if let Some(reason) = self.gone.take() {
+            return Step::Vanished(reason);
         }
         let early = settings
             .min_interval()
@@ -175,9 +187,15 @@ impl Streaming {
             (Look::Frame(format), None) if self.is_stale(&format) => Step::Discard(format),
             (Look::Frame(format), None) => match &self.negotiated {
                 Some(negotiated) if negotiated.source == format => Step::Push(format),
+                // The new format is not that of the frame that is kept.
+                Some(_) if self.keeps_frame() => Step::Flush,
                 _ => Step::Negotiate(format),
             },
             (Look::Cursor, None) if self.last.is_some() && !self.vanished => Step::Resend,
+            (Look::Vanished(reason), _) if self.keeps_frame() => {
+                self.gone = Some(reason);
+                Step::Flush
+            }
             (Look::Vanished(reason), _) => Step::Vanished(reason),
             (Look::Failed(failure), _) => Step::Fail(failure_message(&failure, &self.given_up())),
             (Look::Absent(reason), _) if settings.on_disconnect != OnDisconnect::None => {
@@ -188,6 +206,11 @@ impl Streaming {
             // Without a picture to draw it on, a pointer waits for the next one.
             (Look::Cursor | Look::Nothing, None) => self.idle_step(settings, now),
         }
+    }
+
+    /// Whether the latch has a frame that can still leave.
+    fn keeps_frame(&self) -> bool {
+        self.latch.due().is_some() && self.negotiated.is_some()
     }
 
     fn is_stale(&self, format: &StreamFormat) -> bool {
@@ -419,8 +442,76 @@ impl PipeWireZeroCopySrc {
 #[cfg(test)]
 mod tests {
     use super::*;
+
     use crate::capture::negotiate::Color;
-    use crate::capture::{OfferEntry, PixelFormat, Span};
+    use crate::capture::tests::{frame, idle, put_frame, put_vanished};
+    use crate::capture::{Counters, OfferEntry, PixelFormat, Span};
+
+    /// Frames one pixel wide are agreed on, and the latch keeps one.
+    fn keeping() -> (Streaming, Arc<Counters>) {
+        gst::init().unwrap();
+        let counters = Arc::new(Counters::default());
+        let waiter = Waiter::new().unwrap();
+        let capture = idle(waiter.waker(), &counters);
+        let can = Abilities::default();
+        let mut streaming = Streaming::new(capture, waiter, "nobody".into(), can, None, None);
+        let kept = frame(1, &counters);
+        let info = gst_video::VideoInfo::builder(gst_video::VideoFormat::Bgrx, 1, 1);
+        streaming.negotiated = Some(Arc::new(Negotiated {
+            source: kept.format,
+            info: info.build().unwrap(),
+            memory: OutputMemory::Cuda,
+        }));
+        streaming.frame_seen = true;
+        streaming.latch.active = true;
+        let long = Duration::from_hours(1);
+        let (left, _) = streaming.latch.exchange(kept, Instant::now(), long);
+        assert!(left.is_none());
+        (streaming, counters)
+    }
+
+    fn step(streaming: &mut Streaming) -> Step {
+        streaming.next_step(&LiveSettings::default(), Instant::now())
+    }
+
+    #[test]
+    fn a_kept_frame_waits_for_the_next_one() {
+        let (mut streaming, counters) = keeping();
+        assert!(matches!(step(&mut streaming), Step::Wait(_)));
+        put_frame(&streaming.capture, frame(1, &counters));
+        assert!(matches!(step(&mut streaming), Step::Push(_)));
+    }
+
+    #[test]
+    fn a_kept_frame_leaves_before_the_end_of_the_stream() {
+        for ending in [Ending::ResendLast, Ending::Now] {
+            let (mut streaming, _) = keeping();
+            streaming.ending = ending;
+            assert!(matches!(step(&mut streaming), Step::Flush));
+            streaming.latch.take();
+            assert!(matches!(step(&mut streaming), Step::End));
+        }
+    }
+
+    #[test]
+    fn a_kept_frame_leaves_before_one_of_another_size() {
+        let (mut streaming, counters) = keeping();
+        put_frame(&streaming.capture, frame(2, &counters));
+        assert!(matches!(step(&mut streaming), Step::Flush));
+        streaming.latch.take();
+        let next = step(&mut streaming);
+        assert!(matches!(next, Step::Negotiate(format) if format.width == 2));
+    }
+
+    #[test]
+    fn a_kept_frame_leaves_before_its_producers_end_is_told() {
+        let (mut streaming, _) = keeping();
+        put_vanished(&streaming.capture, "gone");
+        assert!(matches!(step(&mut streaming), Step::Flush));
+        streaming.latch.take();
+        let next = step(&mut streaming);
+        assert!(matches!(next, Step::Vanished(reason) if reason == "gone"));
+    }
 
     fn format(format: PixelFormat, width: u32) -> StreamFormat {
         StreamFormat {

@@ -3,14 +3,14 @@
 //! A second compositor: weston, whose PipeWire backend came with version 13. Debian 12 has an older
 //! one; there these tests say so.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use gst::prelude::*;
 use zerocopy_test_support::desktop::{Desktop, Victim};
 
 use super::content::run_on;
 use super::keepalive::still;
-use super::run::{Run, is_keepalive, pixels, pts};
+use super::run::{LONG, Run, is_keepalive, pixels, pts};
 use super::screencast::{moving_pictures, opaque};
 use super::turn;
 
@@ -61,6 +61,45 @@ fn a_still_weston_is_kept_alive_and_a_killed_one_has_vanished() {
         desktop.kill(Victim::Compositor);
         run.capture_message("vanished");
         assert!(run.error().contains("vanished"));
+    });
+}
+
+#[test]
+fn a_full_queue_does_not_stall_a_weston() {
+    on_weston(|desktop| {
+        let run = run_on(desktop, NODE, "video/x-raw");
+        run.src.set_property("keepalive-time", 0u32);
+        run.play();
+        let client = desktop.moving_picture(30);
+        let start = Instant::now();
+        // All that comes is kept.
+        while run.stat("copies") < 20 {
+            assert!(start.elapsed() < LONG, "capture stalled");
+            // Nothing tells when a frame was copied.
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        desktop.stop(client);
+    });
+}
+
+#[test]
+fn a_slow_pipeline_does_not_stall_a_weston() {
+    on_weston(|desktop| {
+        let run = run_on(desktop, NODE, "video/x-raw");
+        run.src.set_property("keepalive-time", 0u32);
+        // Each buffer takes longer than a frame.
+        let pad = run.sink.static_pad("sink").unwrap();
+        pad.add_probe(gst::PadProbeType::BUFFER, |_, _| {
+            std::thread::sleep(Duration::from_millis(150));
+            gst::PadProbeReturn::Ok
+        });
+        run.play();
+        let client = desktop.moving_picture(30);
+        for _ in 0..40 {
+            run.frame();
+        }
+        assert!(run.stat("dropped") > 40, "it goes on meanwhile");
+        desktop.stop(client);
     });
 }
 

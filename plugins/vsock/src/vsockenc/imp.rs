@@ -24,7 +24,6 @@
 //!
 //! Since: 0.1
 
-use std::io;
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 use gst::glib;
@@ -190,7 +189,7 @@ impl VideoEncoderImpl for VsockEnc {
             ));
         }
         let resources = self.find_resources(&settings)?;
-        let failed = |error: io::Error| {
+        let failed = |error: std::io::Error| {
             gst::error_msg!(
                 gst::ResourceError::Failed,
                 ["cannot start a session: {error}"]
@@ -467,19 +466,6 @@ impl VsockEnc {
             return Submission::Accepted;
         }
         self.wait(Session::drain).unwrap_or(Submission::Cancelled)
-    }
-
-    /// Posts why the streaming thread could not wait.
-    fn cannot_wait(&self, reason: io::ErrorKind) -> gst::FlowError {
-        gst::element_imp_error!(
-            self,
-            gst::ResourceError::Failed,
-            [
-                "wait for the host: {reason}; something else in this process may have closed a \
-                 descriptor of this element. Stop the element and start it again"
-            ]
-        );
-        gst::FlowError::Error
     }
 
     fn change_bitrate(&self) {

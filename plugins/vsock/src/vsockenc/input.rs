@@ -2,6 +2,7 @@
 
 //! What becomes of a frame before it is submitted: when it may be read, and as what it may go.
 
+use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -138,6 +139,19 @@ impl VsockEnc {
             }
         }
         Ok(true)
+    }
+
+    /// Posts why the streaming thread could not wait.
+    pub(super) fn cannot_wait(&self, reason: io::ErrorKind) -> gst::FlowError {
+        gst::element_imp_error!(
+            self,
+            gst::ResourceError::Failed,
+            [
+                "wait for the host: {reason}; something else in this process may have closed a \
+                 descriptor of this element. Stop the element and start it again"
+            ]
+        );
+        gst::FlowError::Error
     }
 
     /// Bytes of pixels that a frame takes on its way; 0 where only resource ids may go.

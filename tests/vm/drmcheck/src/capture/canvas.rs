@@ -1,77 +1,22 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
-//! The memory of a producer's buffers, and the known pictures that are drawn into it.
+//! The memory of a producer's buffers, and how the processor draws known pictures into it.
 
 use std::fs::File;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 
-use libspa::param::video::VideoFormat;
+use zerocopy_test_producer::{
+    self as producer, Agreed, Block, Modifier, Pixels, Signal, Timelines,
+};
 
+use super::sync::Fence;
 use crate::foreign::{self, Foreign};
 use crate::node::{Kind, Node, VIRTIO_GPU};
 use crate::{Outcome, buffers, dmabuf, virtgpu};
 
 /// What is in the memory around a picture.
 const PADDING: u8 = 0xee;
-
-/// How pixels lie in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Pixels {
-    Bgrx,
-    Rgba,
-    /// Two planes.
-    Nv12,
-}
-
-impl Pixels {
-    const ALL: [Self; 3] = [Self::Bgrx, Self::Rgba, Self::Nv12];
-
-    /// PipeWire's name.
-    pub fn spa(self) -> VideoFormat {
-        match self {
-            Self::Bgrx => VideoFormat::BGRx,
-            Self::Rgba => VideoFormat::RGBA,
-            Self::Nv12 => VideoFormat::NV12,
-        }
-    }
-
-    pub fn from_spa(format: VideoFormat) -> Option<Self> {
-        Self::ALL.into_iter().find(|pixels| pixels.spa() == format)
-    }
-
-    /// GStreamer's name and DRM's fourcc (drm_fourcc.h).
-    pub fn names(self) -> [&'static str; 2] {
-        match self {
-            Self::Bgrx => ["BGRx", "XR24"],
-            Self::Rgba => ["RGBA", "AB24"],
-            Self::Nv12 => ["NV12", "NV12"],
-        }
-    }
-
-    /// Bytes in a row, and rows, of each plane.
-    pub fn planes(self, (width, height): (u32, u32)) -> Vec<(usize, usize)> {
-        let (width, height) = (width as usize, height as usize);
-        match self {
-            Self::Bgrx | Self::Rgba => vec![(4 * width, height)],
-            Self::Nv12 => vec![(width, height), (width, height / 2)],
-        }
-    }
-
-    /// The byte of picture `number` at this place of a plane: no two rows, columns, planes or pictures are
-    /// alike, as long as they are few.
-    pub fn byte(self, number: u8, plane: usize, row: usize, column: usize) -> u8 {
-        match (self, column % 4) {
-            (Self::Nv12, _) => (number ^ (column as u8).wrapping_mul(3))
-                .wrapping_add(row as u8)
-                .wrapping_add(90 * plane as u8),
-            (_, 0) => (column / 4) as u8,
-            (_, 1) => row as u8,
-            (_, 2) => number,
-            _ => 0xff,
-        }
-    }
-}
 
 /// Where memory comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -96,6 +41,8 @@ pub struct Style {
     pub apart: bool,
     /// Say no sizes: they mean nothing for DMA-BUFs (L8).
     pub no_sizes: bool,
+    /// With explicit sync, say of what is drawn late by which fence it will be.
+    pub promised: bool,
     /// Buffers of a stream.
     pub buffers: i32,
 }
@@ -109,6 +56,7 @@ impl Style {
             more_rows: (0, 0),
             apart: false,
             no_sizes: false,
+            promised: false,
             buffers: 6,
         }
     }
@@ -136,19 +84,9 @@ pub struct Canvas {
     files: Vec<(OwnedFd, usize)>,
     planes: Vec<Plane>,
     /// The host's number for it, where virtio-gpu made it.
-    pub resource: Option<u32>,
-}
-
-/// What PipeWire is told of a plane.
-#[derive(Clone, Copy, Debug)]
-pub struct Block<'a> {
-    pub fd: BorrowedFd<'a>,
-    /// Bytes that the memory has.
-    pub size: usize,
-    pub offset: usize,
-    pub stride: usize,
-    /// Bytes of the plane.
-    pub length: usize,
+    resource: Option<u32>,
+    /// Fences can be put on it.
+    fences: bool,
 }
 
 impl Canvas {
@@ -171,6 +109,7 @@ impl Canvas {
             files: Vec::new(),
             planes: Vec::new(),
             resource: None,
+            fences: style.memory == Memory::Vgem,
         };
         for group in groups {
             let rows = group.iter().map(|(_, rows)| rows).sum::<usize>() + padding;
@@ -214,12 +153,14 @@ impl Canvas {
             files: vec![(foreign::sealed_memfd(offset)?, offset)],
             planes,
             resource: None,
+            fences: false,
         })
     }
+}
 
-    /// The planes.
-    pub fn blocks(&self) -> impl Iterator<Item = Block<'_>> {
-        self.planes.iter().map(|plane| {
+impl producer::Canvas for Canvas {
+    fn blocks(&self) -> Vec<Block<'_>> {
+        let planes = self.planes.iter().map(|plane| {
             let (fd, size) = &self.files[plane.file];
             Block {
                 fd: fd.as_fd(),
@@ -228,12 +169,12 @@ impl Canvas {
                 stride: plane.stride,
                 length: plane.stride * plane.extent.1,
             }
-        })
+        });
+        planes.collect()
     }
 
-    /// Draws picture `number`, and padding around it: once nobody else uses the memory, or, `by_device`,
-    /// whoever does.
-    pub fn draw(&self, number: u8, by_device: bool) -> Outcome<()> {
+    /// With padding around it.
+    fn draw(&self, number: u8, by_device: bool) -> Outcome<()> {
         for (index, (fd, size)) in self.files.iter().enumerate() {
             let mut bytes = vec![PADDING; *size];
             for (plane, place) in self.planes.iter().enumerate() {
@@ -255,6 +196,45 @@ impl Canvas {
             }
         }
         Ok(())
+    }
+
+    fn resource(&self) -> Option<u32> {
+        self.resource
+    }
+
+    fn fence(&self) -> Outcome<Option<Signal>> {
+        if !self.fences {
+            return Ok(None);
+        }
+        let (fd, _) = self.files.first().ok_or("no plane")?;
+        let fence = Fence::attach(fd)?;
+        Ok(Some(Box::new(|| fence.signal())))
+    }
+}
+
+impl producer::Workshop for Style {
+    fn make(&mut self, agreed: &Agreed) -> Outcome<Box<dyn producer::Canvas>> {
+        Ok(Box::new(match agreed.modifier {
+            Modifier::None => Canvas::shared(agreed.pixels, agreed.size)?,
+            _ => Canvas::dmabuf(agreed.pixels, agreed.size, *self)?,
+        }))
+    }
+
+    fn buffers(&self) -> i32 {
+        self.buffers
+    }
+
+    fn says_no_sizes(&self) -> bool {
+        self.no_sizes
+    }
+
+    fn promise(&mut self, timelines: &Timelines, point: u64) -> Outcome<Option<Signal>> {
+        if !self.promised {
+            return Ok(None);
+        }
+        let (fence, file) = Fence::as_file()?;
+        timelines.promise(point, &file)?;
+        Ok(Some(Box::new(|| fence.signal())))
     }
 }
 

@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 
 use gst::prelude::*;
 
-use super::canvas::Pixels;
+use zerocopy_test_producer::Pixels;
+
 use crate::node::{Kind, Node, VIRTIO_GPU};
 use crate::{Outcome, virtgpu};
 
@@ -31,19 +32,33 @@ pub struct Frame {
 }
 
 impl Run {
-    /// Plays what the node shows, with that `output-mode`, for a sink that takes `caps`.
-    pub fn start(node: &str, mode: &str, caps: &str) -> Outcome<Self> {
+    /// Plays what the node shows, for a sink that takes `caps`. `settings` are the `output-mode` and what
+    /// else is set: "cuda cuda-device-id=1".
+    pub fn start(node: &str, settings: &str, caps: &str) -> Outcome<Self> {
+        Self::watched(node, settings, caps, |_, _| Ok(()))
+    }
+
+    /// The same, where `watch` sees the pipeline and its sink's pad before they play.
+    pub fn watched(
+        node: &str,
+        settings: &str,
+        caps: &str,
+        watch: impl FnOnce(&gst::Pipeline, &gst::Pad) -> Outcome<()>,
+    ) -> Outcome<Self> {
+        let mut settings = settings.split(' ');
+        let mode = settings.next().unwrap_or_default();
         let source = gst::ElementFactory::make("pipewirezerocopysrc")
             .property("target-object", node)
             .property("keepalive-time", 0_u32)
             // The waits here have limits of their own.
             .property("first-frame-timeout", 0_u32)
             .property_from_str("output-mode", mode)
-            // Without a GPU no node belongs to a CUDA device, so one is named.
-            .property("cuda-device-id", if caps.contains("CUDA") { 0 } else { -1 })
             // It may not have shown up in the registry yet.
             .property_from_str("on-disconnect", "none")
             .build()?;
+        for (name, value) in settings.filter_map(|setting| setting.split_once('=')) {
+            source.set_property_from_str(name, value);
+        }
         let sink = gst_app::AppSink::builder()
             .sync(false)
             .caps(&caps.parse()?)
@@ -53,6 +68,10 @@ impl Run {
         let pipeline = gst::Pipeline::new();
         pipeline.add_many([&source, sink.upcast_ref()])?;
         source.link(&sink)?;
+        watch(
+            &pipeline,
+            &sink.static_pad("sink").ok_or("a sink without a pad")?,
+        )?;
         let run = Self {
             pipeline,
             source,
@@ -87,6 +106,31 @@ impl Run {
             query.set_result(false);
             gst::PadProbeReturn::Handled
         });
+        Ok(())
+    }
+
+    /// The most that a frame comes late, as the element says.
+    pub fn latency(&self) -> Outcome<Duration> {
+        let mut query = gst::query::Latency::new();
+        if !self.source.query(&mut query) {
+            return Err("the element does not say its latency".into());
+        }
+        Ok(query.result().1.into())
+    }
+
+    /// The element's source pad.
+    pub fn pad(&self) -> Outcome<gst::Pad> {
+        Ok(self
+            .source
+            .static_pad("src")
+            .ok_or("a source without a pad")?)
+    }
+
+    /// From now on the sink takes other caps, and says so.
+    pub fn change_caps(&self, caps: &str) -> Outcome<()> {
+        self.sink.set_caps(Some(&caps.parse()?));
+        let pad = self.sink.static_pad("sink").ok_or("a sink without a pad")?;
+        pad.push_event(gst::event::Reconfigure::new());
         Ok(())
     }
 
@@ -152,6 +196,14 @@ impl Run {
         ["frames", "dropped"].map(|name| self.stat(name))
     }
 
+    /// Plays again what was stopped.
+    pub fn play(&self) -> Outcome<()> {
+        match self.pipeline.set_state(gst::State::Playing) {
+            Ok(_) => Ok(()),
+            Err(_) => Err(self.error(SAID)?.into()),
+        }
+    }
+
     /// Ends the pipeline. Returns how long that took.
     pub fn stop(&self) -> Outcome<Duration> {
         let start = Instant::now();
@@ -167,6 +219,16 @@ impl Drop for Run {
 }
 
 impl Frame {
+    /// The pool that its buffer is of.
+    pub fn pool(&self) -> Option<gst::BufferPool> {
+        let buffer = self.sample.buffer()?;
+        // One that is kept for later leaves as a copy that refers to it.
+        let parent = buffer.meta::<gst::ParentBufferMeta>();
+        let made = parent.as_ref().map_or(buffer, |meta| meta.parent());
+        // SAFETY: the pool of a buffer is a pool or null, and stays as long as the buffer.
+        unsafe { gst::glib::translate::from_glib_none((*made.as_ptr()).pool) }
+    }
+
     /// Whether it lies in DMA-BUFs, all of it; and whether its caps say so.
     pub fn is_dmabuf(&self) -> Outcome<bool> {
         let buffer = self.sample.buffer().ok_or("a sample without a buffer")?;

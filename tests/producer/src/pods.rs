@@ -14,8 +14,8 @@ use libspa::pod::{ChoiceValue, Object, Pod, Property, PropertyFlags, Value};
 use libspa::sys as spa_sys;
 use libspa::utils::{Choice, ChoiceEnum, ChoiceFlags, Fraction, Id, Rectangle, SpaTypes};
 
-use super::canvas::Pixels;
 use crate::Outcome;
+use crate::pixels::Pixels;
 
 // From the headers of PipeWire 1.2 and newer; those of Debian 12 lack them.
 /// `SPA_META_SyncTimeline` (spa/buffer/meta.h).
@@ -44,6 +44,7 @@ pub struct SyncTimeline {
 /// What a producer can make.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Offer {
+    /// How they lie in memory.
     pub pixels: Pixels,
     /// Width and height.
     pub size: (u32, u32),
@@ -51,6 +52,8 @@ pub struct Offer {
     pub modifiers: Vec<u64>,
     /// Whether shared memory is offered as well, after the DMA-BUFs.
     pub shared: bool,
+    /// The most frames in a second, where that is said.
+    pub most: Option<u32>,
 }
 
 impl Offer {
@@ -108,8 +111,11 @@ impl Offer {
                 Value::Rectangle(Rectangle { width, height }),
             ),
             property(FormatProperties::VideoFramerate, rate(0)),
-            property(FormatProperties::VideoMaxFramerate, rate(60)),
         ]);
+        properties.extend(
+            self.most
+                .map(|most| property(FormatProperties::VideoMaxFramerate, rate(most))),
+        );
         bytes(
             SpaTypes::ObjectParamFormat,
             ParamType::EnumFormat,
@@ -132,8 +138,11 @@ pub enum Modifier {
 /// A `Format` object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Agreed {
+    /// How pixels lie in memory.
     pub pixels: Pixels,
+    /// Width and height.
     pub size: (u32, u32),
+    /// What the memory is.
     pub modifier: Modifier,
 }
 

@@ -25,14 +25,13 @@ use pipewire::properties::properties;
 use pipewire::stream::{Stream, StreamFlags, StreamRc, StreamState};
 use pipewire::sys::pw_buffer;
 
-use super::canvas::{Canvas, Memory, Style};
-use super::pods::{
+use crate::Outcome;
+use crate::pods::{
     Agreed, DATA_SYNC_OBJ, META_SYNC_TIMELINE, Modifier, Offer, SyncTimeline, UNSCHEDULED_RELEASE,
     answers,
 };
-use super::sync::{Fence, Release, Timelines};
-use crate::Outcome;
-use crate::node::Node;
+use crate::timelines::{Release, SyncNode, Timelines};
+use crate::workshop::{Canvas, Signal, Workshop};
 
 /// How often a picture is shown, if there is one: a driver's cycle.
 const CYCLE: Duration = Duration::from_millis(10);
@@ -87,14 +86,18 @@ pub struct Producer {
 }
 
 impl Producer {
-    /// A node of that name. With `sync`, explicit sync is offered with its DMA-BUFs.
-    pub fn start(name: &str, offer: Offer, style: Style, sync: bool) -> Outcome<Self> {
+    /// A node of that name. With a node for timelines, explicit sync is offered with its DMA-BUFs.
+    pub fn start(
+        name: &str,
+        offer: Offer,
+        workshop: impl Workshop + Send + 'static,
+        sync: Option<Arc<SyncNode>>,
+    ) -> Outcome<Self> {
         let (commands, receiver) = pipewire::channel::channel();
         let (sender, events) = mpsc::channel();
         let name = name.to_owned();
-        let sync = sync.then(Timelines::node).transpose()?;
         let thread = std::thread::spawn(move || {
-            if let Err(error) = run(&name, offer, style, sync, receiver, &sender) {
+            if let Err(error) = run(&name, offer, Box::new(workshop), sync, receiver, &sender) {
                 let _ = sender.send(Event::Broken(error.to_string()));
             }
         });
@@ -154,7 +157,7 @@ impl Drop for Producer {
 
 /// A buffer of the stream.
 struct Buffer {
-    canvas: Canvas,
+    canvas: Box<dyn Canvas>,
     sync: Option<Sync>,
 }
 
@@ -171,13 +174,13 @@ struct Sync {
 struct Late {
     raw: *mut pw_buffer,
     number: u8,
-    fence: Option<Fence>,
+    signal: Option<Signal>,
 }
 
 /// What the callbacks share.
 struct State {
-    style: Style,
-    sync: Option<Arc<Node>>,
+    workshop: RefCell<Box<dyn Workshop>>,
+    sync: Option<Arc<SyncNode>>,
     offer: RefCell<Offer>,
     agreed: RefCell<Option<Agreed>>,
     pictures: RefCell<VecDeque<(u8, When)>>,
@@ -191,8 +194,8 @@ struct State {
 fn run(
     name: &str,
     offer: Offer,
-    style: Style,
-    sync: Option<Arc<Node>>,
+    workshop: Box<dyn Workshop>,
+    sync: Option<Arc<SyncNode>>,
     receiver: Receiver<Command>,
     events: &mpsc::Sender<Event>,
 ) -> Outcome<()> {
@@ -211,7 +214,7 @@ fn run(
     )?;
     let offered = offer.pods(None);
     let state = Rc::new(State {
-        style,
+        workshop: RefCell::new(workshop),
         sync,
         offer: RefCell::new(offer),
         agreed: RefCell::default(),
@@ -320,7 +323,7 @@ impl State {
                 self.tell(Event::Format(Some(modifier)));
                 let planes = agreed.pixels.planes(agreed.size).len();
                 answers(
-                    self.style.buffers,
+                    self.workshop.borrow().buffers(),
                     planes,
                     spa_sys::SPA_DATA_DmaBuf,
                     self.sync.is_some(),
@@ -329,7 +332,12 @@ impl State {
             Modifier::None => {
                 self.tell(Event::Format(None));
                 let planes = agreed.pixels.planes(agreed.size).len();
-                answers(self.style.buffers, planes, spa_sys::SPA_DATA_MemFd, false)
+                answers(
+                    self.workshop.borrow().buffers(),
+                    planes,
+                    spa_sys::SPA_DATA_MemFd,
+                    false,
+                )
             }
         };
         Ok(stream.update_params(&mut as_pods(&pods))?)
@@ -338,12 +346,11 @@ impl State {
     fn add_buffer(&self, raw: *mut pw_buffer) -> Outcome<()> {
         let agreed = self.agreed.borrow().clone();
         let agreed = agreed.ok_or("buffers without a format")?;
-        let (canvas, kind) = if agreed.modifier == Modifier::None {
-            let canvas = Canvas::shared(agreed.pixels, agreed.size)?;
-            (canvas, spa_sys::SPA_DATA_MemFd)
-        } else {
-            let canvas = Canvas::dmabuf(agreed.pixels, agreed.size, self.style)?;
-            (canvas, spa_sys::SPA_DATA_DmaBuf)
+        let mut workshop = self.workshop.borrow_mut();
+        let canvas = workshop.make(&agreed)?;
+        let kind = match agreed.modifier {
+            Modifier::None => spa_sys::SPA_DATA_MemFd,
+            _ => spa_sys::SPA_DATA_DmaBuf,
         };
         // SAFETY: PipeWire passes a buffer that is valid until remove_buffer, with that many blocks.
         let datas = unsafe {
@@ -356,7 +363,7 @@ impl State {
             data.flags = spa_sys::SPA_DATA_FLAG_READWRITE;
             data.fd = block.fd.as_raw_fd().into();
             data.mapoffset = 0;
-            data.maxsize = if self.style.no_sizes {
+            data.maxsize = if workshop.says_no_sizes() {
                 0
             } else {
                 block.size as u32
@@ -436,27 +443,33 @@ impl State {
         // SAFETY: The buffer is ours until it is queued.
         let promised = unsafe { promised(raw) };
         let promised = promised.filter(|_| buffer.sync.as_ref().is_some_and(|sync| sync.point > 0));
-        let mut fence = None;
-        if when == When::After && self.style.memory == Memory::Vgem && buffer.sync.is_none() {
-            let block = buffer.canvas.blocks().next().ok_or("no plane")?;
-            fence = Some(Fence::attach(block.fd)?);
-        }
-        if let Some(sync) = &mut buffer.sync {
-            sync.point += 1;
-            if when == When::Before {
-                sync.timelines.signal(sync.point)?;
+        let mut workshop = self.workshop.borrow_mut();
+        let mut signal = None;
+        match (&mut buffer.sync, when) {
+            (Some(sync), _) => {
+                sync.point += 1;
+                match when {
+                    When::Before => sync.timelines.signal(sync.point)?,
+                    When::After => signal = workshop.promise(&sync.timelines, sync.point)?,
+                }
             }
+            (None, When::After) => signal = buffer.canvas.fence()?,
+            (None, When::Before) => {}
         }
         // SAFETY: The buffer is ours until it is queued.
-        unsafe { describe(raw, buffer, self.style) };
+        unsafe { describe(raw, buffer, workshop.says_no_sizes()) };
         let release = |sync: &Sync| sync.timelines.release(sync.point);
         let shown = Shown {
-            resource: buffer.canvas.resource,
+            resource: buffer.canvas.resource(),
             release: buffer.sync.as_ref().map(release),
             promised,
         };
         if when == When::After {
-            self.late.replace(Some(Late { raw, number, fence }));
+            self.late.replace(Some(Late {
+                raw,
+                number,
+                signal,
+            }));
         }
         // SAFETY: It was dequeued above, or in an earlier call, and is queued once.
         unsafe { stream.queue_raw_buffer(raw) };
@@ -470,11 +483,10 @@ impl State {
             let buffers = self.buffers.borrow();
             let buffer = buffers.get(&late.raw).ok_or("a buffer that nobody made")?;
             buffer.canvas.draw(late.number, true)?;
-            if let Some(sync) = &buffer.sync {
-                sync.timelines.signal(sync.point)?;
-            }
-            if let Some(fence) = late.fence {
-                fence.signal()?;
+            match (late.signal, &buffer.sync) {
+                (Some(signal), _) => signal()?,
+                (None, Some(sync)) => sync.timelines.signal(sync.point)?,
+                (None, None) => {}
             }
         }
         self.tell(Event::Finished);
@@ -501,7 +513,7 @@ unsafe fn promised(raw: *mut pw_buffer) -> Option<bool> {
 ///
 /// # Safety
 /// `raw` must be a buffer that PipeWire has given us to write.
-unsafe fn describe(raw: *mut pw_buffer, buffer: &Buffer, style: Style) {
+unsafe fn describe(raw: *mut pw_buffer, buffer: &Buffer, no_sizes: bool) {
     // SAFETY: By the contract above; chunks and metadata are shared memory that PipeWire has set up.
     unsafe {
         let parts = &*(*raw).buffer;
@@ -509,11 +521,7 @@ unsafe fn describe(raw: *mut pw_buffer, buffer: &Buffer, style: Style) {
         for (data, block) in datas.iter().zip(buffer.canvas.blocks()) {
             (*data.chunk).offset = block.offset as u32;
             // 0 would say that there is no picture.
-            (*data.chunk).size = if style.no_sizes {
-                1
-            } else {
-                block.length as u32
-            };
+            (*data.chunk).size = if no_sizes { 1 } else { block.length as u32 };
             (*data.chunk).stride = block.stride as i32;
             (*data.chunk).flags = 0;
         }
