@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use helix_protocol::message::AuthToken;
 use subtle::ConstantTimeEq;
 
-/// Bytes of a token. With other TLVs it must fit into a HELLO, which has at most 4096.
-pub const TOKEN_SIZE: usize = 1024;
+/// Bytes of a token.
+pub const TOKEN_SIZE: usize = AuthToken::MAX_SIZE;
 
 /// Bytes under which the log warns that a token can be guessed: 64 bits, in hexadecimal digits.
 const SHORT: usize = 16;

@@ -280,17 +280,6 @@ impl<T: Send + 'static> Encoder<T> {
         self.shared.pending().front().map(|pending| pending.since)
     }
 
-    /// Takes the encoder down without waiting for it: for one that hangs.
-    pub fn abandon(self) {
-        let name = self.spec.name();
-        let dropped = std::thread::Builder::new()
-            .name("helix-abandon".to_owned())
-            .spawn(move || drop(self));
-        if let Err(error) = dropped {
-            tracing::error!(encoder = %name, %error, "no thread to take the encoder down");
-        }
-    }
-
     /// Our own monotonic time of a picture.
     fn time_of(&mut self, timestamp: i64, info: &VideoInfo) -> ClockTime {
         let time = match self.last {

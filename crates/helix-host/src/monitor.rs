@@ -16,7 +16,7 @@ use self::figures::Figures;
 
 pub mod figures;
 
-/// Between two lines in the log.
+/// The status line comes so often at most.
 const STATUS: Duration = Duration::from_mins(1);
 /// From accepting a connection to its end, however slow the other side is.
 const PATIENCE: Duration = Duration::from_secs(2);
@@ -30,6 +30,8 @@ pub struct Monitor<F> {
     listener: Option<Listener>,
     waiter: Waiter,
     figures: F,
+    /// Between two lines in the log.
+    status: Duration,
     visitors: Vec<Visitor>,
 }
 
@@ -52,6 +54,7 @@ impl<F: Fn() -> Figures> Monitor<F> {
             listener,
             waiter,
             figures,
+            status: STATUS,
             visitors: Vec::new(),
         })
     }
@@ -59,11 +62,11 @@ impl<F: Fn() -> Figures> Monitor<F> {
     /// Runs until the waiter is cancelled.
     pub fn run(mut self) {
         let mut before = (self.figures)();
-        let mut next = Instant::now() + STATUS;
+        let mut next = Instant::now() + self.status;
         loop {
             let now = Instant::now();
             if now >= next {
-                next = now + STATUS;
+                next = now + self.status;
                 let figures = (self.figures)();
                 // An idle host need not say so all night.
                 if figures != before {
@@ -158,4 +161,92 @@ fn answer(request: &[u8], figures: &Figures) -> String {
          Content-Length: {}\r\nConnection: close\r\n\r\n{body}",
         body.len()
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+    use crate::monitor::figures::{Encoded, QemuFigures};
+    use crate::scanout;
+
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// What is logged meanwhile.
+    fn logged(meanwhile: impl FnOnce()) -> String {
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber = tracing_subscriber::fmt()
+            .with_ansi(false)
+            .with_writer(move || writer.clone())
+            .finish();
+        tracing::subscriber::with_default(subscriber, meanwhile);
+        let bytes = log.0.lock().unwrap().clone();
+        String::from_utf8(bytes).unwrap()
+    }
+
+    #[test]
+    fn the_status_line_is_about_all_scanouts_together() {
+        let scanout = |factor| scanout::Figures {
+            subscribers: factor,
+            frames: 10 * factor,
+            bytes: 0,
+            dropped: 100 * factor,
+            encode_errors: 1000 * factor,
+        };
+        let encoded = Encoded::default();
+        encoded.add(5);
+        encoded.add_error();
+        let figures = Figures {
+            clients: 7,
+            scanouts: vec![(0, scanout(1)), (3, scanout(2))],
+            qemu: Some(QemuFigures {
+                connected: true,
+                reconnects: 4,
+            }),
+            ..Figures::default()
+        };
+        let line = logged(|| figures.with_encoded(&encoded).log());
+        let said = "status clients=7 encoded=1 subscribers=3 pushed=30 dropped=300 errors=3001 reconnects=4";
+        assert!(line.trim_end().ends_with(said), "{line}");
+    }
+
+    #[test]
+    fn the_status_line_comes_when_something_has_changed() {
+        let waiter = Waiter::new().unwrap();
+        let waker = waiter.waker();
+        let calls = AtomicU64::new(0);
+        // Once for what there is at the start, then for each time; the second of those has news.
+        let figures = || {
+            let call = calls.fetch_add(1, Ordering::Relaxed);
+            if call == 4 {
+                waker.cancel();
+            }
+            Figures {
+                clients: u64::from(call >= 2),
+                ..Figures::default()
+            }
+        };
+        let monitor = Monitor {
+            status: Duration::from_millis(1),
+            ..Monitor::new(None, waiter, &figures).unwrap()
+        };
+        let log = logged(|| monitor.run());
+        assert_eq!(log.lines().count(), 1, "{log}");
+        assert!(log.contains("status clients=1 "), "{log}");
+    }
 }

@@ -28,6 +28,9 @@ use crate::subscriber::{Frame, Next, Subscriber};
 pub const SCANOUTS: u32 = 16;
 /// A keyframe comes by itself after this many pictures, as clients of deployed hosts expect.
 const KEYFRAME_DISTANCE: u32 = 60;
+/// Nanoseconds; an access unit whose time is before that of the last one by more than this is no
+/// jitter of a live source. Pictures are further apart.
+const BACK: i64 = 5_000_000;
 /// Time between two attempts to start what failed.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -115,6 +118,8 @@ struct State {
     /// bit/s; stays over restarts of the pipeline.
     bitrate: Option<u32>,
     last_pts: i64,
+    /// It was said that the present source's pictures are not in the order in which they are shown.
+    reordered: bool,
     /// Whether the present source has brought a frame.
     flowing: bool,
     figures: Figures,
@@ -268,6 +273,7 @@ impl Scanout {
     fn forget(&self) {
         let mut state = self.state();
         state.flowing = false;
+        state.reordered = false;
         state.inbox = Inbox::default();
         let picture = state.picture.take();
         drop(state);
@@ -288,6 +294,16 @@ impl Scanout {
     /// Gives a frame to everybody.
     fn publish(&self, unit: AccessUnit, pts: i64) {
         let mut state = self.state();
+        if self.origin.kind() == Kind::Encoded
+            && pts + BACK < state.last_pts
+            && !std::mem::replace(&mut state.reordered, true)
+        {
+            tracing::warn!(
+                scanout = self.id,
+                "access units are not in the order in which they are shown: a stream with B pictures \
+                 goes out with wrong times (encode it without them)"
+            );
+        }
         // A picture that was encoded twice may come in between.
         let pts = pts.max(state.last_pts + 1);
         state.last_pts = pts;
@@ -316,6 +332,10 @@ impl Scanout {
         state.figures.encode_errors += 1;
         for subscriber in &state.subscribers {
             subscriber.interrupt();
+        }
+        // A still screen has no other reason to encode anything.
+        if let Some(worker) = &state.worker {
+            worker.wake();
         }
     }
 

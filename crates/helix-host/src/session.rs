@@ -255,7 +255,6 @@ impl Session {
             .retain(|running| running.encoder.in_flight() > 0);
         if let Some(running) = self.hanging() {
             self.fail(&running, "it hangs");
-            running.encoder.abandon();
         }
         let ready = self
             .replies

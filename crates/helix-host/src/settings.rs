@@ -11,6 +11,10 @@ pub const DEFAULT_BITRATE: u32 = 4_000_000;
 /// bit/s; less than this no encoder keeps to, and some refuse.
 const LEAST_BITRATE: u32 = 16_000;
 
+/// Encoders that change their bitrate while they play although the property does not say so
+/// (gst-plugins-bad, sys/applemedia/vtenc.c).
+const LIVE: [&str; 2] = ["vtenc_h264", "vtenc_h264_hw"];
+
 /// What can be wrong with an encoder's description.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum EncoderError {
@@ -307,10 +311,11 @@ impl EncoderSpec {
     /// Whether an element that plays heeds another bitrate. Setting a property that is not made for it has no
     /// effect, or none that its author thought of.
     pub fn takes_bitrate_while_playing(&self, element: &gst::Element) -> bool {
-        element.find_property("bitrate").is_none_or(|property| {
-            let flags = property.flags();
-            flags.contains(gst::PARAM_FLAG_MUTABLE_PLAYING)
-        })
+        LIVE.contains(&self.name().as_str())
+            || element.find_property("bitrate").is_none_or(|property| {
+                let flags = property.flags();
+                flags.contains(gst::PARAM_FLAG_MUTABLE_PLAYING)
+            })
     }
 
     /// The bitrate that an element made by [`EncoderSpec::build`] is set to, in bit/s; 0 where it

@@ -2,6 +2,9 @@
 
 //! A screen that any GStreamer description provides.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use gst::prelude::*;
 use gst::{ClockTime, ParseFlags};
 
@@ -87,6 +90,8 @@ impl Description {
 pub struct Source {
     pipeline: gst::Pipeline,
     sink: gst_app::AppSink,
+    /// It has been dropped. One that hung may come to itself later.
+    over: Arc<AtomicBool>,
 }
 
 impl Source {
@@ -96,6 +101,15 @@ impl Source {
         event: impl Fn(Event) + Clone + Send + Sync + 'static,
     ) -> Result<Self, String> {
         let (pipeline, sink) = description.pipeline()?;
+        let over = Arc::new(AtomicBool::new(false));
+        let event = {
+            let over = over.clone();
+            move |what| {
+                if !over.load(Ordering::Acquire) {
+                    event(what);
+                }
+            }
+        };
         // Times of buffers are then CLOCK_MONOTONIC, whatever clocks the elements offer.
         let clock = gst::SystemClock::obtain();
         clock.set_property("clock-type", gst::ClockType::Monotonic);
@@ -129,7 +143,11 @@ impl Source {
                 gst::BusSyncReply::Drop
             });
         }
-        let this = Self { pipeline, sink };
+        let this = Self {
+            pipeline,
+            sink,
+            over,
+        };
         // What is live comes when it comes; waiting for its time would only add latency. What is
         // not live must be held to its time, or a file is over in a moment.
         match this.pipeline.set_state(gst::State::Paused) {
@@ -156,6 +174,7 @@ impl Source {
 
 impl Drop for Source {
     fn drop(&mut self) {
+        self.over.store(true, Ordering::Release);
         ending::stop(&self.pipeline, "a scanout's source");
     }
 }

@@ -5,11 +5,10 @@
 mod common;
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::TcpStream;
 
-use common::{LONG, Peer, Rgb, config, start};
+use common::metrics::{ask, connect, figure, figures};
+use common::{Peer, Rgb, config, start};
 use helix_host::{Config, ScanoutSpec, Server};
-use helix_protocol::Address;
 use helix_protocol::message::PixelFormat;
 use zerocopy_test_qemu::eventually;
 use zerocopy_test_qemu::fake::FakeQemu;
@@ -23,33 +22,6 @@ fn host() -> Server {
         metrics: Some("tcp:127.0.0.1:0".parse().unwrap()),
         ..config()
     })
-}
-
-fn connect(server: &Server) -> TcpStream {
-    let Some(Address::Tcp { host, port }) = server.metrics() else {
-        panic!("no TCP address");
-    };
-    let stream = TcpStream::connect((host.as_str(), *port)).unwrap();
-    stream.set_read_timeout(Some(LONG)).unwrap();
-    stream
-}
-
-fn ask(server: &Server, request: &str) -> String {
-    let mut stream = connect(server);
-    stream.write_all(request.as_bytes()).unwrap();
-    let mut text = String::new();
-    stream.read_to_string(&mut text).unwrap();
-    text
-}
-
-fn figures(server: &Server) -> String {
-    ask(server, "GET /metrics HTTP/1.1\r\nHost: x\r\n\r\n")
-}
-
-fn figure(text: &str, name: &str) -> u64 {
-    let line = text.lines().find_map(|line| line.strip_prefix(name));
-    let value = line.unwrap_or_else(|| panic!("no {name} in\n{text}"));
-    value.trim().parse().unwrap()
 }
 
 #[test]

@@ -12,9 +12,11 @@ use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use common::Peer;
+use common::metrics::{figure, figures_at};
 use common::program::{Running, helix_host};
 use helix_protocol::message::{AuthToken, Config, FrameRequest, Hello, PixelFormat};
 use helix_protocol::{Address, Message, encode};
+use zerocopy_test_qemu::eventually;
 
 /// Runs it to its end.
 fn outcome(arguments: &[&str]) -> (Option<i32>, String) {
@@ -384,6 +386,51 @@ fn clients_that_come_and_go_leave_nothing_behind() {
         "{kilobytes} {kilobytes_after} KiB"
     );
     assert_eq!(host.end_by(libc::SIGTERM).0, Some(0));
+}
+
+#[test]
+fn what_a_subscriber_does_not_read_is_not_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    // Not TCP, whose buffers grow to megabytes.
+    let listen = unix(&folder.path().join("helix.sock"));
+    let mut host = Running::start(&[
+        "--listen",
+        &listen,
+        "--metrics",
+        "tcp:127.0.0.1:0",
+        // Frames nearly as large as the pictures.
+        "--encoder",
+        "x264enc speed-preset=ultrafast pass=quant quantizer=4",
+        "--scanout",
+        "0=videotestsrc is-live=true pattern=snow ! video/x-raw,width=640,height=480,framerate=60/1",
+    ]);
+    let address = host.address();
+    let metrics = host.metrics();
+    let pid = host.child.id();
+    let mut peer = Peer::connect(&address);
+    peer.subscribe(0);
+    let figure = |text: &str, name: &str| {
+        figure(
+            text,
+            &format!("helix_scanout_{name}_total{{scanout=\"0\"}} "),
+        )
+    };
+    // Frames that it has missed so far, bytes of all frames, resident KiB.
+    let after = |dropped: u64| {
+        eventually("frames that are dropped", || {
+            let text = figures_at(&metrics);
+            let missed = figure(&text, "dropped_frames");
+            (missed >= dropped).then(|| (missed, figure(&text, "bytes"), usage(pid).2))
+        })
+    };
+    // By now all that may wait does.
+    let (dropped, bytes, kilobytes) = after(50);
+    let (_, bytes_after, kilobytes_after) = after(dropped + 200);
+    let passed = usize::try_from((bytes_after - bytes) / 1024).unwrap();
+    assert!(passed > 32 * 1024, "{passed} KiB say nothing");
+    let kept = kilobytes_after.saturating_sub(kilobytes);
+    assert!(kept < passed / 4, "{kept} of {passed} KiB are kept");
+    drop(peer);
 }
 
 #[test]

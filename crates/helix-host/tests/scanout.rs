@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
+use common::program::Running;
 use common::{LONG, Peer, Rgb, config, decode, is_start, start};
 use gst::prelude::*;
 use helix_host::{Config, ScanoutSpec, Server};
@@ -168,11 +169,15 @@ fn encoded_video_goes_out_as_it_is() {
 
 /// 30 frames at 30 Hz.
 fn record(path: &Path) {
+    record_as("bframes=0 ! video/x-h264,stream-format=byte-stream", path);
+}
+
+/// The same with the encoder set like this, and what comes behind it.
+fn record_as(how: &str, path: &Path) {
     gst::init().unwrap();
     let pipeline = gst::parse::launch(&format!(
         "videotestsrc num-buffers=30 ! video/x-raw,width=64,height=64,framerate=30/1 ! \
-         x264enc tune=zerolatency aud=false ! video/x-h264,stream-format=byte-stream ! \
-         filesink location={}",
+         x264enc speed-preset=ultrafast aud=false {how} ! filesink location={}",
         path.display()
     ))
     .unwrap();
@@ -183,6 +188,28 @@ fn record(path: &Path) {
     );
     assert_eq!(end.unwrap().type_(), gst::MessageType::Eos);
     pipeline.set_state(gst::State::Null).unwrap();
+}
+
+#[test]
+fn a_stream_with_b_pictures_is_warned_of_once() {
+    let folder = tempfile::tempdir().unwrap();
+    for (how, warnings) in [("bframes=2 b-adapt=false", 1), ("bframes=0", 0)] {
+        let path = folder.path().join("x.mkv");
+        record_as(&format!("{how} ! h264parse ! matroskamux"), &path);
+        let scanout = format!(
+            "0=filesrc location={} ! matroskademux ! h264parse",
+            path.display()
+        );
+        let listen = "tcp:127.0.0.1:0";
+        let mut host = Running::start(&["--listen", listen, "--scanout", &scanout]);
+        let mut peer = Peer::connect(&host.address());
+        peer.subscribe(0);
+        for _ in 0..30 {
+            peer.next_frame();
+        }
+        let (_, log) = host.end_by(libc::SIGTERM);
+        assert_eq!(log.matches("B pictures").count(), warnings, "{how}: {log}");
+    }
 }
 
 #[test]

@@ -64,16 +64,22 @@ impl Agreement {
     }
 
     fn with(mine: &Hello, theirs: Hello) -> Self {
+        /// What says nothing is as if there were no HELLO.
+        fn said<T: Default + PartialEq>(value: T, otherwise: T) -> T {
+            if value == T::default() {
+                otherwise
+            } else {
+                value
+            }
+        }
         let legacy = Self::legacy();
-        // What says nothing is as if there were no HELLO.
-        let said = |value, otherwise| if value == 0 { otherwise } else { value };
         Self {
             capabilities: Some(mine.capabilities.and(theirs.capabilities)),
             codecs: said(theirs.codecs, legacy.codecs),
             max_in_flight: theirs.max_in_flight,
             max_message: said(theirs.max_message, legacy.max_message),
-            max_width: theirs.max_width,
-            max_height: theirs.max_height,
+            max_width: said(theirs.max_width, legacy.max_width),
+            max_height: said(theirs.max_height, legacy.max_height),
             name: theirs.name,
             encoder: theirs.encoder,
             clock_id: theirs.clock_id,

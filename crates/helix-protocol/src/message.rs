@@ -295,6 +295,11 @@ impl Capabilities {
 #[derive(Clone, PartialEq, Eq)]
 pub struct AuthToken(pub Vec<u8>);
 
+impl AuthToken {
+    /// Bytes of a token. With other TLVs it must fit into a HELLO, which has at most 4096.
+    pub const MAX_SIZE: usize = 1024;
+}
+
 impl fmt::Debug for AuthToken {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("AuthToken(..)")

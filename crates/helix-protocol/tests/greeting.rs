@@ -86,10 +86,12 @@ fn hello_resp_then_pong_is_what_both_announced() {
 }
 
 #[test]
-fn codecs_and_a_limit_that_say_nothing_are_those_of_a_legacy_host() {
+fn what_says_nothing_is_as_with_a_legacy_host() {
     let silent = Hello {
         codecs: 0,
         max_message: 0,
+        max_width: 0,
+        max_height: 0,
         ..theirs()
     };
     let mut greeting = Greeting::new(mine());
@@ -98,6 +100,8 @@ fn codecs_and_a_limit_that_say_nothing_are_those_of_a_legacy_host() {
     let legacy = Agreement::legacy();
     assert_eq!(agreement.codecs, legacy.codecs);
     assert_eq!(agreement.max_message, legacy.max_message);
+    let sides = |of: &Agreement| (of.max_width, of.max_height);
+    assert_eq!(sides(&agreement), sides(&legacy));
 }
 
 #[test]

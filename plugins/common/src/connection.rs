@@ -145,6 +145,19 @@ impl ConnectionSettings {
         self.auth_token.clone()
     }
 
+    /// Fails, with a reason for a person, where no host could make use of these.
+    pub fn check(&self) -> Result<(), String> {
+        let size = self.auth_token.as_ref().map_or(0, |token| token.0.len());
+        if size > AuthToken::MAX_SIZE {
+            return Err(format!(
+                "auth-token has {size} bytes, and no host takes over {}: give the same token to \
+                 both",
+                AuthToken::MAX_SIZE
+            ));
+        }
+        Ok(())
+    }
+
     /// What to tell a person of a host that refuses this client.
     pub fn refusal(&self, error: &ErrorMessage) -> String {
         let address = self.address();
@@ -291,6 +304,20 @@ mod tests {
         set(&mut settings, "auth-token", "s3cret");
         assert!(refusal(&settings, code, token).contains("is auth-token the one"));
         assert!(refusal(&settings, code, cid).ends_with(cid));
+    }
+
+    #[test]
+    fn a_token_that_no_host_would_take_is_refused_with_the_limit() {
+        let mut settings = ConnectionSettings::default();
+        assert_eq!(settings.check(), Ok(()));
+        set(&mut settings, "auth-token", "x".repeat(1024));
+        assert_eq!(settings.check(), Ok(()));
+        set(&mut settings, "auth-token", "x".repeat(1025));
+        let reason = settings.check().unwrap_err();
+        assert!(
+            reason.contains("1025 bytes") && reason.contains("1024"),
+            "{reason}"
+        );
     }
 
     #[test]

@@ -161,6 +161,32 @@ fn cuda_memory_that_cannot_be_had_is_refused_with_the_reason_and_left_out_of_cap
 }
 
 #[test]
+fn what_cannot_be_had_is_an_error_at_the_start_not_of_a_link() {
+    for (mode, memory) in [("cuda", "CUDAMemory"), ("dmabuf", "DMABuf")] {
+        let src = source();
+        src.set_property("pipewire-node-id", 42u32);
+        src.set_property("render-node", "/dev/dri/renderD4711");
+        src.set_property_from_str("output-mode", mode);
+        let filter = gst::ElementFactory::make("capsfilter")
+            .property_from_str("caps", &format!("video/x-raw(memory:{memory})"))
+            .build()
+            .unwrap();
+        let pipeline = gst::Pipeline::new();
+        pipeline.add_many([&src, &filter]).unwrap();
+        src.link(&filter).unwrap();
+        let bus = pipeline.bus().unwrap();
+        assert!(pipeline.set_state(gst::State::Paused).is_err());
+        let message = bus.pop_filtered(&[gst::MessageType::Error]).unwrap();
+        let gst::MessageView::Error(error) = message.view() else {
+            unreachable!("filtered");
+        };
+        let text = error.debug().unwrap_or_default();
+        assert!(text.contains("output-mode="), "{mode}: {text}");
+        pipeline.set_state(gst::State::Null).unwrap();
+    }
+}
+
+#[test]
 fn a_descriptor_that_is_not_open_is_refused() {
     let error = start_error(&[("pipewire-node-id", "42"), ("pipewire-fd", "987654")]);
     assert!(error.contains("pipewire-fd=987654"), "{error}");

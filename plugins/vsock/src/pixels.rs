@@ -5,8 +5,8 @@
 //! The protocol wants BGRA and RGBA as `stride * height` bytes, and NV12 tight: `width * height`
 //! bytes of Y, then the UV rows, whatever the stride field says (quirk 4 of docs/protocol.md).
 //! Frames in memory may have padding after each row, be a part of a larger frame, or odd in size.
-//! Rows that do not lie as the protocol wants them are gathered by a vectored write; none is ever
-//! copied.
+//! Rows that do not lie as the protocol wants them are gathered by a vectored write, not copied. Only
+//! where a plane lies in several memories does GStreamer copy the buffer, to map it in one piece.
 
 use std::io::IoSlice;
 
@@ -51,7 +51,7 @@ impl Plane {
 enum Mapping {
     /// One of the buffer's.
     Memory(MappedMemory<gst::memory::Readable>),
-    /// All of them in one piece, which GStreamer has to put together: rows that begin in one
+    /// All of them in one piece, which GStreamer has to copy together: rows that begin in one
     /// memory and end in the next.
     Buffer(MappedBuffer<Readable>),
 }

@@ -198,6 +198,17 @@ impl Qemu {
         self.folder.path().join("qmp")
     }
 
+    /// Its version, major and minor.
+    ///
+    /// # Panics
+    ///
+    /// If it does not say.
+    pub fn version(&self) -> (u64, u64) {
+        let version = qmp::execute(&self.qmp(), "query-version", &json!({}));
+        let part = |name: &str| version["qemu"][name].as_u64().expect(name);
+        (part("major"), part("minor"))
+    }
+
     /// What its display has done so far, an event a line, each with its name in front and a space
     /// behind (`-trace dbus_*`, ui/trace-events in QEMU's source).
     ///

@@ -32,7 +32,7 @@ def run(stage):
         stage.say(f"guest with Linux {guest.kernel} up after {guest.boot_seconds:.1f} s")
         guest.run("modules", "modprobe --all virtio-gpu vgem", 20)
         with stage.part("imports, read back"):
-            said = guest.run("egl", "drmcheck egl", LIMIT)
+            said = guest.run("egl", f"{NO_PLUGINS} drmcheck egl", LIMIT)
             check(stage, said)
         with stage.part("into CUDA memory, by drawing"):
             said = guest.run("cuda", f"{NO_PLUGINS} drmcheck cuda", LIMIT)
@@ -69,6 +69,10 @@ def check(stage, said):
     stage.check(display is not None, display[0] if display else "no display")
     formats = re.search(r"^egl formats: (\d+); modifiers of XR24: \[(.*)\]$", said, re.MULTILINE)
     stage.check(formats is not None and "0" in formats[2].split(", "), f"{formats and formats[0]}: LINEAR is one")
+    # There is a GPU that imports, and no libcuda.
+    caps = re.search(r"^egl caps: .*$", said, re.MULTILINE)
+    text = caps[0] if caps else "nothing about caps"
+    stage.check(text == "egl caps: DMA-BUFs true, CUDA memory false", text)
     for kind in KINDS:
         for how in ("linear", "without modifier", "part", "drawn again", "foreign tiling"):
             # A renderer that draws on the processor takes the memory of its own node only.

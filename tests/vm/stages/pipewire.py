@@ -74,7 +74,7 @@ SCENES = {
     "cuda", "cuda-rgba", "cuda-nv12", "cuda-device", "cuda-shared", "cuda-latch", "cuda-fence", "cuda-lost",
     "cuda-refused", "cuda-exhausted", "cuda-strict", "cuda-only", "cuda-still", "cuda-kept",
     "cuda-agreed-again", "cuda-unwanted", "cuda-cycles",
-    "resized", "reformatted", "format-twice", "few-buffers", "one-buffer", "held", "hoarded",
+    "resized", "reformatted", "format-twice", "few-buffers", "held", "hoarded",
     "no-sync", "implicit", "explicit", "explicit-dropped", "explicit-stopped",
 }
 # Those in which caps matter, for what was built with GStreamer 1.24's DMA_DRM caps (see gl.py).

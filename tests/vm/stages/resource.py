@@ -19,7 +19,7 @@ from gi.repository import Gst  # noqa: E402
 
 import pattern  # noqa: E402
 import verify  # noqa: E402
-from programs import Fault  # noqa: E402
+from programs import Fault, contains, wait_until  # noqa: E402
 from stages.drm import TRACED  # noqa: E402
 
 WIDTH, HEIGHT, FPS = 320, 240, 30
@@ -31,18 +31,23 @@ MIN_PSNR = 30
 MAX_COLOUR_ERROR = 6
 HOST = "/run/user/host.sock"
 LIMIT = 60
-NODE_OF = {"created": "renderD128", "dumb": "card0"}
+# Of virtio-gpu, which comes second; the first ones are vgem's.
+NODE_OF = {"created": "renderD129", "dumb": "card1"}
+VGEM_NODE = "renderD128"
+UNREF = "virtio_gpu_cmd_res_unref"
 
 
 def run(stage):
     Gst.init(None)
     known = verify.Pattern(WIDTH, HEIGHT)
     trace = stage.folder / "qemu.trace"
-    gpu = ["-device", "virtio-gpu-pci", "-trace", "virtio_gpu_cmd_res_create_2d", "-D", trace]
+    gpu = ["-device", "virtio-gpu-pci", "-trace", "virtio_gpu_cmd_res_create_2d", "-trace", UNREF, "-D", trace]
     with stage.guest("guest", "6.12", gpu) as guest:
         stage.say(f"guest with Linux {guest.kernel} up after {guest.boot_seconds:.1f} s")
-        # Without vgem yet: the nodes that there are belong to virtio-gpu.
-        guest.run("modules", "modprobe virtio-gpu && ls /dev/dri", 10)
+        # vgem first: whoever takes the first node, whatever its driver, has the wrong one.
+        modules = f"modprobe vgem && modprobe virtio-gpu && readlink -e /sys/class/drm/{VGEM_NODE}/device"
+        said = guest.run("modules", modules, 10)
+        stage.check(said.rstrip().endswith("/vgem"), f"{VGEM_NODE} is vgem's")
         host = start_host(guest, "notes", "--resources wrong")
         for memory in ("dumb", "created"):
             with stage.part(f"{memory} buffers, as resource ids"):
@@ -50,6 +55,8 @@ def run(stage):
         for memory, node in NODE_OF.items():
             with stage.part(f"only {node} is there"):
                 send_ids(stage, guest, host, trace, memory, f"only-{node.lower()}", only(node))
+        with stage.part("only a node of another driver is there"):
+            send_to_wrong_node(stage, guest)
         stop(host)
         # It takes ids from here on, so pixels go for no other reason than that there is none.
         resolver = start_resolver(guest)
@@ -58,7 +65,6 @@ def run(stage):
         with stage.part("no node at all"):
             send_without_node(stage, guest, known)
         with stage.part("memory that is not virtio-gpu's, to a helix-host that resolves ids"):
-            guest.run("vgem", "modprobe vgem", 10)
             for memory in ("vgem", "udmabuf", "heap"):
                 send_pixels(stage, guest, known, memory, f"pixels-{memory}", "")
         stop(resolver)
@@ -152,6 +158,16 @@ def send_ids(stage, guest, host, trace, memory, name, nodes):
     counted = (stats.get("resource-frames"), stats.get("pixel-bytes"), stats.get("transfer"))
     stage.check(counted == (str(FRAMES), "0", "resource-id"), f"statistics: {', '.join(map(str, counted))}")
     stage.check("transfer resource-id: " in said, "a message says so")
+    check_ends(stage, trace, made, int(re.search(r"^marker (\d+)$", said, re.MULTILINE)[1]))
+
+
+def check_ends(stage, trace, made, marker):
+    """Resources must end with their buffers, before `marker` is made and the element stops: it holds none."""
+    begin = f"virtio_gpu_cmd_res_create_2d res 0x{marker:x},"
+    wait_until(lambda: contains(trace, begin), LIMIT, lambda: True, "QEMU", f"made resource {marker}")
+    before = trace.read_text().split(begin)[0]
+    ended = {int(number, 16) for number in re.findall(rf"{UNREF} res 0x([0-9a-f]+)", before)}
+    stage.check(made <= ended, f"resources {sorted(made & ended)} ended with their buffers")
 
 
 def send_to_resolver(stage, guest, resolver):
@@ -207,3 +223,12 @@ def send_without_node(stage, guest, known):
     stage.check(job.wait() == 1, "transfer=resource-id ends with an error")
     error = re.search(r"transfer=resource-id: [^\"]*", job.output())
     stage.check(error is not None and "/dev/dri" in error[0], error[0] if error else "it says nothing")
+
+
+def send_to_wrong_node(stage, guest):
+    """A node is asked for ids only if it is virtio-gpu's: the ioctl's number means something else to others."""
+    job = start_sending(stage, guest, "udmabuf", "wrong-node", "resource-id", only(VGEM_NODE))
+    stage.check(job.wait() == 1, "transfer=resource-id ends with an error")
+    error = re.search(r"transfer=resource-id: [^\"]*", job.output())
+    said = error[0] if error else "it says nothing"
+    stage.check("its driver is vgem, not virtio_gpu" in said, said)

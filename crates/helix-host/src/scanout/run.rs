@@ -30,6 +30,9 @@ const IN_FLIGHT: usize = 2;
 const PATIENCE: Duration = Duration::from_secs(10);
 /// Encoders that fail one after the other before the scanout is given up.
 const FAILURES: u32 = 3;
+/// An encoder that cannot change its bitrate gives way to a new one, which begins with a keyframe:
+/// so often at most, whatever clients ask for.
+const RENEWAL_PAUSE: Duration = Duration::from_secs(1);
 
 /// Where pictures come from.
 enum Input {
@@ -45,6 +48,10 @@ pub struct Run {
     input: Input,
     waker: Waker,
     encoder: Option<Encoder<i64>>,
+    /// When the last encoder was started.
+    started: Option<Instant>,
+    /// It has not the bitrate that it should, and cannot change it.
+    outdated: bool,
     failures: u32,
     keyframe_wanted: bool,
     /// When the keyframe that is wanted is made from the last picture.
@@ -72,6 +79,8 @@ impl Run {
             input,
             waker,
             encoder: None,
+            started: None,
+            outdated: false,
             failures: 0,
             // There is somebody, or this would not run.
             keyframe_wanted: true,
@@ -205,11 +214,18 @@ impl Run {
 
     fn push(&mut self, sample: &gst::Sample, keyframe: bool, pts: i64) -> Result<(), String> {
         let picture = picture(sample)?;
-        let encoder = match &mut self.encoder {
-            Some(encoder) => encoder,
-            None => self
-                .encoder
-                .insert(start_encoder(&self.scanout, &self.waker)?),
+        let allowed = |started: Instant| started.elapsed() >= RENEWAL_PAUSE;
+        if self.outdated && self.started.is_none_or(allowed) {
+            // What it has not finished is older than this picture.
+            self.encoder = None;
+        }
+        let encoder = if let Some(encoder) = &mut self.encoder {
+            encoder
+        } else {
+            self.outdated = false;
+            self.started = Some(Instant::now());
+            self.encoder
+                .insert(start_encoder(&self.scanout, &self.waker)?)
         };
         encoder.push(picture, keyframe, pts, pts)
     }
@@ -237,12 +253,7 @@ impl Run {
     fn change_bitrate(&mut self) {
         let bits = self.scanout.state().bitrate;
         if let (Some(encoder), Some(bits)) = (&self.encoder, bits) {
-            if !encoder.set_bitrate(bits) {
-                tracing::debug!(scanout = self.scanout.id, "a new encoder for a new bitrate");
-                // The next picture makes it, or the last one of a still screen.
-                self.encoder = None;
-                self.keyframe_wanted = true;
-            }
+            self.outdated = !encoder.set_bitrate(bits);
         } else if self.scanout.origin.kind() == Kind::Encoded {
             tracing::debug!(
                 scanout = self.scanout.id,
@@ -273,9 +284,6 @@ impl Run {
             return Ok(());
         };
         if since.elapsed() >= PATIENCE {
-            if let Some(encoder) = self.encoder.take() {
-                encoder.abandon();
-            }
             self.encoder_failed("the encoder hangs")?;
         }
         Ok(())

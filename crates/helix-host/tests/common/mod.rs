@@ -3,9 +3,11 @@
 //! A client of our own, pictures that are known, and a decoder that shows what came of them.
 #![allow(dead_code, reason = "each test file uses its part of this")]
 
+pub mod metrics;
 pub mod program;
 pub mod qemu;
 pub mod resources;
+pub mod scripted;
 
 use std::time::Duration;
 

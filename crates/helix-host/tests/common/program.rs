@@ -33,10 +33,19 @@ impl Running {
 
     /// The next address it says it listens on.
     pub fn address(&mut self) -> Address {
+        self.says("listening on ")
+    }
+
+    /// Where it gives its figures; it says so last.
+    pub fn metrics(&mut self) -> Address {
+        self.says("metrics on ")
+    }
+
+    fn says(&mut self, what: &str) -> Address {
         let mut line = String::new();
         self.stdout.read_line(&mut line).unwrap();
         line.trim_end()
-            .strip_prefix("listening on ")
+            .strip_prefix(what)
             .unwrap_or_else(|| panic!("{line:?}"))
             .parse()
             .unwrap()

@@ -309,7 +309,7 @@ impl Frame {
         self.lease.pool.is_single()
     }
 
-    /// Reserves the frame's buffer for [`parts`](Self::parts) or [`into_lease`](Self::into_lease).
+    /// Reserves the frame's buffer for [`into_parts`](Self::into_parts) or [`into_lease`](Self::into_lease).
     /// False where the producer needs it back soon.
     pub fn reserve(&mut self) -> bool {
         let dmabufs = self.dmabuf().is_some();
@@ -328,13 +328,16 @@ impl Frame {
         self.lease
     }
 
-    /// The frame's memory as it lies, a part for each of the layout's extents.
-    pub fn parts(self) -> impl Iterator<Item = Part> {
-        let mut parts = [const { None }; MAX_PLANES];
-        if let Pixels::Blocks(memory) = self.pixels {
-            let lease = Arc::new(self.lease);
-            for (part, extent) in parts.iter_mut().zip(self.layout.extents()) {
-                *part = memory[extent.block].clone().map(|memory| Part {
+    /// Gives the frame's memory as it lies, a part for each of the layout's extents.
+    pub fn into_parts(self, mut give: impl FnMut(Part)) {
+        let Pixels::Blocks(mut memory) = self.pixels else {
+            return;
+        };
+        let lease = Arc::new(self.lease);
+        for extent in self.layout.extents() {
+            // Each extent has a block of its own.
+            if let Some(memory) = memory[extent.block].take() {
+                give(Part {
                     memory,
                     start: extent.start,
                     len: extent.len,
@@ -342,7 +345,6 @@ impl Frame {
                 });
             }
         }
-        parts.into_iter().flatten()
     }
 
     /// Must be held while planes of a DMA-BUF are copied.
@@ -557,7 +559,8 @@ pub(super) mod tests {
         let (mut frame, counters) = frame(&[7; 24], 2, 2, 12);
         assert!(frame.is_mapped() && frame.reserve());
         let pool = frame.lease.pool.clone();
-        let parts: Vec<_> = frame.parts().collect();
+        let mut parts = Vec::new();
+        frame.into_parts(|part| parts.push(part));
         assert_eq!(parts.len(), 1);
         assert_eq!(parts[0].as_ref(), [7; 24], "whole rows");
         assert_eq!(counters.held.load(Ordering::Relaxed), 1);
@@ -574,7 +577,7 @@ pub(super) mod tests {
         let access = frame.begin_cpu_access().unwrap();
         assert!(frame.copy_plane(0, &mut [1; 16], 8, None));
         drop(access);
-        assert!(frame.parts().next().is_none());
+        frame.into_parts(|_| panic!("it is in DMA-BUFs"));
         assert_eq!(counters.held.load(Ordering::Relaxed), 0);
     }
 

@@ -134,13 +134,16 @@ impl Inbox {
         wanted: impl FnOnce(&mut Frame) -> bool,
     ) -> Option<Frame> {
         let mut contents = self.lock();
-        let mut frame = contents
-            .frame
-            .take_if(|frame| frame.format == *expected && wanted(frame))?;
-        if std::mem::take(&mut contents.missed) {
+        let frame = contents.frame.as_mut()?;
+        if frame.format != *expected || !wanted(frame) {
+            return None;
+        }
+        if std::mem::take(&mut contents.missed)
+            && let Some(frame) = &mut contents.frame
+        {
             frame.damage = Damage::Everything;
         }
-        Some(frame)
+        contents.frame.take()
     }
 
     /// Gives a frame back which could not leave as was agreed, and may in another way: on a still screen no
@@ -201,13 +204,6 @@ impl Inbox {
     pub(super) fn put_frame(&self, mut frame: Frame) {
         let (replaced, wake) = {
             let mut contents = self.lock();
-            if let Some(replaced) = &mut contents.frame {
-                let damage = std::mem::replace(&mut replaced.damage, Damage::Everything);
-                let same = replaced.format == frame.format;
-                frame
-                    .damage
-                    .add(if same { damage } else { Damage::Everything });
-            }
             contents.frame_is_newer = contents.vanished.is_some();
             contents.absent = None;
             let wake = contents.waiting.take_if(|interest| match interest {
@@ -215,7 +211,18 @@ impl Inbox {
                 Interest::News => false,
                 Interest::Buffer => !is_stuck(&frame),
             });
-            (contents.frame.replace(frame), wake.is_some())
+            let replaced = if let Some(older) = &mut contents.frame {
+                let damage = std::mem::replace(&mut older.damage, Damage::Everything);
+                let same = older.format == frame.format;
+                frame
+                    .damage
+                    .add(if same { damage } else { Damage::Everything });
+                Some(std::mem::replace(older, frame))
+            } else {
+                contents.frame = Some(frame);
+                None
+            };
+            (replaced, wake.is_some())
         };
         if replaced.is_some() {
             self.counters.dropped.fetch_add(1, Ordering::Relaxed);

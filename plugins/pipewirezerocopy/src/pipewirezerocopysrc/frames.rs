@@ -49,7 +49,7 @@ impl PipeWireZeroCopySrc {
         settings: &LiveSettings,
         waiter: &mut Waiter,
     ) -> Result<Option<gst::Buffer>, gst::FlowError> {
-        let (inbox, last, negotiated, takes) = {
+        let (inbox, last, negotiated, takes, latches) = {
             let mut streaming = lock(&self.streaming);
             let Some(streaming) = &mut *streaming else {
                 return Err(gst::FlowError::Flushing);
@@ -62,6 +62,7 @@ impl PipeWireZeroCopySrc {
                 streaming.last.take(),
                 negotiated,
                 streaming.takes,
+                streaming.latch.is_in_use(),
             )
         };
         let Negotiated { info, memory, .. } = &*negotiated;
@@ -103,6 +104,9 @@ impl PipeWireZeroCopySrc {
                 }
             }
         };
+        if !latches {
+            return self.finish(frame, pooled, &negotiated, settings, waiter);
+        }
         self.look_at_sync(&frame, memory);
         let interval = Duration::from(Self::interval(Some(&negotiated)));
         let (leaves, of_no_use) = match &mut *lock(&self.streaming) {
@@ -193,10 +197,11 @@ impl PipeWireZeroCopySrc {
         settings: &LiveSettings,
         waiter: &mut Waiter,
     ) -> Result<Option<gst::Buffer>, gst::FlowError> {
-        let (inbox, takes, latching, without_fences) = match &*lock(&self.streaming) {
+        let (inbox, takes, turned, latching, without_fences) = match &*lock(&self.streaming) {
             Some(streaming) => (
                 streaming.capture.inbox().clone(),
                 streaming.takes,
+                streaming.transform,
                 streaming.latch.active,
                 streaming.latch.without_fences,
             ),
@@ -264,18 +269,23 @@ impl PipeWireZeroCopySrc {
         let Some(picture) = picture else {
             return self.does_not_fit(info);
         };
-        self.turn(transform);
+        if transform != turned {
+            self.turn(transform);
+        }
+        let (buffer, drawn_on) = self.leave(picture, damage, captured, settings)?;
+        let now = Instant::now();
         {
             let mut figures = lock(&self.figures);
             figures.add_transfer(copied);
+            if drawn_on {
+                figures.add_transfer(true);
+            }
             figures.memory = Some(memory);
             figures.sync = sync;
             figures.waited = by;
             figures.latched = latching;
+            figures.add_frame(info.size(), Monotonic::now().since(captured));
         }
-        let buffer = self.leave(picture, damage, captured, settings)?;
-        let now = Instant::now();
-        lock(&self.figures).add_frame(info.size(), Monotonic::now().since(captured));
         let mut announce = None;
         if let Some(streaming) = &mut *lock(&self.streaming) {
             streaming.frame_seen = true;
@@ -370,8 +380,11 @@ impl PipeWireZeroCopySrc {
             (last, moved)
         };
         let unchanged = Damage::Rects(Vec::new());
-        let buffer = self.leave(last, unchanged, Monotonic::now(), settings)?;
+        let (buffer, drawn_on) = self.leave(last, unchanged, Monotonic::now(), settings)?;
         let mut figures = lock(&self.figures);
+        if drawn_on {
+            figures.add_transfer(true);
+        }
         if moved {
             figures.add_pointer(buffer.size());
         } else {
@@ -382,15 +395,15 @@ impl PipeWireZeroCopySrc {
         Ok(Some(buffer))
     }
 
-    /// A picture as it leaves: with the pointer, a timestamp, and what has changed. It is kept where it
-    /// may have to be resent.
+    /// A picture as it leaves: with the pointer, a timestamp, and what has changed; and whether it had
+    /// to be copied for the pointer. It is kept where it may have to be resent.
     fn leave(
         &self,
         mut picture: gst::Buffer,
         mut damage: Damage,
         captured: Monotonic,
         settings: &LiveSettings,
-    ) -> Result<gst::Buffer, gst::FlowError> {
+    ) -> Result<(gst::Buffer, bool), gst::FlowError> {
         let (overlay, negotiated, takes) = {
             let mut streaming = lock(&self.streaming);
             let Some(Streaming {
@@ -418,9 +431,10 @@ impl PipeWireZeroCopySrc {
         };
         let info = &negotiated.info;
         // Nobody draws into a producer's DMA-BUFs, and not with the processor on a GPU.
-        let drawn = !takes.overlays && negotiated.memory == OutputMemory::System;
+        let draws = !takes.overlays && negotiated.memory == OutputMemory::System;
+        let drawn_on = draws && overlay.is_some();
         let mut buffer;
-        if let Some(overlay) = overlay.as_ref().filter(|_| drawn) {
+        if let Some(overlay) = overlay.as_ref().filter(|_| draws) {
             buffer = self.pooled_buffer()?;
             if let Err(error) = draw(&picture, overlay, &mut buffer, info) {
                 return self.fail(gst::error_msg!(
@@ -428,7 +442,6 @@ impl PipeWireZeroCopySrc {
                     ["drawing the pointer into the picture failed: {error}"]
                 ));
             }
-            lock(&self.figures).add_transfer(true);
         } else {
             if picture.get_mut().is_some() {
                 buffer = picture;
@@ -454,7 +467,7 @@ impl PipeWireZeroCopySrc {
             mark_damage(buffer, rects);
         }
         self.stamp(&mut buffer, captured);
-        Ok(buffer)
+        Ok((buffer, drawn_on))
     }
 
     /// A buffer of the pool that was negotiated with downstream; waits for one.
@@ -487,9 +500,6 @@ impl PipeWireZeroCopySrc {
     /// Says downstream how the frames from now on are turned.
     fn turn(&self, transform: Transform) {
         if let Some(streaming) = &mut *lock(&self.streaming) {
-            if streaming.transform == transform {
-                return;
-            }
             streaming.transform = transform;
         }
         let mut tags = gst::TagList::new();

@@ -34,6 +34,11 @@ impl<T> Latch<T> {
         self.without_fences && sync == Sync::Implicit && memory != OutputMemory::DmaBuf
     }
 
+    /// Whether a frame may have to be kept, or one is. Elsewhere nothing need be asked for each frame.
+    pub fn is_in_use(&self) -> bool {
+        self.without_fences || self.active || self.kept.is_some()
+    }
+
     /// A frame has come at `now`, which is kept while the latch is active. Gives the one that is to
     /// leave, and one that is of no use any more.
     pub fn exchange(&mut self, frame: T, now: Instant, time: Duration) -> (Option<T>, Option<T>) {

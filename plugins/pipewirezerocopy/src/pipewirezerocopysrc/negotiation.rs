@@ -120,8 +120,9 @@ impl PipeWireZeroCopySrc {
             return caps::template();
         }
         // Nobody is asked for a context here: who asks for caps may not want to be asked.
+        // So is what cannot be had at all: of a link that fails nobody learns why.
         let found = self.look_for_gpu(&settings, None);
-        found.map_or_else(|_| gst::Caps::new_empty(), |(can, ..)| can.caps())
+        found.map_or_else(|_| caps::template(), |(can, ..)| can.caps())
     }
 
     /// Tells PipeWire what downstream takes and, once the producer has fixed a format, sets caps. The

@@ -46,12 +46,9 @@ fn has_default_layout(frame: &Frame, info: &gst_video::VideoInfo) -> bool {
 /// A frame as it lies, in read-only memory. Its PipeWire buffer goes back when the last reference to
 /// that memory is gone.
 pub(super) fn in_place(frame: Frame, info: &gst_video::VideoInfo) -> Option<gst::Buffer> {
-    let layout = frame.layout;
     let mut buffer = gst::Buffer::new();
     let writable = buffer.get_mut()?;
-    for part in frame.parts() {
-        writable.append_memory(gst::Memory::from_slice(part));
-    }
+    let layout = &frame.layout;
     let planes = layout.planes();
     let mut strides = [0; crate::capture::geometry::MAX_PLANES];
     for (stride, plane) in strides.iter_mut().zip(planes) {
@@ -67,6 +64,7 @@ pub(super) fn in_place(frame: Frame, info: &gst_video::VideoInfo) -> Option<gst:
         &strides[..planes.len()],
     )
     .ok()?;
+    frame.into_parts(|part| writable.append_memory(gst::Memory::from_slice(part)));
     Some(buffer)
 }
 

@@ -94,6 +94,9 @@ pub struct Canvas {
     pub buffers: u32,
     /// Whether they cannot shrink, as those of compositors.
     pub sealed: bool,
+    /// Whether it begins a cycle only with a buffer to show, as compositors do: PipeWire hands one back in
+    /// each cycle, so one that has none left has none for ever.
+    pub thrifty: bool,
     /// Whether it calls them DMA-BUFs with these modifiers. Real ones need a kernel that makes them.
     pub modifiers: &'static [u64],
 }
@@ -104,6 +107,7 @@ impl Default for Canvas {
             announced: MEMORY,
             buffers: 8,
             sealed: true,
+            thrifty: false,
             modifiers: &[],
         }
     }
@@ -322,7 +326,11 @@ fn run(
         })
         .process({
             let state = shared();
-            move |stream, ()| state.paint(stream)
+            move |stream, ()| {
+                if !state.canvas.thrifty {
+                    state.paint(stream);
+                }
+            }
         })
         .register()
         .unwrap();
@@ -391,6 +399,9 @@ impl State {
     /// Begins a cycle if there is something to show and somebody to show it to.
     fn trigger(&self, stream: &Stream) {
         if !self.pictures.borrow().is_empty() && stream.state() == StreamState::Streaming {
+            if self.canvas.thrifty && !self.paint(stream) {
+                return;
+            }
             // SAFETY: The stream is alive, and this is its loop's thread.
             unsafe { pipewire::sys::pw_stream_trigger_process(stream.as_raw_ptr()) };
         }
@@ -475,15 +486,16 @@ impl State {
         self.memory.borrow_mut().insert(raw, memory);
     }
 
-    fn paint(&self, stream: &Stream) {
+    /// Shows the next picture. False where there is none, or no buffer for it.
+    fn paint(&self, stream: &Stream) -> bool {
         let Some(picture) = self.pictures.borrow_mut().pop_front() else {
-            return;
+            return false;
         };
         // SAFETY: It is queued below, or put off when there is none.
         let raw = unsafe { stream.dequeue_raw_buffer() };
         if raw.is_null() {
             self.pictures.borrow_mut().push_front(picture);
-            return;
+            return false;
         }
         let memory = self.memory.borrow();
         memory[&raw].write_all_at(&picture.bytes, 0).unwrap();
@@ -520,6 +532,7 @@ impl State {
             }
             stream.queue_raw_buffer(raw);
         }
+        true
     }
 }
 

@@ -22,6 +22,29 @@ fn is_pooled(sample: &gst::Sample) -> bool {
     !memory.flags().contains(gst::MemoryFlags::READONLY)
 }
 
+#[test]
+fn a_compositor_with_few_buffers_goes_on_behind_a_sink_that_keeps_one() {
+    let desktop = desktop();
+    for buffers in [4, 8] {
+        let name = format!("thrifty-{buffers}");
+        let canvas = Canvas {
+            buffers,
+            thrifty: true,
+            ..Canvas::default()
+        };
+        let size = (WIDTH, HEIGHT);
+        let painter = Painter::on_canvas(&desktop, &name, PixelFormat::Bgrx, size, canvas);
+        let run = playing(&desktop, &name);
+        for colour in 0..10 {
+            // Faster than they are taken.
+            for _ in 0..20 {
+                painter.show(plain(100));
+            }
+            while pixels(&shown(&painter, &run, &plain(colour)))[0] != colour {}
+        }
+    }
+}
+
 /// One that has so many buffers.
 fn painter_of(desktop: &Desktop, name: &str, buffers: u32) -> Painter {
     let canvas = Canvas {

@@ -176,9 +176,9 @@ impl ElementImpl for ScanoutSrc {
 impl BaseSrcImpl for ScanoutSrc {
     fn start(&self) -> Result<(), gst::ErrorMessage> {
         let settings = lock(&self.settings).clone();
-        let scanout_id = self
-            .find_scanout()
-            .map_err(|reason| gst::error_msg!(gst::ResourceError::Settings, ["{reason}"]))?;
+        let wrong = |reason| gst::error_msg!(gst::ResourceError::Settings, ["{reason}"]);
+        settings.connection.check().map_err(wrong)?;
+        let scanout_id = self.find_scanout().map_err(wrong)?;
         let waiter = Waiter::new().map_err(|error| {
             gst::error_msg!(
                 gst::ResourceError::Failed,

@@ -27,6 +27,10 @@ pub(super) const SESSION_ID: u16 = 1;
 /// well. One that ends sooner may be one of many that end at once.
 const SETTLED: Duration = Duration::from_secs(2);
 
+/// Pictures between two messages that they travel another way: upstream may have buffers of both
+/// kinds in turn.
+const SELDOM: u32 = 30;
+
 /// So many frames in a row without an answer, and the host will not answer any.
 const UNANSWERED: u32 = 3;
 
@@ -92,8 +96,9 @@ pub(super) struct Conversation {
     pub unconfirmed: u32,
     /// How the last picture was sent.
     way: Way,
-    /// What the client was told of it.
-    pub announced: Way,
+    /// What the client was told of it, and how many pictures ago.
+    announced: Option<Way>,
+    told: u32,
     pub after_loss: bool,
     /// Nothing leaves before a keyframe, at the beginning and after a flush: how many frames had to
     /// be one and were none.
@@ -121,6 +126,7 @@ pub(super) struct Conversation {
 
 impl Conversation {
     pub fn new(worker: &Worker, choice: Choice, host: Arc<Agreement>, after_loss: bool) -> Self {
+        let announced = choice.only_way();
         Self {
             since: Instant::now(),
             open: VecDeque::new(),
@@ -130,7 +136,8 @@ impl Conversation {
             last_id: 0,
             unconfirmed: 0,
             way: Way::default(),
-            announced: Way::default(),
+            announced,
+            told: 0,
             after_loss,
             passed_over: Some(0),
             answered: false,
@@ -369,9 +376,10 @@ impl Conversation {
             Way::Pixels
         };
         self.way = way;
-        if way == Way::ResourceId && self.announced != way {
-            self.announced = way;
-            worker.client.transfer(way, "");
+        self.told = self.told.saturating_add(1);
+        let is_news = self.announced != Some(way);
+        if is_news && (self.announced.is_none() || self.told >= SELDOM) {
+            self.announce(worker, way, "");
         }
         if !self.is_waiting_for_reply() {
             self.liveness.start_waiting();
@@ -379,6 +387,13 @@ impl Conversation {
         open.picture = Some(picture);
         self.open.push_back(open);
         Ok(())
+    }
+
+    /// Tells the client how pictures travel now.
+    pub fn announce(&mut self, worker: &Worker, way: Way, reason: &str) {
+        self.announced = Some(way);
+        self.told = 0;
+        worker.client.transfer(way, reason);
     }
 
     /// Takes an open frame, which the host has just refused as a resource, to be sent again, and

@@ -51,8 +51,9 @@ mod worker;
 /// order on a thread of its own (delivery.rs) and may take its time; the rest on the session's
 /// thread, which must not be kept.
 pub trait Client: Send + Sync + 'static {
-    /// The host has accepted the connection, and this is what it said of itself.
-    fn connected(&self, peer: &str, host: &Agreement);
+    /// The host has accepted the connection, and this is what it said of itself. `way` is how
+    /// pictures will travel, where that is known before the first.
+    fn connected(&self, peer: &str, host: &Agreement, way: Option<Way>);
     /// The host says which settings are in force, in answer to those that it was `given`.
     fn configured(&self, given: &Config, in_force: &Config);
     /// The frame's access unit.

@@ -257,8 +257,7 @@ impl Conversation {
             Refusal::Frame => Ok(false),
             Refusal::Resource { all } => {
                 if all {
-                    self.announced = Way::Pixels;
-                    worker.client.transfer(self.announced, &text);
+                    self.announce(worker, Way::Pixels, &text);
                 }
                 Ok(true)
             }

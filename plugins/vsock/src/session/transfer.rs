@@ -100,6 +100,15 @@ impl Choice {
         })
     }
 
+    /// How each picture will go, if that is known before the first.
+    pub fn only_way(&self) -> Option<Way> {
+        match (self.wanted, self.ids) {
+            (_, Ids::Out) => Some(Way::Pixels),
+            (Transfer::ResourceId, _) => Some(Way::ResourceId),
+            _ => None,
+        }
+    }
+
     /// The resource as which a picture is to be sent, if not as pixels.
     pub fn choose(&self, resource: Option<&Arc<Resource>>) -> Option<Arc<Resource>> {
         // The place is nobody else's for as long as there is a Weak to it.
@@ -173,6 +182,11 @@ mod tests {
             let chosen = choice.choose(Some(&known(7)));
             assert_eq!(chosen.is_some(), goes, "{wanted:?}, {host:?}");
             assert!(choice.choose(None).is_none());
+            let only = match wanted {
+                Transfer::ResourceId => Some(Way::ResourceId),
+                _ => (!goes).then_some(Way::Pixels),
+            };
+            assert_eq!(choice.only_way(), only, "{wanted:?}, {host:?}");
         }
         assert!(Choice::new(Transfer::ResourceId, DOES_NOT).is_err());
     }

@@ -103,7 +103,8 @@ impl Worker {
                 Ok(choice) => choice,
                 Err(reason) => return self.fail(&format!("{}: {reason}", self.address)),
             };
-            self.client.connected(&connection.stream().peer(), &host);
+            let peer = connection.stream().peer();
+            self.client.connected(&peer, &host, choice.only_way());
             let host = Arc::new(host);
             let mut conversation = Conversation::new(self, choice, host.clone(), again);
             self.shared.counts().reconnects += u64::from(again);

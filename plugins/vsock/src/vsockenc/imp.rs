@@ -188,6 +188,10 @@ impl VideoEncoderImpl for VsockEnc {
                 ["transfer=fd is not built yet: use auto, resource-id or pixels"]
             ));
         }
+        settings
+            .connection
+            .check()
+            .map_err(|reason| gst::error_msg!(gst::ResourceError::Settings, ["{reason}"]))?;
         let resources = self.find_resources(&settings)?;
         let failed = |error: std::io::Error| {
             gst::error_msg!(

@@ -101,10 +101,10 @@ impl Handle {
         }
     }
 
-    fn post(&self, state: ConnectionState, peer: &str, way: Way, reason: &str) {
+    fn post(&self, state: ConnectionState, peer: &str, way: Option<Way>, reason: &str) {
         if let Some(element) = self.element.upgrade() {
-            let message =
-                connection_message(&element, state, &self.address, peer, way.name(), reason);
+            let way = way.map_or("", Way::name);
+            let message = connection_message(&element, state, &self.address, peer, way, reason);
             // Fails where there is no bus: then nobody wants to know.
             let _ = element.post_message(message);
         }
@@ -112,7 +112,7 @@ impl Handle {
 }
 
 impl Client for Handle {
-    fn connected(&self, peer: &str, host: &Agreement) {
+    fn connected(&self, peer: &str, host: &Agreement, way: Option<Way>) {
         if let Some(element) = self.element.upgrade() {
             gst::info!(
                 CAT,
@@ -124,7 +124,7 @@ impl Client for Handle {
                 .imp()
                 .set_resolves(host.can(Capabilities::RESOURCE_IDS));
         }
-        self.post(ConnectionState::Connected, peer, Way::default(), "");
+        self.post(ConnectionState::Connected, peer, way, "");
     }
 
     fn configured(&self, given: &Config, in_force: &Config) {
@@ -153,7 +153,7 @@ impl Client for Handle {
                 way.name()
             );
         }
-        self.post(ConnectionState::Connected, "", way, reason);
+        self.post(ConnectionState::Connected, "", Some(way), reason);
     }
 
     fn encoded(&self, frame: u32, access_unit: AccessUnit) {
@@ -182,11 +182,11 @@ impl Client for Handle {
         if let Some(element) = self.element.upgrade() {
             gst::warning!(CAT, obj = element, "{reason}; calling again");
         }
-        self.post(ConnectionState::Reconnecting, "", Way::default(), reason);
+        self.post(ConnectionState::Reconnecting, "", None, reason);
     }
 
     fn failed(&self, reason: &str) {
-        self.post(ConnectionState::Lost, "", Way::default(), reason);
+        self.post(ConnectionState::Lost, "", None, reason);
         if let Some(element) = self.element.upgrade() {
             gst::element_error!(element, gst::ResourceError::OpenReadWrite, ("{reason}"));
         }

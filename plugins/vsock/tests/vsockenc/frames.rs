@@ -481,3 +481,23 @@ fn transfers_that_are_not_built_are_refused() {
         element.set_state(gst::State::Null).unwrap();
     }
 }
+
+#[test]
+fn a_token_that_no_host_takes_is_refused_at_the_start() {
+    init();
+    let bus = gst::Bus::new();
+    let element = gst::ElementFactory::make("vsockenc")
+        .property("socket-path", "/nowhere/host.sock")
+        .property("auth-token", "x".repeat(1025))
+        .build()
+        .unwrap();
+    element.set_bus(Some(&bus));
+    assert!(element.set_state(gst::State::Paused).is_err());
+    let message = bus.pop_filtered(&[gst::MessageType::Error]).unwrap();
+    let gst::MessageView::Error(error) = message.view() else {
+        unreachable!()
+    };
+    let said = error.debug().unwrap();
+    assert!(said.contains("auth-token has 1025 bytes"), "{said}");
+    element.set_state(gst::State::Null).unwrap();
+}

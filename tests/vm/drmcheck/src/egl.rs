@@ -4,6 +4,7 @@
 
 use std::os::fd::{AsFd, OwnedFd};
 
+use gst::prelude::*;
 use gstpipewirezerocopy::egl::{Display, DmaBuf, Error, Image, Plane, Reader};
 
 use crate::foreign::{self, Foreign};
@@ -40,6 +41,7 @@ pub fn show() -> Outcome<()> {
         formats.len()
     );
 
+    show_caps(&node)?;
     for (name, memory) in [
         ("dumb", buffers::dumb(&node, SIZE.0, SIZE.1)),
         ("vgem", foreign::make(Foreign::Vgem, SIZE.0, SIZE.1)),
@@ -51,6 +53,27 @@ pub fn show() -> Outcome<()> {
             Err(error) => println!("absent {name}: {error}"),
         }
     }
+    Ok(())
+}
+
+/// Says in which kinds of memory pipewirezerocopysrc's frames can leave here, where there is no libcuda.
+fn show_caps(node: &Node) -> Outcome<()> {
+    gst::init()?;
+    gstpipewirezerocopy::plugin_register_static()?;
+    let source = gst::ElementFactory::make("pipewirezerocopysrc")
+        .property("render-node", node.path().display().to_string())
+        .build()?;
+    let pad = source.static_pad("src").ok_or("a source without a pad")?;
+    let caps = pad.query_caps(None);
+    let has = |name: &str| {
+        caps.iter_with_features()
+            .any(|(_, features)| features.contains(name))
+    };
+    println!(
+        "egl caps: DMA-BUFs {}, CUDA memory {}",
+        has("memory:DMABuf"),
+        has("memory:CUDAMemory")
+    );
     Ok(())
 }
 

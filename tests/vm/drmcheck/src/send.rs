@@ -18,6 +18,8 @@ use crate::{buffers, virtgpu};
 const BUFFERS: u32 = 3;
 /// Rows that the buffer has and the picture has not, as Mesa makes them.
 const MORE_ROWS: u32 = 16;
+/// Pixels; no picture has this size.
+const MARKER_SIZE: (u32, u32) = (64, 16);
 /// What comes after the pictures may take this long, on an emulated processor.
 const END_LIMIT: gst::ClockTime = gst::ClockTime::from_seconds(60);
 
@@ -61,7 +63,8 @@ struct Made {
 }
 
 /// Sends the pictures and writes the film. Says "resource ID WIDTHxHEIGHT KIND" of each buffer that is
-/// virtio-gpu's, "transfer WAY: REASON" when the element says so, and "stats ..." at the end.
+/// virtio-gpu's, "transfer WAY: REASON" when the element says so, "stats ..." at the end, and "marker ID"
+/// of a resource that is made once the buffers are gone and before the element stops.
 pub fn show(options: &Options) -> Outcome<()> {
     gst::init()?;
     let pictures = pipeline(&format!(
@@ -110,11 +113,12 @@ pub fn show(options: &Options) -> Outcome<()> {
     let ended = watch(&film);
     let stats: gst::Structure = end::<gst::Element>(&film, "encoder")?.property("stats");
     println!("stats {stats}");
-    film.set_state(gst::State::Null)?;
-    pictures.set_state(gst::State::Null)?;
     if let Some(pool) = pool {
         pool.set_active(false)?;
+        mark(options.memory)?;
     }
+    film.set_state(gst::State::Null)?;
+    pictures.set_state(gst::State::Null)?;
     ended
 }
 
@@ -128,6 +132,25 @@ fn pipeline(description: &str) -> Outcome<gst::Pipeline> {
 fn end<T: IsA<gst::Element>>(pipeline: &gst::Pipeline, name: &str) -> Outcome<T> {
     let element = pipeline.by_name(name).ok_or("no such element")?;
     Ok(element.downcast().map_err(|_| "of another type")?)
+}
+
+/// Makes a resource of virtio-gpu. The device's commands stay in order, so QEMU's trace shows what had
+/// ended before this one.
+fn mark(memory: Memory) -> Outcome<()> {
+    let id = match memory {
+        Memory::Dumb => {
+            let node = Node::open(VIRTIO_GPU, Kind::Primary)?;
+            let (dmabuf, _) = buffers::dumb(&node, MARKER_SIZE.0, MARKER_SIZE.1)?;
+            virtgpu::resource_of(&node, &dmabuf)?
+        }
+        Memory::Created => {
+            let node = Node::open(VIRTIO_GPU, Kind::Render)?;
+            buffers::created(&node, MARKER_SIZE.0, MARKER_SIZE.1)?.1
+        }
+        Memory::Vgem | Memory::Udmabuf | Memory::Heap => return Ok(()),
+    };
+    println!("marker {id}");
+    Ok(())
 }
 
 /// Makes the DMA-BUFs and a pool that gives them out in turn.

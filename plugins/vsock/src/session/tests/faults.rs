@@ -11,8 +11,8 @@
 use std::collections::BTreeMap;
 use std::io::{self, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::thread;
 
 use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage, FrameRequest};
@@ -25,6 +25,10 @@ use super::*;
 const FRAMES: u32 = 4;
 /// The one that the host refuses.
 const REFUSED: u32 = 2;
+/// Frames that have to come when all is well again.
+const AFTERWARDS: u32 = 3;
+/// Ends the access units of the second connection; the next one's is one more.
+const FIRST_MARK: u8 = 100;
 /// ms; for what can only be found out by waiting.
 const SHORT: u32 = 60;
 /// Sessions at once: most of them wait.
@@ -56,6 +60,8 @@ struct Case {
 struct Wire {
     stream: UnixStream,
     case: Case,
+    /// What each access unit ends with.
+    mark: Option<u8>,
     sent: usize,
     received: usize,
 }
@@ -103,7 +109,7 @@ impl Wire {
 }
 
 /// What the host answers.
-fn answer(message: &Message, session_id: u16, ids: bool) -> Vec<u8> {
+fn answer(message: &Message, session_id: u16, ids: bool, mark: Option<u8>) -> Vec<u8> {
     match message {
         Message::Hello(_) if ids => {
             let capabilities = Capabilities::REQUEST_IDS.0 | Capabilities::CONFIG_RESP.0;
@@ -118,15 +124,16 @@ fn answer(message: &Message, session_id: u16, ids: bool) -> Vec<u8> {
             encode::error(session_id, &ErrorMessage { code, text, tag }).to_vec()
         }
         Message::FrameRequest(request, _) => {
-            let data = data(number(request));
+            let mut data = data(request.force_keyframe).to_vec();
+            data.extend(mark);
             let response = FrameResponse {
                 pts: request.pts,
-                is_keyframe: number(request) == 0,
+                is_keyframe: request.force_keyframe,
                 tag: request.tag,
                 ..FrameResponse::default()
             };
             let head = encode::frame_response(session_id, &response, data.len() as u32);
-            [&head[..], data].concat()
+            [&head[..], &data].concat()
         }
         _ => Vec::new(),
     }
@@ -136,16 +143,17 @@ fn number(request: &FrameRequest) -> u32 {
     (request.pts / 1_000_000) as u32
 }
 
-fn data(frame: u32) -> &'static [u8] {
-    if frame == 0 { KEYFRAME } else { DELTA }
+fn data(is_keyframe: bool) -> &'static [u8] {
+    if is_keyframe { KEYFRAME } else { DELTA }
 }
 
 /// Serves one client; how many bytes went each way.
-fn serve(listener: &UnixListener, case: Case) -> (usize, usize) {
+fn serve(listener: &UnixListener, case: Case, mark: Option<u8>) -> (usize, usize) {
     let (stream, _) = listener.accept().unwrap();
     let mut wire = Wire {
         stream,
         case,
+        mark,
         sent: 0,
         received: 0,
     };
@@ -159,7 +167,7 @@ fn serve(listener: &UnixListener, case: Case) -> (usize, usize) {
             }
             decoder.advance(count);
             while let Ok(Some(envelope)) = decoder.next() {
-                let bytes = answer(&envelope.message, envelope.session_id, case.ids);
+                let bytes = answer(&envelope.message, envelope.session_id, case.ids, wire.mark);
                 wire.write(&bytes)?;
             }
         }
@@ -169,12 +177,17 @@ fn serve(listener: &UnixListener, case: Case) -> (usize, usize) {
     (wire.sent, wire.received)
 }
 
+/// A path that no other exchange has.
+fn socket(folder: &Path) -> PathBuf {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    folder.join(NEXT.fetch_add(1, Ordering::Relaxed).to_string())
+}
+
 /// Runs one exchange and judges it.
 fn exchange(folder: &Path, case: Case) -> (usize, usize) {
-    static NEXT: AtomicUsize = AtomicUsize::new(0);
-    let path = folder.join(NEXT.fetch_add(1, Ordering::Relaxed).to_string());
+    let path = socket(folder);
     let listener = UnixListener::bind(&path).unwrap();
-    let host = thread::spawn(move || serve(&listener, case));
+    let host = thread::spawn(move || serve(&listener, case, None));
     let timeout = match case.fault {
         Fault::Cut | Fault::Split => 20_000,
         Fault::Stall | Fault::Corrupt(_) => SHORT,
@@ -215,7 +228,7 @@ fn exchange(folder: &Path, case: Case) -> (usize, usize) {
     if !matches!(case.fault, Fault::Corrupt(_)) {
         for (frame, encoded) in &outcomes {
             if let Some(encoded) = encoded {
-                assert_eq!(encoded, data(*frame), "{case:?}");
+                assert_eq!(encoded, data(*frame == 0), "{case:?}");
                 assert_ne!(*frame, REFUSED, "{case:?}");
             }
         }
@@ -267,16 +280,151 @@ fn a_fault_at_any_byte_ends_in_frames_or_in_a_reason() {
             }
         }
     }
+    for_each(&cases, |case| {
+        exchange(folder.path(), case);
+    });
+}
+
+/// Runs so many at once.
+fn for_each(cases: &[Case], run: impl Fn(Case) + Sync) {
     let next = AtomicUsize::new(0);
     thread::scope(|scope| {
         for _ in 0..PARALLEL {
             scope.spawn(|| {
                 while let Some(case) = cases.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    exchange(folder.path(), *case);
+                    run(*case);
                 }
             });
         }
     });
+}
+
+/// Serves one client with a fault and then all others without, whose access units end with the number of
+/// the connection; until somebody comes when it is `done`.
+fn serve_again(listener: &UnixListener, case: Case, done: &AtomicBool) {
+    serve(listener, case, None);
+    let at = usize::MAX;
+    for mark in FIRST_MARK.. {
+        serve(listener, Case { at, ..case }, Some(mark));
+        if done.load(Ordering::Relaxed) {
+            return;
+        }
+    }
+}
+
+/// Ends [`serve_again`] when it is dropped.
+struct Ending<'a> {
+    path: &'a Path,
+    done: &'a AtomicBool,
+}
+
+impl Drop for Ending<'_> {
+    fn drop(&mut self) {
+        self.done.store(true, Ordering::Relaxed);
+        // It may have ended by itself.
+        drop(UnixStream::connect(self.path));
+    }
+}
+
+/// Which connection after the first an access unit is from, and whether it is a keyframe.
+fn marked(access_unit: &[u8]) -> Option<(u8, bool)> {
+    let (mark, data) = access_unit.split_last()?;
+    let is_known = *mark >= FIRST_MARK && [KEYFRAME, DELTA].contains(&data);
+    is_known.then_some((*mark, data == KEYFRAME))
+}
+
+/// Runs one exchange with a host that is in order when it is called again; whether it was.
+fn recover(folder: &Path, case: Case) -> bool {
+    let path = socket(folder);
+    let listener = UnixListener::bind(&path).unwrap();
+    let done = AtomicBool::new(false);
+    thread::scope(|scope| {
+        scope.spawn(|| serve_again(&listener, case, &done));
+        let _ending = Ending {
+            path: &path,
+            done: &done,
+        };
+        let is_cut = case.fault == Fault::Cut;
+        let mut run = Run::new(&[
+            ("socket-path", &path.to_str().unwrap()),
+            ("timeout", &if is_cut { 20_000 } else { SHORT }),
+            ("reconnect-timeout", &20_000u32),
+        ]);
+        run.configure();
+        let (mut number, mut encoded, mut connection) = (0, 0, 0);
+        let mut greeted = false;
+        while number < FRAMES || encoded < AFTERWARDS {
+            match run.submit(number) {
+                Submission::Accepted => number += 1,
+                Submission::NoHost => {
+                    thread::yield_now();
+                    continue;
+                }
+                // It was lost before it was greeted, or says impossible things of itself.
+                _ => break,
+            }
+            let told = run.wait_for(|told| match told {
+                Told::Connected(_) => {
+                    greeted = true;
+                    None
+                }
+                Told::Encoded {
+                    data, after_loss, ..
+                } => Some(Some((data, after_loss))),
+                Told::Dropped(_) | Told::Failed(_) => Some(None),
+                _ => None,
+            });
+            let Some((access_unit, after_loss)) = told else {
+                // Where what follows is known to be right, nothing else may be lost.
+                let is_refused = number - 1 == REFUSED;
+                assert!(is_refused || connection == 0 || !is_cut, "{case:?}");
+                continue;
+            };
+            encoded += 1;
+            if let Some((mark, is_keyframe)) = marked(&access_unit) {
+                let is_first = std::mem::replace(&mut connection, mark) != mark;
+                let expected = (is_first, is_first);
+                assert_eq!((is_keyframe, after_loss), expected, "{case:?}, {mark}");
+                encoded = if is_first { 1 } else { encoded };
+            }
+        }
+        greeted |= run
+            .told
+            .try_iter()
+            .any(|it| matches!(it, Told::Connected(_)));
+        assert!(connection != 0 || !greeted || !is_cut, "{case:?}");
+        connection != 0
+    })
+}
+
+#[test]
+fn a_host_that_is_called_again_after_a_fault_at_any_byte_goes_on_with_a_keyframe() {
+    let folder = tempfile::tempdir().unwrap();
+    let whole = |ids| Case {
+        ids,
+        fault: Fault::Split,
+        at: usize::MAX,
+        from_host: true,
+    };
+    let faults = [Fault::Cut, Fault::Corrupt(0xff), Fault::Corrupt(0x01)];
+    let mut cases = Vec::new();
+    for ids in [false, true] {
+        let (sent, _) = exchange(folder.path(), whole(ids));
+        let places = (0..sent).flat_map(|at| faults.map(|fault| (at, fault)));
+        cases.extend(places.map(|(at, fault)| Case {
+            fault,
+            at,
+            ..whole(ids)
+        }));
+    }
+    let again = AtomicUsize::new(0);
+    for_each(&cases, |case| {
+        let was_called = recover(folder.path(), case);
+        again.fetch_add(usize::from(was_called), Ordering::Relaxed);
+    });
+    // Not where it is not greeted yet, or no number that matters is another.
+    let again = again.into_inner();
+    assert!(again > cases.len() / 3, "{again} of {}", cases.len());
 }
 
 #[test]

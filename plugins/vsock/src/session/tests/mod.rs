@@ -46,7 +46,7 @@ impl Recorder {
 }
 
 impl Client for Recorder {
-    fn connected(&self, _: &str, host: &Agreement) {
+    fn connected(&self, _: &str, host: &Agreement, _: Option<Way>) {
         self.tell(Told::Connected(host.clone()));
     }
 

@@ -34,7 +34,7 @@ fn a_host_that_refuses_ids_gets_each_picture_as_pixels() {
         assert_eq!(numbers, [0, 1, 2, 3, 4, 5, 6, 7]);
         assert_eq!(encoder.stat::<u64>("dropped"), 0);
         assert_eq!(encoder.stat::<String>("transfer"), "pixels");
-        assert_eq!(encoder.ways(), ["pixels", "resource-id", "pixels"]);
+        assert_eq!(encoder.ways(), ["", "resource-id", "pixels"]);
         assert!(
             encoder
                 .bus
@@ -141,6 +141,37 @@ fn a_host_that_keeps_resources_without_an_answer_is_called_anew() {
         .filter_map(request)
         .filter(|(request, _)| request.resource_id == BAD);
     assert_eq!(unanswered.count(), HELD as usize);
+}
+
+#[test]
+fn a_message_says_how_pictures_travel_when_that_has_changed() {
+    let peer = naming_host(|link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            link.answer(request);
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(&peer, Transfer::Auto);
+    let known = encoder.known(GOOD);
+    let foreign = Encoder::dmabuf(fake::memfd(SIZE));
+    let push = |encoder: &mut Encoder, buffer| {
+        encoder.push(buffer).unwrap();
+        encoder.pull();
+    };
+    for _ in 0..40 {
+        push(&mut encoder, &known);
+    }
+    push(&mut encoder, &foreign);
+    assert_eq!(encoder.ways(), ["", "resource-id", "pixels"]);
+    assert_eq!(encoder.stat::<String>("transfer"), "pixels");
+    // Not one for each picture where they take turns.
+    for _ in 0..30 {
+        push(&mut encoder, &known);
+        push(&mut encoder, &foreign);
+    }
+    let ways = encoder.ways();
+    assert!((1..=2).contains(&ways.len()), "{ways:?}");
 }
 
 #[test]

@@ -24,7 +24,7 @@ fn once(stage: &Stage, number: u8, call: &str) -> Outcome<()> {
         if !tried {
             stage.show(number, When::Before)?;
         }
-        while let Some(frame) = stage.run.frame(AGAIN)? {
+        while let Some(frame) = stage.run.frame(if tried { LIMIT } else { AGAIN })? {
             if stage.compare(&frame, number).is_ok() {
                 return Ok(());
             }
@@ -95,7 +95,7 @@ pub fn kept(node: &str) -> Outcome<()> {
         }
     }
     stage.run.change_caps("video/x-raw")?;
-    while let Some(frame) = stage.run.frame(3 * AGAIN)? {
+    while let Some(frame) = stage.run.frame(LIMIT)? {
         if stage.compare(&frame, 2).is_ok() {
             return expect("the memory", stage.run.stat("memory"), "system");
         }
