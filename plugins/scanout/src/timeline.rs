@@ -31,7 +31,9 @@ const PERIOD: u64 = 10_000_000_000;
 /// something was stuck, are one accident, however many they are.
 const LATENCY_SLOT: u64 = 100_000_000;
 /// So many of them in a row over the reported latency, and none below in between, are no accident.
-const LATE: u32 = 10;
+const LATE: usize = 20;
+/// What the last ones of them took is what lasts: the first may be late for what is over by then.
+const LASTING: usize = 5;
 /// Reported latencies are multiples of this.
 const LATENCY_STEP: u64 = 5_000_000;
 
@@ -159,9 +161,9 @@ pub struct Latency {
     /// What the last frame took, if it was late, and the slot in which it came.
     last: Option<(u64, u64)>,
     /// Slots in a row that ended late.
-    late: u32,
-    /// The two that took most in those.
-    most: [u64; 2],
+    late: usize,
+    /// What the last frames of the last of them took, each in its place by number.
+    took: [u64; LASTING],
 }
 
 impl Latency {
@@ -182,15 +184,14 @@ impl Latency {
             && last_slot != slot
         {
             // A burst ends with the frames that waited least.
+            self.took[self.late % LASTING] = last;
             self.late += 1;
-            let [most, next] = self.most;
-            self.most = [most.max(last), next.max(last.min(most))];
         }
         if self.late < LATE {
             return false;
         }
-        // Without the one that took most: a burst may have ended in another slot.
-        *self = Self::reporting(self.most[1].next_multiple_of(LATENCY_STEP));
+        let most = self.took.iter().max().copied().unwrap_or(took);
+        *self = Self::reporting(most.next_multiple_of(LATENCY_STEP));
         true
     }
 
@@ -351,11 +352,11 @@ mod tests {
         let mut latency = Latency::default();
         let now_and_then = (0..200).map(|number| u64::from(number % 2 == 0) * 40);
         assert!(rises(&mut latency, 0, now_and_then).is_empty());
-        let half_a_second = std::iter::repeat_n(11, 30).chain([0]);
-        assert!(rises(&mut latency, 10_000, half_a_second).is_empty());
-        let two_seconds = (0..120).map(|number| if number % 7 == 0 { 9 } else { 11 });
-        assert_eq!(rises(&mut latency, 20_000, two_seconds), [15]);
-        assert!(rises(&mut latency, 30_000, std::iter::repeat_n(15, 120)).is_empty());
+        let one_second = std::iter::repeat_n(11, 60).chain([0]);
+        assert!(rises(&mut latency, 10_000, one_second).is_empty());
+        let three_seconds = (0..180).map(|number| if number % 7 == 0 { 9 } else { 11 });
+        assert_eq!(rises(&mut latency, 20_000, three_seconds), [15]);
+        assert!(rises(&mut latency, 30_000, std::iter::repeat_n(15, 180)).is_empty());
     }
 
     #[test]
@@ -365,11 +366,19 @@ mod tests {
             for steady in [0, 12] {
                 let mut latency = Latency::default();
                 let burst = (0..stuck / 16).map(|number| (stuck - number * 16).max(steady));
-                let after = std::iter::repeat_n(steady, 120);
+                let after = std::iter::repeat_n(steady, 180);
                 let reported = rises(&mut latency, 0, burst.chain(after));
                 let expected: &[u64] = if steady == 0 { &[] } else { &[15] };
                 assert_eq!(reported, expected, "stuck for {stuck} ms");
             }
         }
+    }
+
+    #[test]
+    fn a_backlog_that_is_worked_off_slowly_is_an_accident_too() {
+        let mut latency = Latency::default();
+        // Of 16 ms for a frame downstream takes 13.
+        let worked_off = (0..300u64).map(|number| 300u64.saturating_sub(number * 3));
+        assert!(rises(&mut latency, 0, worked_off).is_empty());
     }
 }
