@@ -98,6 +98,12 @@ pub enum SubscriptionError {
         /// The scanout.
         scanout_id: u32,
     },
+    /// The host did not say in time whether it switches the scanout on, and may do so later.
+    #[error(
+        "{0} accepted the connection but does not answer ENABLE_SCANOUT (is its QEMU busy? does it push \
+         screens?)"
+    )]
+    Unanswered(Address),
     /// The host does not want this client.
     #[error("{}: {}", .0.code, .0.text)]
     Unwanted(ErrorMessage),
@@ -180,8 +186,9 @@ impl Subscription {
             asked: None,
         };
         let subscribed = match this.enable(waiter) {
-            Ok(true) => this.subscribe(waiter),
-            Ok(false) => {
+            Ok(Some(true)) => this.subscribe(waiter),
+            Ok(None) => Err(SubscriptionError::Unanswered(this.target.address.clone())),
+            Ok(Some(false)) => {
                 return Err(SubscriptionError::NotOn {
                     address: this.target.address,
                     scanout_id: this.target.scanout_id,
@@ -207,10 +214,11 @@ impl Subscription {
         }
     }
 
-    /// Switches the scanout on, where that is wanted, and waits for the answer: whether it is.
-    fn enable(&mut self, waiter: &mut Waiter) -> Result<bool, SubscriptionError> {
+    /// Switches the scanout on, where that is wanted, and waits for the answer: whether it is. `None`
+    /// where there was none in time.
+    fn enable(&mut self, waiter: &mut Waiter) -> Result<Option<bool>, SubscriptionError> {
         let Some(enable) = self.target.enable else {
-            return Ok(true);
+            return Ok(Some(true));
         };
         let id = self.target.scanout_id;
         self.connection
@@ -231,10 +239,13 @@ impl Subscription {
             } if *scanout_id == id => Some(*success),
             _ => None,
         })?;
-        if subscribed {
-            Ok(())
-        } else {
-            Err(self.refused())
+        match subscribed {
+            Some(true) => Ok(()),
+            Some(false) => Err(self.refused()),
+            None => Err(SubscriptionError::Lost(format!(
+                "{} accepted the connection but does not answer (does it push screens?)",
+                self.target.address
+            ))),
         }
     }
 
@@ -376,12 +387,12 @@ impl Subscription {
         ))
     }
 
-    /// Waits for the message that `pick` finds an answer in.
+    /// Waits for the message that `pick` finds an answer in. `None` where none comes in time.
     fn answer<T>(
         &mut self,
         waiter: &mut Waiter,
         pick: impl Fn(&Message) -> Option<T>,
-    ) -> Result<T, SubscriptionError> {
+    ) -> Result<Option<T>, SubscriptionError> {
         let deadline = self.target.deadline();
         loop {
             match self.connection.next(waiter, deadline)? {
@@ -390,15 +401,10 @@ impl Subscription {
                         return Err(refusal(error));
                     }
                     if let Some(answer) = pick(&envelope.message) {
-                        return Ok(answer);
+                        return Ok(Some(answer));
                     }
                 }
-                Event::TimedOut => {
-                    return Err(SubscriptionError::Lost(format!(
-                        "{} accepted the connection but does not answer (does it push screens?)",
-                        self.target.address
-                    )));
-                }
+                Event::TimedOut => return Ok(None),
                 Event::Drained | Event::Woken => {}
             }
         }

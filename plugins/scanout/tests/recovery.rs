@@ -143,6 +143,39 @@ fn a_screen_that_cannot_be_switched_on_yet_is_asked_for_again() {
 }
 
 #[test]
+fn a_host_whose_qemu_is_busy_is_asked_again() {
+    let mut asked = 0;
+    let peer = Peer::new(move |link, envelope| {
+        match &envelope.message {
+            Message::EnableScanout(enable) => {
+                asked += 1;
+                // It waits for its QEMU, for longer than this client does.
+                if asked > 1 {
+                    let (scanout_id, connector) = (enable.scanout_id, String::new());
+                    let success = true;
+                    let answer = ScanoutResp {
+                        scanout_id,
+                        success,
+                        connector,
+                    };
+                    link.send(encode::scanout_resp(1, &answer));
+                }
+            }
+            Message::Subscribe { scanout_id } => {
+                link.send(encode::subscribe_resp(*scanout_id, true));
+                push(link, &[true]);
+            }
+            _ => {}
+        }
+        Then::GoOn
+    });
+    let properties = "scanout-id=1 enable=true timeout=200 reconnect-timeout=60000";
+    let mut source = Source::new(peer.port(), properties);
+    source.pull();
+    assert_eq!((source.stat("reconnects"), source.stat("errors")), (0, 0));
+}
+
+#[test]
 fn a_dead_host_is_lost_within_the_timeout() {
     let peer = Peer::new(|link, envelope| {
         if let Message::Subscribe { scanout_id } = envelope.message {

@@ -302,7 +302,13 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
         &self,
         query: &mut gst::query::Allocation,
     ) -> Result<(), gst::LoggableError> {
-        self.decide(query)
+        self.decide(query).inspect_err(|reason| {
+            // The base class would say no more than that it failed.
+            if !self.is_flushing() {
+                let reason = format!("{reason}{}", self.given_up());
+                gst::element_imp_error!(self, gst::CoreError::Negotiation, ["{reason}"]);
+            }
+        })
     }
 
     // Not that of PushSrc: the way there is longer.

@@ -146,7 +146,9 @@ impl ScanoutSrc {
                 let reason = streaming.settings.connection.refusal(&error);
                 self.lost(streaming, reason)
             }
-            Err(error @ SubscriptionError::NotOn { .. }) => self.lost(streaming, error.to_string()),
+            Err(error @ (SubscriptionError::NotOn { .. } | SubscriptionError::Unanswered(_))) => {
+                self.lost(streaming, error.to_string())
+            }
             Err(error) => Err(self.fail(streaming, &error.to_string())),
         }
     }
