@@ -363,6 +363,20 @@ pub(super) mod tests {
         file
     }
 
+    /// A buffer of 64 bytes into which somebody draws until there is something to read from `drawn`. It
+    /// has no memory.
+    pub fn drawn_when(drawn: io::PipeReader) -> DmaBuffer {
+        let block = Block {
+            file: OwnedFd::from(drawn).into(),
+            size: 64,
+            memory: OnceLock::new(),
+        };
+        DmaBuffer {
+            blocks: vec![block],
+            kept: Mutex::default(),
+        }
+    }
+
     fn buffer(sizes: &[usize]) -> DmaBuffer {
         let files: Vec<_> = sizes.iter().map(|size| memory(&vec![0; *size])).collect();
         let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();

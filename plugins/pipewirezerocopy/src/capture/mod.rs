@@ -303,6 +303,10 @@ impl Drop for Capture {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    pub use super::frame::tests::{
+        frames_in_dmabufs, frames_in_memory, tiled_and_cropped, undrawn,
+    };
+
     use super::frame::{Frame, tests::frame_of};
     use super::*;
 
