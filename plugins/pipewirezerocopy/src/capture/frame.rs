@@ -477,7 +477,7 @@ pub(super) mod tests {
         let frames = (0..count).map(|_| {
             let mut frame = frame_of(&[0; 64], (2, 2), 8, 0, counters);
             let file = dmabuf::tests::memory(&[0; 64]);
-            let (buffer, _) = dmabuf::DmaBuffer::new(&[file.as_fd()]).unwrap();
+            let (buffer, _) = dmabuf::DmaBuffer::new(&[file.as_fd()], &Arc::default()).unwrap();
             let plane = dmabuf::Plane::default();
             let picture = DmaBufPicture::new(buffer.into(), dmabuf::LINEAR, (2, 2), &[plane]);
             frame.pixels = Pixels::DmaBuf(picture.unwrap());

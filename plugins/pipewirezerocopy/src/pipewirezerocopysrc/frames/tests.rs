@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 use std::io::Write;
+use std::sync::Arc;
 
 use super::*;
 use crate::capture::tests::{
-    frames_in_dmabufs, frames_in_memory, idle, put_frame, tiled_and_cropped, undrawn,
+    frames_in_dmabufs, frames_in_memory, idle, lose_buffer, put_frame, tiled_and_cropped, undrawn,
 };
 use crate::capture::{Counters, Look};
 
 /// An element that has agreed on frames of 2x2 pixels, of a producer that a test plays.
 struct Setup {
     element: super::super::PipeWireZeroCopySrc,
-    counters: std::sync::Arc<Counters>,
+    counters: Arc<Counters>,
     waiter: Waiter,
 }
 
@@ -19,7 +20,7 @@ impl Setup {
     fn new(memory: OutputMemory) -> Self {
         gst::init().unwrap();
         let element: super::super::PipeWireZeroCopySrc = gst::glib::Object::new();
-        let counters = std::sync::Arc::new(Counters::default());
+        let counters = Arc::new(Counters::default());
         let waiter = Waiter::new().unwrap();
         let capture = idle(waiter.waker(), &counters);
         let waits = Waiter::new().unwrap();
@@ -32,7 +33,7 @@ impl Setup {
             None,
         );
         let info = gst_video::VideoInfo::builder(gst_video::VideoFormat::Bgrx, 2, 2);
-        streaming.negotiated = Some(std::sync::Arc::new(Negotiated {
+        streaming.negotiated = Some(Arc::new(Negotiated {
             source: frames_in_dmabufs(1, 1, &counters)[0].format,
             info: info.build().unwrap(),
             memory,
@@ -133,6 +134,18 @@ fn a_frame_that_no_gpu_reads_is_there_for_another_way() {
     );
     assert_eq!(left, Ok(None));
     assert!(setup.has_frame());
+}
+
+#[test]
+fn what_was_made_of_a_buffer_that_is_gone_ends_before_the_next_picture() {
+    let mut setup = Setup::new(OutputMemory::DmaBuf);
+    let import = Arc::new(());
+    setup.with(|streaming| lose_buffer(&streaming.capture, import.clone()));
+    assert_eq!(Arc::strong_count(&import), 2, "not with it");
+    setup.put(frames_in_dmabufs(1, 8, &setup.counters).remove(0));
+    let imp = setup.element.imp();
+    assert!(imp.next_buffer(&mut setup.waiter).is_ok());
+    assert_eq!(Arc::strong_count(&import), 1);
 }
 
 #[test]
