@@ -4,7 +4,8 @@
 
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Once;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
@@ -184,6 +185,52 @@ fn what_cannot_be_had_is_an_error_at_the_start_not_of_a_link() {
         assert!(text.contains("output-mode="), "{mode}: {text}");
         pipeline.set_state(gst::State::Null).unwrap();
     }
+}
+
+#[test]
+fn a_memory_that_cannot_be_had_is_promised_alone() {
+    for (settings, promised) in [
+        (("output-mode", "dmabuf"), &["memory:DMABuf"][..]),
+        (("output-mode", "cuda"), &["memory:CUDAMemory"]),
+        (("buffer-type", "dmabuf-passthrough"), &["memory:DMABuf"]),
+    ] {
+        let src = source();
+        src.set_property("render-node", "/dev/dri/renderD4711");
+        src.set_property_from_str(settings.0, settings.1);
+        let caps = src.static_pad("src").unwrap().query_caps(None);
+        let of_these = |(_, features): (_, &gst::CapsFeaturesRef)| {
+            promised.iter().any(|memory| features.contains(*memory))
+        };
+        assert!(
+            !caps.is_empty() && caps.iter_with_features().all(of_these),
+            "{settings:?}: {caps}"
+        );
+    }
+}
+
+#[test]
+fn the_machine_is_looked_at_once_for_the_same_settings() {
+    let src = source();
+    src.set_property("name", "looks-once");
+    let looks = Arc::new(AtomicUsize::new(0));
+    let counted = looks.clone();
+    gst::log::set_threshold_for_name("pipewirezerocopysrc", gst::DebugLevel::Info);
+    let log = gst::log::add_log_function(move |_, _, _, _, _, object, message| {
+        let ours = object.is_some_and(|object| object.to_string().contains("looks-once"));
+        let text = message.get().unwrap_or_default().to_string();
+        if ours && text.contains("no DMA-BUFs leave here") {
+            counted.fetch_add(1, Ordering::Relaxed);
+        }
+    });
+    let pad = src.static_pad("src").unwrap();
+    for (node, times) in [("renderD4711", 1), ("renderD4712", 2)] {
+        src.set_property("render-node", format!("/dev/dri/{node}"));
+        for _ in 0..3 {
+            assert!(!pad.query_caps(None).is_empty());
+        }
+        assert_eq!(looks.load(Ordering::Relaxed), times, "{node}");
+    }
+    gst::log::remove_log_function(log);
 }
 
 #[test]

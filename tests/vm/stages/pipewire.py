@@ -76,6 +76,7 @@ SCENES = {
     "cuda-agreed-again", "cuda-unwanted", "cuda-cycles",
     "resized", "reformatted", "format-twice", "few-buffers", "held", "hoarded",
     "no-sync", "implicit", "explicit", "explicit-dropped", "explicit-stopped",
+    "explicit-paused", "explicit-never",
 }
 # Those in which caps matter, for what was built with GStreamer 1.24's DMA_DRM caps (see gl.py).
 NEWER_SCENES = {

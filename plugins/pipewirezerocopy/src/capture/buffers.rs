@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use libspa::sys as spa_sys;
 
-use super::dmabuf::{DmaBufPicture, DmaBuffer, LINEAR, Plane};
+use super::dmabuf::{DmaBufPicture, DmaBuffer, LINEAR, Plane, Remains};
 use super::frame::Pixels;
 use super::geometry::{Chunk, FrameLayout, MAX_PLANES};
 use super::memory::{Mapping, Memory};
@@ -44,7 +44,7 @@ enum Store {
 
 impl Buffer {
     /// Opens a buffer that was just added. What cannot be opened is told to `complain`, with what
-    /// follows from that.
+    /// follows from that. What is made of it goes to `remains` in the end.
     ///
     /// # Safety
     /// `datas` must be those of a buffer that PipeWire has just added.
@@ -52,6 +52,7 @@ impl Buffer {
         id: u64,
         datas: &[spa_sys::spa_data],
         sync: Option<&Arc<SyncNode>>,
+        remains: &Arc<Remains>,
         mut complain: impl FnMut(String),
     ) -> Self {
         let dmabufs: Vec<_> = datas
@@ -72,7 +73,7 @@ impl Buffer {
             Store::Blocks(memory)
         } else {
             // SAFETY: By the contract above.
-            match unsafe { open_dmabufs(&dmabufs) } {
+            match unsafe { open_dmabufs(&dmabufs, remains) } {
                 Ok(store) => store,
                 Err(error) => {
                     unreadable(error);
@@ -289,13 +290,16 @@ unsafe fn open_timelines(
 ///
 /// # Safety
 /// As for [`Buffer::open`].
-unsafe fn open_dmabufs(datas: &[&spa_sys::spa_data]) -> Result<Store, String> {
+unsafe fn open_dmabufs(
+    datas: &[&spa_sys::spa_data],
+    remains: &Arc<Remains>,
+) -> Result<Store, String> {
     let fds = datas
         .iter()
         // SAFETY: By the contract above.
         .map(|data| unsafe { descriptor(data) })
         .collect::<Result<Vec<_>, _>>()?;
-    let (buffer, which) = DmaBuffer::new(&fds).map_err(|error| error.to_string())?;
+    let (buffer, which) = DmaBuffer::new(&fds, remains).map_err(|error| error.to_string())?;
     let starts = which.into_iter().zip(datas);
     Ok(Store::DmaBuf {
         buffer: Arc::new(buffer),
@@ -335,7 +339,7 @@ pub(super) mod tests {
 
     fn open(datas: &[spa_sys::spa_data]) -> Buffer {
         // SAFETY: The descriptors are open.
-        unsafe { Buffer::open(1, datas, None, |error| panic!("{error}")) }
+        unsafe { Buffer::open(1, datas, None, &Arc::default(), |error| panic!("{error}")) }
     }
 
     fn chunks(list: &[(u32, i32, i32)]) -> Chunks {
@@ -519,7 +523,7 @@ pub(super) mod tests {
     #[test]
     fn a_producer_that_calls_other_memory_a_dmabuf_harms_nobody() {
         let file = memory(&[7; 80]);
-        let (buffer, _) = DmaBuffer::new(&[file.as_fd()]).unwrap();
+        let (buffer, _) = DmaBuffer::new(&[file.as_fd()], &Arc::default()).unwrap();
         let _access = buffer.begin_cpu_access();
         let block: &Block = &buffer.blocks()[0];
         let mut out = [0; 80];

@@ -10,7 +10,8 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use nix::errno::Errno;
 
@@ -74,11 +75,61 @@ impl AsFd for Block {
     }
 }
 
+/// What consumers have made of buffers.
+pub type Kept = Vec<Arc<dyn Any + Send + Sync>>;
+
+/// What was made of buffers that are gone. The last reference to a buffer may end on the loop thread, and
+/// what was made of it must not: drivers take long to let go of an import (lessons L15 and L20).
+#[derive(Default)]
+pub struct Remains {
+    there: AtomicBool,
+    of_buffers: Mutex<Kept>,
+}
+
+impl std::fmt::Debug for Remains {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Remains").finish_non_exhaustive()
+    }
+}
+
+impl Remains {
+    fn lock(&self) -> MutexGuard<'_, Kept> {
+        self.of_buffers
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, kept: &mut Kept) {
+        self.lock().append(kept);
+        self.there.store(true, Ordering::Release);
+    }
+
+    /// All of it, for the consumer to drop.
+    pub fn take(&self) -> Kept {
+        if self.there.swap(false, Ordering::Acquire) {
+            std::mem::take(&mut *self.lock())
+        } else {
+            Kept::new()
+        }
+    }
+}
+
 /// One buffer of a producer, from `add_buffer` to the last reference to it.
 pub struct DmaBuffer {
     blocks: Vec<Block>,
     /// What consumers have made of it and need again: imports, wrappers.
-    kept: Mutex<Vec<Arc<dyn Any + Send + Sync>>>,
+    kept: Mutex<Kept>,
+    /// Where that goes then.
+    remains: Arc<Remains>,
+}
+
+impl Drop for DmaBuffer {
+    fn drop(&mut self) {
+        let kept = self.kept.get_mut().unwrap_or_else(PoisonError::into_inner);
+        if !kept.is_empty() {
+            self.remains.add(kept);
+        }
+    }
 }
 
 impl std::fmt::Debug for DmaBuffer {
@@ -90,7 +141,10 @@ impl std::fmt::Debug for DmaBuffer {
 impl DmaBuffer {
     /// Takes descriptors of our own of a buffer's. Returns, for each given one, which block it is:
     /// planes often lie in the same memory.
-    pub(super) fn new(fds: &[BorrowedFd<'_>]) -> io::Result<(Self, Vec<usize>)> {
+    pub(super) fn new(
+        fds: &[BorrowedFd<'_>],
+        remains: &Arc<Remains>,
+    ) -> io::Result<(Self, Vec<usize>)> {
         let mut blocks: Vec<Block> = Vec::new();
         let mut identities = Vec::new();
         let mut which = Vec::new();
@@ -119,6 +173,7 @@ impl DmaBuffer {
         let buffer = Self {
             blocks,
             kept: Mutex::default(),
+            remains: remains.clone(),
         };
         Ok((buffer, which))
     }
@@ -363,10 +418,46 @@ pub(super) mod tests {
         file
     }
 
+    /// A buffer of 64 bytes into which somebody draws until there is something to read from `drawn`. It
+    /// has no memory.
+    pub fn drawn_when(drawn: io::PipeReader) -> DmaBuffer {
+        let block = Block {
+            file: OwnedFd::from(drawn).into(),
+            size: 64,
+            memory: OnceLock::new(),
+        };
+        DmaBuffer {
+            blocks: vec![block],
+            kept: Mutex::default(),
+            remains: Arc::default(),
+        }
+    }
+
     fn buffer(sizes: &[usize]) -> DmaBuffer {
         let files: Vec<_> = sizes.iter().map(|size| memory(&vec![0; *size])).collect();
         let fds: Vec<_> = files.iter().map(AsFd::as_fd).collect();
-        DmaBuffer::new(&fds).unwrap().0
+        DmaBuffer::new(&fds, &Arc::default()).unwrap().0
+    }
+
+    /// Says on which thread it ends.
+    struct Import(std::sync::mpsc::Sender<std::thread::ThreadId>);
+
+    impl Drop for Import {
+        fn drop(&mut self) {
+            let _ = self.0.send(std::thread::current().id());
+        }
+    }
+
+    #[test]
+    fn an_import_ends_where_the_consumer_drops_it_not_with_its_buffer() {
+        let remains = Arc::default();
+        let (tell, ended) = std::sync::mpsc::channel();
+        let (buffer, _) = DmaBuffer::new(&[memory(&[0; 10]).as_fd()], &remains).unwrap();
+        buffer.keep(|| Ok::<_, ()>(Import(tell))).unwrap();
+        std::thread::spawn(|| drop(buffer)).join().unwrap();
+        assert!(ended.try_recv().is_err());
+        drop(remains.take());
+        assert_eq!(ended.recv(), Ok(std::thread::current().id()));
     }
 
     #[test]
@@ -374,7 +465,7 @@ pub(super) mod tests {
         let (one, other) = (memory(&[0; 10]), memory(&[0; 20]));
         let again = one.try_clone().unwrap();
         let fds = [one.as_fd(), other.as_fd(), again.as_fd()];
-        let (buffer, which) = DmaBuffer::new(&fds).unwrap();
+        let (buffer, which) = DmaBuffer::new(&fds, &Arc::default()).unwrap();
         assert_eq!(which, [0, 1, 0]);
         let sizes: Vec<_> = buffer.blocks().iter().map(Block::size).collect();
         assert_eq!(sizes, [10, 20]);
@@ -382,8 +473,8 @@ pub(super) mod tests {
 
     #[test]
     fn empty_memory_is_refused() {
-        assert!(DmaBuffer::new(&[memory(&[]).as_fd()]).is_err());
-        assert!(DmaBuffer::new(&[io::pipe().unwrap().0.as_fd()]).is_err());
+        assert!(DmaBuffer::new(&[memory(&[]).as_fd()], &Arc::default()).is_err());
+        assert!(DmaBuffer::new(&[io::pipe().unwrap().0.as_fd()], &Arc::default()).is_err());
     }
 
     #[test]

@@ -477,7 +477,7 @@ pub(super) mod tests {
         let frames = (0..count).map(|_| {
             let mut frame = frame_of(&[0; 64], (2, 2), 8, 0, counters);
             let file = dmabuf::tests::memory(&[0; 64]);
-            let (buffer, _) = dmabuf::DmaBuffer::new(&[file.as_fd()]).unwrap();
+            let (buffer, _) = dmabuf::DmaBuffer::new(&[file.as_fd()], &Arc::default()).unwrap();
             let plane = dmabuf::Plane::default();
             let picture = DmaBufPicture::new(buffer.into(), dmabuf::LINEAR, (2, 2), &[plane]);
             frame.pixels = Pixels::DmaBuf(picture.unwrap());
@@ -485,6 +485,37 @@ pub(super) mod tests {
             frame
         });
         frames.collect()
+    }
+
+    /// Frames of 2x2 pixels in sealed memory, of one pool of `buffers`.
+    pub fn frames_in_memory(count: usize, buffers: usize, counters: &Arc<Counters>) -> Vec<Frame> {
+        let mut frames = frames_in_dmabufs(count, buffers, counters);
+        for frame in &mut frames {
+            frame.pixels = frame_of(&[0; 64], (2, 2), 8, 0, counters).pixels;
+        }
+        frames
+    }
+
+    /// The same frame, which is not drawn before something is written to what is returned with it.
+    pub fn undrawn(mut frame: Frame) -> (Frame, io::PipeWriter) {
+        let (reader, writer) = io::pipe().unwrap();
+        let buffer = dmabuf::tests::drawn_when(reader).into();
+        let plane = dmabuf::Plane::default();
+        let picture = DmaBufPicture::new(buffer, dmabuf::LINEAR, (2, 2), &[plane]);
+        frame.pixels = Pixels::DmaBuf(picture.unwrap());
+        (frame, writer)
+    }
+
+    /// The lower row of the same frame, of whose layout only the driver knows.
+    pub fn tiled_and_cropped(mut frame: Frame) -> Frame {
+        let layout = FrameLayout::without_planes(PixelFormat::Bgrx, 2, 2).unwrap();
+        frame.layout = layout.crop(Region {
+            x: 0,
+            y: 1,
+            width: 2,
+            height: 1,
+        });
+        frame
     }
 
     fn frame(bytes: &[u8], width: u32, height: u32, stride: i32) -> (Frame, Arc<Counters>) {

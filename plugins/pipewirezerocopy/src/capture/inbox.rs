@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use zerocopy_plugin_common::wait::Waker;
 
 use super::damage::Damage;
+use super::dmabuf::Remains;
 use super::frame::Frame;
 use super::meta::Cursor;
 use super::negotiate::StreamFormat;
@@ -64,6 +65,7 @@ struct Contents {
 #[derive(Debug)]
 pub struct Inbox {
     contents: Mutex<Contents>,
+    remains: Arc<Remains>,
     waker: Waker,
     counters: Arc<Counters>,
 }
@@ -73,9 +75,15 @@ impl Inbox {
     pub fn new(waker: Waker, counters: Arc<Counters>) -> Self {
         Self {
             contents: Mutex::default(),
+            remains: Arc::default(),
             waker,
             counters,
         }
+    }
+
+    /// What was made of buffers that are gone: to be dropped from time to time, on the thread that made it.
+    pub fn remains(&self) -> &Arc<Remains> {
+        &self.remains
     }
 
     /// How far the capture has come.

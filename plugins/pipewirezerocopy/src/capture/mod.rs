@@ -303,6 +303,12 @@ impl Drop for Capture {
 
 #[cfg(test)]
 pub(crate) mod tests {
+    pub use super::frame::tests::{
+        frames_in_dmabufs, frames_in_memory, tiled_and_cropped, undrawn,
+    };
+
+    use std::os::fd::AsFd;
+
     use super::frame::{Frame, tests::frame_of};
     use super::*;
 
@@ -323,6 +329,15 @@ pub(crate) mod tests {
 
     pub fn put_frame(capture: &Capture, frame: Frame) {
         capture.inbox.put_frame(frame);
+    }
+
+    /// A buffer, of which `made` was made, ends on the loop thread.
+    pub fn lose_buffer(capture: &Capture, made: impl std::any::Any + Send + Sync) {
+        let memory = dmabuf::tests::memory(&[0; 64]);
+        let remains = capture.inbox.remains();
+        let (buffer, _) = dmabuf::DmaBuffer::new(&[memory.as_fd()], remains).unwrap();
+        buffer.keep(|| Ok::<_, ()>(made)).unwrap();
+        thread::spawn(|| drop(buffer)).join().unwrap();
     }
 
     pub fn put_vanished(capture: &Capture, reason: &str) {

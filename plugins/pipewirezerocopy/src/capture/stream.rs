@@ -352,7 +352,8 @@ impl State {
         // SAFETY: PipeWire passes a buffer that is valid until remove_buffer; what it has lies in
         // this process.
         let buffer = unsafe {
-            Buffer::open(id, datas(raw), self.link.sync.as_ref(), |error| {
+            let remains = self.link.inbox.remains();
+            Buffer::open(id, datas(raw), self.link.sync.as_ref(), remains, |error| {
                 self.log(
                     Level::Warning,
                     format_args!("a buffer is not all that was agreed on: {error}"),

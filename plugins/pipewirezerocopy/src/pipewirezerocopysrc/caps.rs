@@ -12,6 +12,7 @@ use gst_video::{
 
 use super::abilities::Abilities;
 use super::gpu::{drm_format, from_drm_format};
+use super::settings::Wanted;
 use crate::capture::dmabuf::{IMPLICIT, LINEAR};
 use crate::capture::negotiate::Color;
 use crate::capture::{PixelFormat, StreamFormat};
@@ -45,16 +46,22 @@ pub(super) fn video_format(format: PixelFormat) -> VideoFormat {
     VideoFormat::from_string(format.name())
 }
 
-/// Everything that the element can put out somewhere.
-pub(super) fn template() -> gst::Caps {
+/// Everything that the element can put out somewhere, in the memories that are wanted.
+pub(super) fn somewhere(wanted: Wanted) -> gst::Caps {
     let mut caps = gst::Caps::new_empty();
     let writable = caps.make_mut();
-    writable.append(cuda(&CUDA_FORMATS));
-    if SAYS_MODIFIERS {
+    if wanted.cuda {
+        writable.append(cuda(&CUDA_FORMATS));
+    }
+    if wanted.dmabuf && SAYS_MODIFIERS {
         writable.append(dma_drm(None));
     }
-    writable.append(plain_dmabuf(&PixelFormat::ALL.map(video_format)));
-    writable.append(system());
+    if wanted.dmabuf {
+        writable.append(plain_dmabuf(&PixelFormat::ALL.map(video_format)));
+    }
+    if wanted.system {
+        writable.append(system());
+    }
     caps
 }
 
@@ -504,7 +511,7 @@ pub(super) mod tests {
         assert!(!is_dmabuf(&able().caps()), "there is no GPU");
         let can = with_gpu();
         assert!(is_dmabuf(&can.caps()));
-        assert!(can.caps().is_subset(&template()));
+        assert!(can.caps().is_subset(&somewhere(Wanted::ALL)));
         let strict = Abilities {
             system: false,
             ..can

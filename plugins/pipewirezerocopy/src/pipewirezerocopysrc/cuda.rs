@@ -253,8 +253,8 @@ impl PipeWireZeroCopySrc {
 pub(super) enum Copied {
     /// It is copied; who waited until it was drawn.
     Done(WaitedBy),
-    /// What draws it has not ended in time.
-    NeverDrawn,
+    /// What draws it has not ended in time, or its memory is gone.
+    Corrupted,
     /// It cannot be copied so.
     Not,
 }
@@ -299,7 +299,7 @@ fn copy(
     };
     match drawn() {
         Ok(true) => begun.copy(buffer, info).map(|()| Ok(Copied::Done(waited))),
-        Ok(false) => Ok(Ok(Copied::NeverDrawn)),
+        Ok(false) => Ok(Ok(Copied::Corrupted)),
         Err(stopped) => Ok(Err(stopped)),
     }
 }

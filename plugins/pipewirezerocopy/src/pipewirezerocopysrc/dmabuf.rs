@@ -226,14 +226,22 @@ impl AsRef<[u8]> for Ticket {
     }
 }
 
-/// A frame in its DMA-BUFs. Its PipeWire buffer goes back when the last copy of this buffer is gone.
-/// The error says why it cannot leave so.
+/// Has the PipeWire buffer whose memory a picture is in go back when the last copy of the picture is gone.
+pub(super) fn lend(picture: &mut gst::Buffer, lease: Lease) {
+    if let Some(picture) = picture.get_mut() {
+        let ticket = gst::Buffer::from_slice(Ticket(lease));
+        gst::ParentBufferMeta::add(picture, &ticket);
+    }
+}
+
+/// A frame's DMA-BUFs as a buffer, for which the frame's lease is to be [lent](lend). The error says why it
+/// cannot leave so.
 pub(super) fn pass_on(
-    frame: Frame,
+    frame: &Frame,
     info: &gst_video::VideoInfo,
     takes: Takes,
 ) -> Result<gst::Buffer, String> {
-    let layout = frame.layout;
+    let layout = &frame.layout;
     let picture = frame.dmabuf().ok_or("it is no DMA-BUF")?;
     let cropped = layout.origin != (0, 0) || (layout.width, layout.height) != picture.size;
     // Where rows are known, a crop is an offset that everybody understands.
@@ -291,8 +299,6 @@ pub(super) fn pass_on(
         let (x, y) = layout.origin;
         gst_video::VideoCropMeta::add(writable, (x, y, layout.width, layout.height));
     }
-    let ticket = gst::Buffer::from_slice(Ticket(frame.into_lease()));
-    gst::ParentBufferMeta::add(writable, &ticket);
     Ok(buffer)
 }
 

@@ -14,7 +14,7 @@ use zerocopy_plugin_common::wait::Waiter;
 use super::abilities::Use;
 use super::caps::OutputMemory;
 use super::cuda::Copied;
-use super::dmabuf::pass_on;
+use super::dmabuf::{lend, pass_on};
 use super::figures::WaitedBy;
 use super::imp::{CAT, PipeWireZeroCopySrc, lock};
 use super::output::{can_leave_in_place, copy_frame, draw, in_place, orientation};
@@ -49,7 +49,7 @@ impl PipeWireZeroCopySrc {
         settings: &LiveSettings,
         waiter: &mut Waiter,
     ) -> Result<Option<gst::Buffer>, gst::FlowError> {
-        let (inbox, last, negotiated, takes, latches) = {
+        let (inbox, negotiated, takes, latches) = {
             let mut streaming = lock(&self.streaming);
             let Some(streaming) = &mut *streaming else {
                 return Err(gst::FlowError::Flushing);
@@ -59,7 +59,6 @@ impl PipeWireZeroCopySrc {
             };
             (
                 streaming.capture.inbox().clone(),
-                streaming.last.take(),
                 negotiated,
                 streaming.takes,
                 streaming.latch.is_in_use(),
@@ -67,18 +66,27 @@ impl PipeWireZeroCopySrc {
         };
         let Negotiated { info, memory, .. } = &*negotiated;
         let memory = *memory;
-        // A new frame replaces it, and may leave in place only because its buffer is back.
-        drop(last);
         let mut single = false;
-        let spared = inbox.take(format, |frame| {
-            single = frame.is_in_single_buffer();
-            let in_place = match memory {
-                OutputMemory::System => can_leave_in_place(frame, info, takes),
-                OutputMemory::DmaBuf => !single,
-                OutputMemory::Cuda => false,
-            };
-            in_place && frame.reserve()
-        });
+        let mut short = false;
+        let mut take_in_place = |short: &mut bool| {
+            inbox.take(format, |frame| {
+                single = frame.is_in_single_buffer();
+                let in_place = match memory {
+                    OutputMemory::System => can_leave_in_place(frame, info, takes),
+                    OutputMemory::DmaBuf => !single,
+                    OutputMemory::Cuda => false,
+                };
+                let spared = in_place && frame.reserve();
+                *short = in_place && !spared;
+                spared
+            })
+        };
+        let mut spared = take_in_place(&mut short);
+        if short {
+            // The one before may have the buffer that is missing. Else it stays until this one leaves.
+            self.let_go_last();
+            spared = take_in_place(&mut short);
+        }
         let (frame, pooled) = match (spared, memory) {
             (Some(frame), _) => (frame, None),
             (None, OutputMemory::DmaBuf) if single => {
@@ -155,8 +163,17 @@ impl PipeWireZeroCopySrc {
         }
     }
 
-    /// Lets another attempt find the newest picture, which did not leave as was agreed: this one, or the one
-    /// that is kept after it.
+    /// Gives the memory of the last picture back. There is none to be resent until the next one leaves.
+    fn let_go_last(&self) {
+        let last = lock(&self.streaming)
+            .as_mut()
+            .and_then(|streaming| streaming.last.take());
+        // Here, where nothing is locked.
+        drop(last);
+    }
+
+    /// Lets another attempt find the newest picture, which did not leave as was agreed or was not waited
+    /// for to the end: this one, or the one that is kept after it.
     fn hand_back(&self, inbox: &Inbox, frame: Frame) {
         let kept = lock(&self.streaming)
             .as_mut()
@@ -226,42 +243,48 @@ impl PipeWireZeroCopySrc {
         let mut by = WaitedBy::Nobody;
         if !for_gpu && fence.pending().is_some() {
             by = WaitedBy::Thread;
-            if !self
-                .wait_for(&fence, waiter)
-                .inspect_err(|_| inbox.miss())?
-            {
-                return Ok(self.never_drawn(&inbox));
+            match self.wait_for(&fence, waiter) {
+                Ok(true) => {}
+                Ok(false) => return Ok(self.corrupted(&inbox)),
+                Err(stopped) => {
+                    self.hand_back(&inbox, frame);
+                    return Err(stopped);
+                }
             }
         }
         let (captured, transform) = (frame.captured, frame.transform);
         let damage = std::mem::replace(&mut frame.damage, Damage::Everything);
         let copied = pooled.is_some() && memory == OutputMemory::System;
         let picture = match (pooled, memory) {
-            (None, OutputMemory::DmaBuf) => match pass_on(frame, info, takes) {
-                Ok(picture) => Some(picture),
+            (None, OutputMemory::DmaBuf) => match pass_on(&frame, info, takes) {
+                Ok(mut picture) => {
+                    lend(&mut picture, frame.into_lease());
+                    Some(picture)
+                }
                 Err(reason) => {
                     self.refuse(format, Use::PassOn, &reason);
-                    inbox.miss();
+                    self.hand_back(&inbox, frame);
                     return Ok(None);
                 }
             },
             (None, OutputMemory::System | OutputMemory::Cuda) => in_place(frame, info),
-            (Some(mut buffer), OutputMemory::Cuda) => {
-                let copied = self.copy_to_cuda(&frame, &fence, &mut buffer, negotiated, waiter);
-                match copied.inspect_err(|_| inbox.miss())? {
-                    Copied::Done(who) => by = who,
-                    Copied::NeverDrawn => return Ok(self.never_drawn(&inbox)),
-                    Copied::Not => {
+            (Some(mut buffer), _) => {
+                let copied = if for_gpu {
+                    self.copy_to_cuda(&frame, &fence, &mut buffer, negotiated, waiter)
+                } else {
+                    self.copy(&frame, &mut buffer, info, format, by)
+                };
+                match copied {
+                    Ok(Copied::Done(who)) => by = who,
+                    Ok(Copied::Corrupted) => return Ok(self.corrupted(&inbox)),
+                    Ok(Copied::Not) => {
                         self.hand_back(&inbox, frame);
                         return Ok(None);
                     }
-                }
-                Some(buffer)
-            }
-            (Some(mut buffer), _) => {
-                if !self.copy(&frame, &mut buffer, info, format)? {
-                    inbox.miss();
-                    return Ok(None);
+                    Err(stopped) => {
+                        self.hand_back(&inbox, frame);
+                        return Err(stopped);
+                    }
                 }
                 Some(buffer)
             }
@@ -309,38 +332,38 @@ impl PipeWireZeroCopySrc {
         Ok(Some(buffer))
     }
 
-    /// Nothing leaves: what draws the frame has not ended in time.
-    fn never_drawn(&self, inbox: &Inbox) -> Option<gst::Buffer> {
+    /// Nothing leaves: what draws the frame has not ended in time, or its memory is gone.
+    fn corrupted(&self, inbox: &Inbox) -> Option<gst::Buffer> {
         inbox.miss();
         let figures = lock(&self.figures);
         figures.counters.corrupted.fetch_add(1, Ordering::Relaxed);
         None
     }
 
-    /// Copies a frame into a buffer. False where that cannot be done with this frame.
+    /// Copies a frame, for which `waited` have waited, into a buffer. Where it cannot be read, no such frame
+    /// will be again.
     fn copy(
         &self,
         frame: &Frame,
         buffer: &mut gst::Buffer,
         info: &gst_video::VideoInfo,
         format: &StreamFormat,
-    ) -> Result<bool, gst::FlowError> {
+        waited: WaitedBy,
+    ) -> Result<Copied, gst::FlowError> {
         match copy_frame(frame, buffer, info) {
-            Ok(true) => return Ok(true),
+            Ok(true) => return Ok(Copied::Done(waited)),
             Ok(false) => {}
             Err(_) => return self.does_not_fit(info),
         }
         if frame.dmabuf().is_none() {
             gst::debug!(CAT, imp = self, "the producer has shrunk a frame's memory");
-            let figures = lock(&self.figures);
-            figures.counters.corrupted.fetch_add(1, Ordering::Relaxed);
-            return Ok(false);
+            return Ok(Copied::Corrupted);
         }
         match self.read_by_gpu(frame, buffer, info) {
-            Ok(()) => Ok(true),
+            Ok(()) => Ok(Copied::Done(waited)),
             Err(reason) => {
                 self.refuse(format, Use::Read, &reason);
-                Ok(false)
+                Ok(Copied::Not)
             }
         }
     }
@@ -404,7 +427,7 @@ impl PipeWireZeroCopySrc {
         captured: Monotonic,
         settings: &LiveSettings,
     ) -> Result<(gst::Buffer, bool), gst::FlowError> {
-        let (overlay, negotiated, takes) = {
+        let (overlay, negotiated, takes, before) = {
             let mut streaming = lock(&self.streaming);
             let Some(Streaming {
                 capture,
@@ -422,13 +445,17 @@ impl PipeWireZeroCopySrc {
             }
             let info = &negotiated.info;
             damage.add(Damage::Rects(pointer.leaves(info.width(), info.height())));
+            let is_last = |last: &gst::Buffer| last.as_ptr() == picture.as_ptr();
             let keep = settings.keepalive_time > 0
                 || settings.resend_last
                 || pointer.overlay().is_some()
-                || last.is_some();
-            *last = keep.then(|| picture.clone());
-            (pointer.overlay().cloned(), negotiated.clone(), *takes)
+                || last.as_ref().is_some_and(is_last);
+            let before = std::mem::replace(last, keep.then(|| picture.clone()));
+            let overlay = pointer.overlay().cloned();
+            (overlay, negotiated.clone(), *takes, before)
         };
+        // Here, where nothing is locked: it has a successor that leaves.
+        drop(before);
         let info = &negotiated.info;
         // Nobody draws into a producer's DMA-BUFs, and not with the processor on a GPU.
         let draws = !takes.overlays && negotiated.memory == OutputMemory::System;
@@ -477,12 +504,22 @@ impl PipeWireZeroCopySrc {
             .acquire_buffer(None)
     }
 
-    /// The same for a new frame. None where the GPU has no memory left, and other memory is to be agreed on.
+    /// The same for a new frame. The last picture makes room where there is no other buffer. None where the
+    /// GPU has no memory left, and other memory is to be agreed on.
     fn pooled_buffer_of(
         &self,
         negotiated: &Negotiated,
     ) -> Result<Option<gst::Buffer>, gst::FlowError> {
-        match self.pooled_buffer() {
+        let pool = self.obj().buffer_pool();
+        let pool = pool.ok_or(gst::FlowError::NotNegotiated)?;
+        let at_once =
+            gst::BufferPoolAcquireParams::with_flags(gst::BufferPoolAcquireFlags::DONTWAIT);
+        match pool.acquire_buffer(Some(&at_once)) {
+            Ok(buffer) => return Ok(Some(buffer)),
+            Err(gst::FlowError::Flushing) => return Err(gst::FlowError::Flushing),
+            Err(_) => self.let_go_last(),
+        }
+        match pool.acquire_buffer(None) {
             Err(gst::FlowError::Error) if negotiated.memory == OutputMemory::Cuda => {
                 let info = &negotiated.info;
                 let error = Error::Exhausted(format!(
@@ -536,3 +573,6 @@ impl PipeWireZeroCopySrc {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -55,7 +55,8 @@ use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake, Waker};
 
 use super::caps;
 use super::figures::Figures;
-use super::settings::Settings;
+use super::negotiation::Possible;
+use super::settings::{Settings, Wanted};
 use super::streaming::{Ending, Negotiated, Streaming};
 use crate::capture::{Capture, Config, Counters, Failure, Level, Log};
 use crate::cuda;
@@ -80,6 +81,8 @@ pub struct PipeWireZeroCopySrc {
     pub(super) settings: Mutex<Settings>,
     pub(super) streaming: Mutex<Option<Streaming>>,
     pub(super) figures: Mutex<Figures>,
+    /// What the caps query said before the start: each link asks several times.
+    pub(super) possible: Mutex<Option<Possible>>,
     /// The CUDA context that this element and its neighbours share.
     pub(super) cuda: cuda::Slot,
     /// Ends the streaming thread's waits; apart from the rest, so that it never waits itself.
@@ -156,7 +159,7 @@ impl ElementImpl for PipeWireZeroCopySrc {
                 "src",
                 gst::PadDirection::Src,
                 gst::PadPresence::Always,
-                &caps::template(),
+                &caps::somewhere(Wanted::ALL),
             );
             vec![src.expect("the template is valid")]
         });
@@ -190,6 +193,7 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
         settings.check().map_err(unusable)?;
         let target = settings.target().map_err(unusable)?;
         let remote = settings.remote().map_err(unusable)?;
+        *lock(&self.possible) = None;
         self.cuda.reset(settings.cuda_device());
         let shared = self.shared_device(&settings);
         let (can, display, cuda_device) = self.look_for_gpu(&settings, shared)?;

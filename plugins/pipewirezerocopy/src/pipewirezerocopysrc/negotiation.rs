@@ -15,11 +15,28 @@ use super::gpu::{Asked, Gpu};
 use super::imp::{CAT, PipeWireZeroCopySrc, lock};
 use super::offers;
 use super::output::Takes;
-use super::settings::Settings;
+use super::settings::{Settings, Wanted};
 use super::streaming::Negotiated;
 use crate::capture::timeline::SyncNode;
 use crate::cuda;
 use crate::egl::Display;
+
+/// The caps of what can leave, with the settings for which that was found.
+#[derive(Clone, Debug)]
+pub(super) struct Possible {
+    node: Option<String>,
+    cuda_device: Option<u32>,
+    wanted: Wanted,
+    caps: gst::Caps,
+}
+
+impl Possible {
+    fn is_for(&self, settings: &Settings, wanted: Wanted) -> bool {
+        self.node == settings.render_node
+            && self.cuda_device == settings.cuda_device()
+            && self.wanted == wanted
+    }
+}
 
 impl PipeWireZeroCopySrc {
     /// What can leave on this machine, the display of the GPU that has to do with it, and the number of
@@ -108,21 +125,33 @@ impl PipeWireZeroCopySrc {
             .ok()
     }
 
-    /// The caps of what can leave: nothing that the GPU's driver does not know. It is asked once; the
-    /// display stays open.
+    /// The caps of what can leave: nothing that the GPU's driver does not know. The machine is looked at once
+    /// for the same settings, until the next start.
     pub(super) fn possible_caps(&self) -> gst::Caps {
         if let Some(streaming) = &*lock(&self.streaming) {
             return streaming.can.caps();
         }
         let settings = lock(&self.settings).clone();
         // What is wrong with the settings is an error at the start.
-        if settings.wanted().is_err() {
-            return caps::template();
+        let Ok(wanted) = settings.wanted() else {
+            return caps::somewhere(Wanted::ALL);
+        };
+        let known = lock(&self.possible).clone();
+        if let Some(known) = known.filter(|known| known.is_for(&settings, wanted)) {
+            return known.caps;
         }
         // Nobody is asked for a context here: who asks for caps may not want to be asked.
-        // So is what cannot be had at all: of a link that fails nobody learns why.
         let found = self.look_for_gpu(&settings, None);
-        found.map_or_else(|_| caps::template(), |(can, ..)| can.caps())
+        // So is what cannot be had at all: of a link that fails nobody learns why. Other memory is not
+        // promised for it.
+        let caps = found.map_or_else(|_| caps::somewhere(wanted), |(can, ..)| can.caps());
+        *lock(&self.possible) = Some(Possible {
+            node: settings.render_node.clone(),
+            cuda_device: settings.cuda_device(),
+            wanted,
+            caps: caps.clone(),
+        });
+        caps
     }
 
     /// Tells PipeWire what downstream takes and, once the producer has fixed a format, sets caps. The

@@ -38,6 +38,13 @@ pub(super) struct Wanted {
 }
 
 impl Wanted {
+    /// Whatever there is.
+    pub const ALL: Self = Self {
+        system: true,
+        dmabuf: true,
+        cuda: true,
+    };
+
     /// What there is besides CUDA memory.
     pub fn nothing_but_cuda(self) -> bool {
         self.cuda && !self.system && !self.dmabuf
@@ -288,7 +295,7 @@ impl Settings {
             return Ok(wanted);
         }
         Ok(match self.output_mode {
-            OutputMode::Auto => only(true, true, true),
+            OutputMode::Auto => Wanted::ALL,
             OutputMode::System => only(true, false, false),
             OutputMode::DmaBuf => only(false, true, false),
             OutputMode::Cuda => only(false, false, true),

@@ -300,10 +300,15 @@ impl PipeWireZeroCopySrc {
                 self.renegotiate()?;
             }
             let settings = lock(&self.settings).live;
-            let step = match &mut *lock(&self.streaming) {
-                Some(streaming) => streaming.next_step(&settings, Instant::now()),
+            let (step, remains) = match &mut *lock(&self.streaming) {
+                Some(streaming) => (
+                    streaming.next_step(&settings, Instant::now()),
+                    streaming.capture.inbox().remains().take(),
+                ),
                 None => return Err(gst::FlowError::Flushing),
             };
+            // Here, where nothing is locked: it may take long.
+            drop(remains);
             match step {
                 Step::Push(format) => {
                     if let Some(buffer) = self.take_frame(&format, &settings, waiter)? {

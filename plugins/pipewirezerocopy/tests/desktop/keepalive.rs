@@ -6,12 +6,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
+use gstpipewirezerocopy::capture::PixelFormat;
 use zerocopy_test_support::desktop::Recording;
 
 use super::content::run_on;
 use super::desktop;
-use super::hostile::{painter, plain, shown};
-use super::painter::{Painter, Picture, until};
+use super::hostile::{HEIGHT, WIDTH, painter, plain, show_until_counted, shown};
+use super::painter::{Canvas, Painter, Picture, until};
 use super::run::{LONG, Run, is_keepalive, pixels, pts};
 
 /// A picture and the `count` keepalives that follow it, once the desktop has come to rest.
@@ -108,6 +109,32 @@ fn keepalives_can_be_turned_off_and_on_while_playing() {
     // The thread waits without an end now, and yet takes note.
     run.src.set_property("keepalive-time", 20u32);
     still(&run, 10);
+}
+
+#[test]
+fn a_picture_that_cannot_be_read_does_not_end_the_keepalives() {
+    let desktop = desktop();
+    let canvas = Canvas {
+        sealed: false,
+        ..Canvas::default()
+    };
+    let size = (WIDTH, HEIGHT);
+    let painter = Painter::on_canvas(&desktop, "unread", PixelFormat::Bgrx, size, canvas);
+    let run = run_on(&desktop, "unread", "video/x-raw");
+    run.src.set_property("keepalive-time", 20u32);
+    run.play();
+    painter.show(plain(1));
+    let (frame, _) = still(&run, 1);
+    painter.shrink();
+    let empty = Picture {
+        bytes: Vec::new(),
+        ..plain(2)
+    };
+    show_until_counted(&painter, &run, &empty, "corrupted");
+    let keepalives = run.stat("keepalives");
+    until(|| run.stat("keepalives") > keepalives + 2);
+    assert_eq!(run.stat("frames"), 1);
+    assert_eq!(pixels(&frame)[0], 1);
 }
 
 #[test]

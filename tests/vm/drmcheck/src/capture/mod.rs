@@ -113,6 +113,8 @@ const SCENES: &[(&str, Scene)] = &[
     ("explicit", explicit),
     ("explicit-dropped", explicit_dropped),
     ("explicit-stopped", explicit_stopped),
+    ("explicit-paused", explicit_paused),
+    ("explicit-never", explicit_never),
 ];
 
 /// Plays the scenes.
@@ -404,13 +406,17 @@ fn implicit(node: &str) -> Outcome<()> {
 }
 
 fn explicit_stage(node: &str) -> Outcome<Stage> {
+    explicit_stage_with(node, "dmabuf")
+}
+
+fn explicit_stage_with(node: &str, settings: &str) -> Outcome<Stage> {
     let offer = offer(Pixels::Bgrx, &[LINEAR], true);
     // So many that the producer can do for long without one of them.
     let style = Style {
         buffers: 8,
         ..padded(Memory::Dumb)
     };
-    Stage::with_sync(node, offer, style, "dmabuf", true)
+    Stage::with_sync(node, offer, style, settings, true)
 }
 
 /// Acquire points are waited for; release points are signalled when a frame is done with, not before.
@@ -494,4 +500,55 @@ fn explicit_stopped(node: &str) -> Outcome<()> {
     };
     stage.shown(3)?;
     Ok(())
+}
+
+/// A pause while a picture is waited for does not cost it, though the producer shows no other.
+fn explicit_paused(node: &str) -> Outcome<()> {
+    let stage = explicit_stage(node)?;
+    stage.shown(1)?;
+    let end = Instant::now() + LIMIT;
+    while Instant::now() < end {
+        let waited_for = stage.late(2)?.is_some();
+        stage.run.pause()?;
+        stage.finish()?;
+        stage.run.play()?;
+        while let Some(frame) = stage.run.frame(AGAIN)? {
+            if waited_for && stage.compare(&frame, 2).is_ok() {
+                return Ok(());
+            }
+        }
+        // The machine was busy, and the element has given the picture up before the pause.
+    }
+    Err("a picture that was waited for before the pause did not come after it".into())
+}
+
+/// A picture that is never drawn does not take the place of the one before, which is kept alive.
+fn explicit_never(node: &str) -> Outcome<()> {
+    let stage = explicit_stage_with(node, "dmabuf keepalive-time=100")?;
+    stage.shown(1)?;
+    let keepalives = || stage.run.stat("keepalives").parse::<u64>();
+    let end = Instant::now() + LIMIT;
+    while Instant::now() < end {
+        stage.show(2, When::After)?;
+        // Longer than the element waits.
+        let again = Instant::now() + 3 * AGAIN;
+        while stage.run.stat("corrupted") == "0" && Instant::now() < again {
+            // Nobody tells when a frame is given up.
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if stage.run.stat("corrupted") != "0" {
+            let before = keepalives()?;
+            let end = Instant::now() + LIMIT;
+            while keepalives()? < before + 3 {
+                if Instant::now() > end {
+                    return Err("the picture before is not kept alive any more".into());
+                }
+                stage.run.frame(AGAIN)?;
+            }
+            return Ok(());
+        }
+        // PipeWire has thrown it away.
+        stage.finish()?;
+    }
+    Err("no picture was given up".into())
 }

@@ -196,7 +196,13 @@ impl Run {
         ["frames", "dropped"].map(|name| self.stat(name))
     }
 
-    /// Plays again what was stopped.
+    /// Pauses the pipeline.
+    pub fn pause(&self) -> Outcome<()> {
+        self.pipeline.set_state(gst::State::Paused)?;
+        Ok(())
+    }
+
+    /// Plays again what was stopped or paused.
     pub fn play(&self) -> Outcome<()> {
         match self.pipeline.set_state(gst::State::Playing) {
             Ok(_) => Ok(()),
