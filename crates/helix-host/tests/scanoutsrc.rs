@@ -150,18 +150,28 @@ fn a_screen_of_qemu_comes_out_of_a_decoder_as_qemu_shows_it() {
 
 #[test]
 fn qemu_host_and_client_are_restarted_in_each_order() {
+    restarted_in_each_order(Bus::qemu_with_vga, "reconnect-timeout=60000");
+}
+
+#[test]
+fn who_switches_the_screen_on_survives_restarts_in_each_order_too() {
+    let properties = "enable=true width=1280 height=800 reconnect-timeout=60000";
+    restarted_in_each_order(|bus| bus.qemu(&["-device", "virtio-vga"]), properties);
+}
+
+fn restarted_in_each_order(start_qemu: impl Fn(&Bus) -> Qemu, properties: &str) {
     let folder = tempfile::tempdir().unwrap();
     let listen = format!("unix:{}", folder.path().join("helix").display());
     let bus = Bus::start();
     let address = format!("dbus:{}", bus.address());
-    let mut qemu = bus.qemu_with_vga();
+    let mut qemu = start_qemu(&bus);
     let mut server = host(&listen, &address);
-    let start = || Client::start(&listen.parse().unwrap(), "reconnect-timeout=60000");
+    let start = || Client::start(&listen.parse().unwrap(), properties);
     let mut client = start();
     client.shows_the_same(&qemu);
     // Each goes and comes, first alone and then with another one gone when it comes.
     qemu.kill();
-    qemu = bus.qemu_with_vga();
+    qemu = start_qemu(&bus);
     client.shows_the_same(&qemu);
     assert_eq!(client.stat("reconnects"), 0, "the host has stayed");
 
@@ -176,20 +186,20 @@ fn qemu_host_and_client_are_restarted_in_each_order() {
 
     qemu.kill();
     server.stop();
-    qemu = bus.qemu_with_vga();
+    qemu = start_qemu(&bus);
     server = host(&listen, &address);
     client.shows_the_same(&qemu);
 
     server.stop();
     qemu.kill();
     server = host(&listen, &address);
-    qemu = bus.qemu_with_vga();
+    qemu = start_qemu(&bus);
     client.shows_the_same(&qemu);
 
     drop(client);
     qemu.kill();
     client = start();
-    qemu = bus.qemu_with_vga();
+    qemu = start_qemu(&bus);
     client.shows_the_same(&qemu);
 
     drop(client);

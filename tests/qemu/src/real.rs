@@ -77,7 +77,16 @@ impl Bus {
     ///
     /// If there is no QEMU, or it does not come to the bus.
     pub fn qemu_with_vga(&self) -> Qemu {
-        let qemu = Qemu::with_vga(&format!("dbus,addr={}", self.address));
+        self.qemu(&["-vga", "std"])
+    }
+
+    /// The same with other devices, as in [`Qemu::start`].
+    ///
+    /// # Panics
+    ///
+    /// As above.
+    pub fn qemu(&self, options: &[&str]) -> Qemu {
+        let qemu = Qemu::start(&format!("dbus,addr={}", self.address), options);
         // QEMU takes its name some time after it can be talked to.
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
