@@ -214,6 +214,11 @@ impl From<io::Error> for Failure {
     }
 }
 
+/// Bytes that wait in a client's unix socket. A picture goes through in so many pieces, each with a
+/// wake-up on both sides. The kernel permits net.core.wmem_max of it, and then doubles that: with its
+/// usual limit twice what a socket has by itself (socket(7), `SO_SNDBUF`).
+const UNIX_SEND_BUFFER: usize = 1 << 20;
+
 fn connect_one(
     domain: Domain,
     address: &SockAddr,
@@ -222,6 +227,10 @@ fn connect_one(
 ) -> Result<Socket, Failure> {
     let socket = Socket::new(domain, Type::STREAM, None)?;
     prepare(&socket)?;
+    if domain == Domain::UNIX {
+        // It works with less, too.
+        let _ = socket.set_send_buffer_size(UNIX_SEND_BUFFER);
+    }
     loop {
         let retry = match socket.connect(address) {
             Ok(()) => return Ok(socket),

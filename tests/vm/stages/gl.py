@@ -12,7 +12,7 @@ import re
 
 # The first look through all plugins is in it, which takes ten seconds on an idle machine.
 LIMIT = 300
-# Two QEMUs inside the guest; a minute and a half where nobody else works.
+# Two QEMUs inside the guest: a minute and a half where little else runs.
 STOCK_LIMIT = 900
 KINDS = ("dumb", "vgem", "udmabuf", "heap")
 WAYS = ("as it is", "upside down", "part", "copied", "let go", "tiled", "nobody knows how")

@@ -171,14 +171,12 @@ impl ElementImpl for QemuDisplaySrc {
             && let Some(streaming) = &mut *lock(&self.streaming)
         {
             streaming.listening = Some(streaming.screen.listen());
+            // A pause that is over before the connection's thread has noticed it brings no new picture.
+            (streaming.again, streaming.missed) = (true, true);
         }
         let result = self.parent_change_state(transition);
         if transition == gst::StateChange::PausedToPlaying {
-            // A pause that is over before the connection's thread has noticed it brings no new picture.
-            if let Some(streaming) = &mut *lock(&self.streaming) {
-                streaming.missed = true;
-            }
-            self.ask_for_frame();
+            self.wake();
         }
         if transition == gst::StateChange::PlayingToPaused {
             if let Some(streaming) = &mut *lock(&self.streaming) {

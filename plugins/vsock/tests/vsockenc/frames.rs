@@ -487,6 +487,7 @@ fn a_token_that_no_host_takes_is_refused_at_the_start() {
     init();
     let bus = gst::Bus::new();
     let element = gst::ElementFactory::make("vsockenc")
+        .property("socket-path", "/nowhere/host.sock")
         .property("auth-token", "x".repeat(1025))
         .build()
         .unwrap();

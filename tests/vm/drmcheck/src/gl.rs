@@ -246,12 +246,20 @@ fn off_and_on(qmp: &Path, gpu: &mut VirtioGpu) -> Outcome<()> {
         let frames = Frames::play(&element(qmp, ""), caps)?;
         come(&frames, gpu, SIZES[0], 0.0)?;
         gpu.switch_off();
-        // QEMU shows what it has to say about that.
+        // QEMU shows what it has to say about that, and says Disable, in either order.
         let last = Screen::plain(SIZES[0], 255);
-        frames.wait_for(|sample| match last.is(sample, is_turned(&frames), 0.0) {
-            Ok(()) => Err("the picture is still there".into()),
-            Err(_) => Ok(()),
-        })?;
+        let bus = frames.pipeline.bus().ok_or("no bus")?;
+        eventually("an end of the picture", || {
+            let said = std::iter::from_fn(|| bus.pop_filtered(&[gst::MessageType::Element]));
+            let off = said.into_iter().any(|message| {
+                let fields = message.structure();
+                fields.and_then(|fields| fields.get::<&str>("state").ok()) == Some("off")
+            });
+            let sample = frames.sink.try_pull_sample(gst::ClockTime::ZERO);
+            let turned = is_turned(&frames);
+            let other = sample.is_some_and(|sample| last.is(&sample, turned, 0.0).is_err());
+            (off || other).then_some(())
+        });
         come(&frames, gpu, SIZES[0], 0.0)?;
     }
     Ok(())
