@@ -162,7 +162,8 @@ impl ElementImpl for QemuDisplaySrc {
         &TEMPLATES
     }
 
-    /// QEMU converts and sends what changes to whoever listens: only while frames can leave.
+    /// QEMU converts and sends what changes to whoever listens. QEMU 7.2 is listened to only while
+    /// frames can leave; a newer one keeps its listeners, so that one stays.
     fn change_state(
         &self,
         transition: gst::StateChange,
