@@ -167,8 +167,8 @@ impl Pool {
         Self::configure(pool, stream, caps, size, 0, 0)
     }
 
-    /// A pool that downstream proposes, active, if its memory is of this context and there is some for
-    /// its least buffers. That of another one would be copied through the CPU (L17).
+    /// A pool that downstream proposes, if its memory is of this context. That of another one would
+    /// be copied through the CPU (L17).
     pub fn of_downstream(
         pool: gst::BufferPool,
         context: &Context,
@@ -188,15 +188,7 @@ impl Pool {
         if owner != context.raw() {
             return None;
         }
-        let this = Self::configure(pool, stream, caps, size, min, max).ok()?;
-        // Its least buffers are made now. Were that left to the base class, a GPU without room for them
-        // would end the stream, and nobody would say why.
-        if this.pool.set_active(true).is_err() {
-            // What it has made is given back.
-            let _ = this.pool.set_active(false);
-            return None;
-        }
-        Some(this)
+        Self::configure(pool, stream, caps, size, min, max).ok()
     }
 
     /// Whether it was set up for these caps.
