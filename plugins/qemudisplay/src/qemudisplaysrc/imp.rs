@@ -30,6 +30,7 @@
 //!
 //! Since: 0.1
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -72,6 +73,8 @@ pub struct QemuDisplaySrc {
     pub(super) figures: Mutex<Figures>,
     /// Ends the streaming thread's waits; apart from the rest, so that it never waits itself.
     waker: Mutex<Option<Waker>>,
+    /// The state goes to PAUSED.
+    pausing: AtomicBool,
 }
 
 /// None of these locks is held where something could panic and leave a half-made change.
@@ -175,7 +178,20 @@ impl ElementImpl for QemuDisplaySrc {
             // A pause that is over before the connection's thread has noticed it brings no new picture.
             (streaming.again, streaming.missed) = (true, true);
         }
+        let pauses = transition == gst::StateChange::PlayingToPaused;
+        self.pausing.store(pauses, Ordering::Release);
         let result = self.parent_change_state(transition);
+        if self.pausing.swap(false, Ordering::AcqRel)
+            && self
+                .obj()
+                .src_pad()
+                .pad_flags()
+                .contains(gst::PadFlags::FLUSHING)
+        {
+            // A flush that began meanwhile must end the wait.
+            // It cannot fail.
+            let _ = self.unlock();
+        }
         if transition == gst::StateChange::PausedToPlaying {
             self.wake();
         }
@@ -255,6 +271,12 @@ impl BaseSrcImpl for QemuDisplaySrc {
     }
 
     fn unlock(&self) -> Result<(), gst::ErrorMessage> {
+        if self.pausing.load(Ordering::Acquire) {
+            // GStreamer 1.24 and newer unlock for a pause, too. The streaming thread waits in PAUSED anyway:
+            // were it to return, the base class could take that for a flush where PLAYING has come by then,
+            // and the stream would stand still for ever.
+            return Ok(());
+        }
         if let Some(waker) = &*lock(&self.waker) {
             waker.cancel();
         }
