@@ -31,8 +31,6 @@ pub struct Watch {
     /// When the picture that is there may be taken.
     due: Option<Instant>,
     canvas: Option<Canvas>,
-    /// The last picture that was given.
-    given: Option<gst::Sample>,
 }
 
 /// What pictures of one kind become.
@@ -55,12 +53,11 @@ impl Watch {
             slot: None,
             due: None,
             canvas: None,
-            given: None,
         }
     }
 
     /// The console's picture and when it was captured, CLOCK_MONOTONIC in nanoseconds: one that
-    /// is another one and whose time has come, or `again` what there is. `None` while QEMU is away or
+    /// is new and whose time has come, or `again` what there is. `None` while QEMU is away or
     /// the console is off.
     ///
     /// The error says why there will be none.
@@ -106,21 +103,7 @@ impl Watch {
         };
         let captured = monotonic_now() - age.as_nanos() as i64;
         match self.sample(&picture, rate) {
-            // A guest that flips pages says so twice, and some compositors flip twice. To compare costs a
-            // part of what encoding does, and nearly nothing where pictures differ.
-            Ok(sample)
-                if !again
-                    && self
-                        .given
-                        .as_ref()
-                        .is_some_and(|given| same(given, &sample)) =>
-            {
-                Ok(None)
-            }
-            Ok(sample) => {
-                self.given = Some(sample.clone());
-                Ok(Some((sample, captured)))
-            }
+            Ok(sample) => Ok(Some((sample, captured))),
             Err(Failure::Qemu(reason)) => Ok(self.refuse(reason)),
             Err(Failure::Ours(reason)) => Err(reason),
         }
@@ -197,15 +180,6 @@ impl Drop for Watch {
     fn drop(&mut self) {
         self.link.state().watchers.remove(&self.console);
     }
-}
-
-/// Whether two pictures are the same, as far as that is easily seen.
-fn same(one: &gst::Sample, other: &gst::Sample) -> bool {
-    let bytes = |sample: &gst::Sample| sample.buffer_owned()?.into_mapped_buffer_readable().ok();
-    one.caps() == other.caps()
-        && bytes(one)
-            .zip(bytes(other))
-            .is_some_and(|(one, other)| *one == *other)
 }
 
 /// Whose fault it is that there is no picture.
