@@ -278,6 +278,33 @@ fn a_cursor_that_qemu_sends_apart_is_in_the_picture() {
     assert!(psnr > 25.0, "{psnr} dB");
 }
 
+#[test]
+fn a_picture_that_qemu_tells_more_than_once_is_encoded_once() {
+    let qemu = FakeQemu::start(&[0]);
+    let server = connected(&qemu);
+    let (mut peer, listener) = watching(&qemu, &server);
+    let side = SIZE as i32;
+    for shade in 0..10 {
+        let mut picture = plain([shade, 0, 0]);
+        // As guests that flip pages have it said: there is another one, and it has changed.
+        listener.scanout(SIZE, SIZE, &picture).unwrap();
+        listener.update((0, 0), (side, side), &picture).unwrap();
+        peer.next_frame();
+        // Longer than from one frame to the next.
+        assert!(peer.is_quiet_for(Duration::from_millis(50)));
+        listener.update((0, 0), (side, side), &picture).unwrap();
+        assert!(peer.is_quiet_for(Duration::from_millis(50)));
+        // One byte, the last but the one that means nothing, is another picture.
+        let last = picture.len() - 2;
+        picture[last] = 255;
+        listener.update((0, 0), (side, side), &picture).unwrap();
+        peer.next_frame();
+        // Who asks gets it once more.
+        peer.send(encode::keyframe_req(1));
+        assert!(is_start(&peer.next_frame().bytes));
+    }
+}
+
 /// Ends a thread of a test that fails, too.
 struct End<'a>(&'a AtomicBool);
 
