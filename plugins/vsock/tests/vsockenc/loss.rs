@@ -521,6 +521,19 @@ fn a_host_that_makes_no_keyframe_is_asked_again_and_given_up() {
 }
 
 #[test]
+fn a_host_whose_keyframes_are_empty_is_asked_again_and_given_up() {
+    let peer = Peer::new(|link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            link.respond(1, request.pts, true, &[]);
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let error = given_up(&peer);
+    assert!(error.contains("has sent no keyframe"), "{error}");
+}
+
+#[test]
 fn a_host_whose_keyframes_have_no_parameter_sets_is_asked_again_and_given_up() {
     let peer = Peer::new(|link, envelope| {
         if let Message::FrameRequest(request, _) = &envelope.message {

@@ -114,6 +114,25 @@ fn replies_that_nobody_asked_for_are_counted_and_change_nothing() {
 }
 
 #[test]
+fn an_error_that_is_said_twice_is_counted_and_changes_nothing() {
+    let peer = host_with_ids(|link, requests| {
+        let request = requests.last().unwrap();
+        if requests.len() == 2 {
+            link.send(error(Some(request.tag)));
+            link.send(error(Some(request.tag)));
+        } else {
+            link.answer(request);
+        }
+    });
+    let mut run = run(&peer, 20_000);
+    for number in 0..4 {
+        run.submit(number);
+        assert_eq!(run.outcome(), (number, number != 1));
+    }
+    assert_eq!(run.counts.lock().unwrap().unmatched, 1);
+}
+
+#[test]
 fn an_error_with_a_tag_drops_exactly_its_frame() {
     let peer = host_with_ids(|link, requests| {
         if requests.len() == 3 {
