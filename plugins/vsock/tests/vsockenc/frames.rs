@@ -296,7 +296,7 @@ fn a_missing_last_reply_does_not_hold_up_eos() {
         link.pong(envelope);
         Then::GoOn
     });
-    let mut encoder = Encoder::new(peer.port(), "timeout=300");
+    let mut encoder = Encoder::new(peer.port(), "timeout=1000");
     for _ in 0..3 {
         encoder.push().unwrap();
     }
@@ -323,7 +323,7 @@ fn a_late_reply_is_nobody_elses() {
         link.pong(envelope);
         Then::GoOn
     });
-    let mut encoder = Encoder::new(peer.port(), "timeout=200 max-in-flight=1");
+    let mut encoder = Encoder::new(peer.port(), "timeout=1000 max-in-flight=1");
     for _ in 0..3 {
         encoder.push().unwrap();
     }

@@ -303,7 +303,7 @@ fn a_host_that_answers_no_more_is_called_anew_and_then_given_up() {
         link.pong(envelope);
         Then::GoOn
     });
-    let mut encoder = Encoder::new(peer.port(), "timeout=300");
+    let mut encoder = Encoder::new(peer.port(), "timeout=1000");
     while encoder.push().is_ok() {}
     let error = encoder.error();
     assert!(error.contains("did not answer a FRAME_REQUEST"), "{error}");

@@ -156,7 +156,7 @@ fn a_frame_that_is_never_answered_is_given_up_and_those_behind_it_leave() {
             link.answer(requests.last().unwrap());
         }
     });
-    let mut run = run(&peer, 200);
+    let mut run = run(&peer, 1000);
     for number in 0..4 {
         run.submit(number);
     }
@@ -174,7 +174,7 @@ fn a_late_reply_by_id_is_thrown_away_and_asks_for_a_keyframe() {
         }
         _ => link.answer(requests.last().unwrap()),
     });
-    let mut run = run(&peer, 200);
+    let mut run = run(&peer, 1000);
     run.submit(0);
     run.submit(1);
     assert_eq!((run.outcome(), run.outcome()), ((0, true), (1, false)));
