@@ -29,10 +29,8 @@ const KEPT_BACK: usize = 4;
 /// The same where nothing is copied: those who take DMA-BUFs take nothing else.
 const KEPT_BACK_OF_DMABUFS: usize = 3;
 /// Those that may be out of a small pool all the same. Sinks keep their last buffer until the next one
-/// comes: of DMA-BUFs, which cannot be copied instead, none would come if one alone may be out.
-const LEAST: usize = 2;
-/// Buffers that the producer has left then, where the next one can be copied.
-const LEAST_LEFT: usize = 2;
+/// comes: none would come if one alone may be out.
+const LEAST_OF_DMABUFS: usize = 2;
 
 /// Buffers that the producer has at least while others wait to be given back; it also has half of
 /// all.
@@ -88,10 +86,9 @@ impl Pool {
             usize::MAX
         } else if dmabufs {
             let spared = buffers.saturating_sub(KEPT_BACK_OF_DMABUFS);
-            spared.max(LEAST).min(buffers)
+            spared.max(LEAST_OF_DMABUFS).min(buffers)
         } else {
-            let least = LEAST.min(buffers.saturating_sub(LEAST_LEFT));
-            buffers.saturating_sub(KEPT_BACK).max(least)
+            buffers.saturating_sub(KEPT_BACK)
         }
     }
 
@@ -482,6 +479,7 @@ pub(super) mod tests {
             let picture = DmaBufPicture::new(buffer.into(), dmabuf::LINEAR, (2, 2), &[plane]);
             frame.pixels = Pixels::DmaBuf(picture.unwrap());
             frame.lease.pool = pool.clone();
+            pool.out.fetch_add(1, Ordering::Relaxed);
             frame
         });
         frames.collect()
@@ -614,21 +612,26 @@ pub(super) mod tests {
 
     #[test]
     fn buffers_are_passed_on_only_as_long_as_the_producer_has_enough() {
-        for (buffers, most) in [
-            (0, 0),
-            (2, 0),
-            (3, 1),
-            (4, 2),
-            (6, 2),
-            (7, 3),
-            (8, 4),
-            (16, 12),
-        ] {
+        for (buffers, most) in [(0, 0), (2, 0), (4, 0), (5, 1), (6, 2), (8, 4), (16, 12)] {
             let pool = Pool::default();
             for _ in 0..buffers {
                 pool.add();
             }
             assert_eq!((0..32).filter(|_| pool.pass_one(false)).count(), most);
+        }
+    }
+
+    #[test]
+    fn two_buffers_are_left_while_one_is_copied_and_one_waits() {
+        for buffers in 4..=16 {
+            let counters = Arc::new(Counters::default());
+            let mut frames = frames_in_memory(buffers - 2, buffers, &counters);
+            let pool = frames[0].lease.pool.clone();
+            // Downstream keeps all that leaves; then one is copied, and the newest is in the inbox.
+            let passed = frames.iter_mut().take_while(|frame| frame.reserve());
+            assert_eq!(passed.count() + 2, buffers - 2);
+            let left = buffers - pool.out.load(Ordering::Relaxed);
+            assert_eq!(left, 2, "of {buffers}");
         }
     }
 
