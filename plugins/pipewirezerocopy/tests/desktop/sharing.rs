@@ -209,9 +209,10 @@ fn a_small_pool_has_two_buffers_left_while_one_is_copied_and_one_waits() {
             painter.show(picture.clone());
             run.frame_within(Duration::from_millis(1));
             // For a moment there is one more, while the newest takes the place of another.
-            match run.stat("held-buffers") + 2 > u64::from(buffers) {
-                true => too_many += 1,
-                false => too_many = 0,
+            if run.stat("held-buffers") + 2 > u64::from(buffers) {
+                too_many += 1;
+            } else {
+                too_many = 0;
             }
             assert!(too_many < 3, "of {buffers} less than two are left");
         }
