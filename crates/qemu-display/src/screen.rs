@@ -109,6 +109,14 @@ impl State {
         std::mem::replace(&mut self.content, content)
     }
 
+    /// What of the picture lies in a rectangle as QEMU says it, of what was drawn into memory that it shares.
+    /// Right after a picture became smaller, QEMU with `gl=on` still says how large it was (QEMU 10; it tells
+    /// all that was drawn at once, what was drawn since included).
+    fn part(&self, at: (i32, i32), (width, height): (i32, i32)) -> Option<Rect> {
+        let extent = (u32::try_from(width).ok()?, u32::try_from(height).ok()?);
+        Rect::clipped(at, extent, self.content.as_ref()?.size())
+    }
+
     /// There is no picture any more.
     fn clear(&mut self) {
         self.show(None);
@@ -357,7 +365,8 @@ impl Screen {
         let mut state = self.lock();
         Self::drawn(&mut state);
         let shared = matches!(state.content, Some(Content::Shared(..)));
-        self.changed_part(state, shared, at, extent);
+        let rect = state.part(at, extent).filter(|_| shared);
+        self.changed_part(state, rect);
     }
 
     /// A picture in DMA-BUFs.
@@ -378,14 +387,15 @@ impl Screen {
         let (reply, receiver) = oneshot::channel();
         let mut state = self.lock();
         state.replaced = false;
-        let there = matches!(state.content, Some(Content::DmaBuf(_)));
+        let shown = matches!(state.content, Some(Content::DmaBuf(_)));
+        let rect = state.part(at, extent).filter(|_| shown);
         // QEMU waits for the answers to all parts of a change: one of them is enough to hold it.
         state.waits += 1;
         let number = state.waits;
-        if there && !state.unattended && state.reply.is_none() {
+        if rect.is_some() && !state.unattended && state.reply.is_none() {
             state.reply = Some((number, reply));
         }
-        self.changed_part(state, there, at, extent);
+        self.changed_part(state, rect);
         (number, receiver)
     }
 
@@ -449,19 +459,9 @@ impl Screen {
         }
     }
 
-    /// Something was drawn into memory that is shared. Right after a picture became smaller, QEMU with `gl=on`
-    /// still says how large it was (QEMU 10; it tells all that was drawn at once, what was drawn since included).
-    fn changed_part(
-        &self,
-        mut state: MutexGuard<'_, State>,
-        there: bool,
-        at: (i32, i32),
-        (width, height): (i32, i32),
-    ) {
-        let content = state.content.as_ref().filter(|_| there);
-        let extent = u32::try_from(width).ok().zip(u32::try_from(height).ok());
-        let rect = content.zip(extent);
-        match rect.and_then(|(content, extent)| Rect::clipped(at, extent, content.size())) {
+    /// A part of the picture has changed; or what is not in it, which changes nothing.
+    fn changed_part(&self, mut state: MutexGuard<'_, State>, rect: Option<Rect>) {
+        match rect {
             Some(rect) => self.changed(state, Some(rect)),
             None => state.figures.ignored += 1,
         }
