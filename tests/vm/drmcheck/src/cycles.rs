@@ -10,9 +10,9 @@ use crate::frames::Frames;
 use crate::memory::{self, Memory};
 
 /// Cycles before the count begins: the first ones fill GStreamer's own pools of threads and memory.
-const WARM_UP: u32 = 25;
+const WARM_UP: u32 = 15;
 /// Pixels. No other picture has this size, so that the host's trace of them is clear.
-const SIZE: (u32, u32) = (96, 80);
+const SIZE: (u32, u32) = (48, 32);
 /// For the end of the stream, on an emulated processor.
 const LIMIT: gst::ClockTime = gst::ClockTime::from_seconds(30);
 
