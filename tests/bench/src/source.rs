@@ -69,7 +69,7 @@ mod imp {
     use gst_base::subclass::base_src::CreateSuccess;
     use gst_base::subclass::prelude::*;
 
-    use super::{Arc, Case, Duration, Format, Instant, Meter, Neighbour, Pace, STUCK, due, glib};
+    use super::{Arc, Case, Duration, Format, Instant, Meter, Neighbour, Pace, PICTURES, STUCK, due, glib};
 
     pub struct Work {
         pub case: Case,
@@ -102,7 +102,9 @@ mod imp {
             let Some(Neighbour { plain, meter }) = &mut self.neighbour else {
                 return Ok(());
             };
-            let pixels = self.pictures[number as usize % self.pictures.len()].map_readable()?;
+            // Not the one that the element carries next, which would be in the caches then.
+            let index = (number as usize + PICTURES / 2) % PICTURES;
+            let pixels = self.pictures[index].map_readable()?;
             meter.enter();
             plain.send(number, &pixels)?;
             plain.read_reply()?;
@@ -204,7 +206,7 @@ mod imp {
         let picture = work.case.picture;
         let mut buffer = gst::Buffer::new();
         let writable = buffer.get_mut().expect("it is new");
-        writable.append_memory(work.pictures[work.sent as usize % work.pictures.len()].clone());
+        writable.append_memory(work.pictures[work.sent as usize % PICTURES].clone());
         let time = |time: Duration| gst::ClockTime::from_nseconds(time.as_nanos() as u64);
         writable.set_pts(time(due(work.sent)));
         writable.set_duration(time(due(1)));
