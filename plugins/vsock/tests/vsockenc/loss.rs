@@ -302,7 +302,7 @@ fn a_host_that_answers_no_more_is_called_anew_and_then_given_up() {
         link.pong(envelope);
         Then::GoOn
     });
-    let mut encoder = Encoder::new(peer.port(), "timeout=300");
+    let mut encoder = Encoder::new(peer.port(), "timeout=1000");
     while encoder.push().is_ok() {}
     let error = encoder.error();
     assert!(error.contains("did not answer a FRAME_REQUEST"), "{error}");
@@ -516,6 +516,19 @@ fn a_host_that_makes_no_keyframe_is_asked_again_and_given_up() {
     let peer = Peer::new(|link, envelope| {
         if let Message::FrameRequest(request, _) = &envelope.message {
             link.respond(1, request.pts, false, DELTA);
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let error = given_up(&peer);
+    assert!(error.contains("has sent no keyframe"), "{error}");
+}
+
+#[test]
+fn a_host_whose_keyframes_are_empty_is_asked_again_and_given_up() {
+    let peer = Peer::new(|link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            link.respond(1, request.pts, true, &[]);
         }
         link.pong(envelope);
         Then::GoOn
