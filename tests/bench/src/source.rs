@@ -69,7 +69,9 @@ mod imp {
     use gst_base::subclass::base_src::CreateSuccess;
     use gst_base::subclass::prelude::*;
 
-    use super::{Arc, Case, Duration, Format, Instant, Meter, Neighbour, Pace, PICTURES, STUCK, due, glib};
+    use super::{
+        Arc, Case, Duration, Format, Instant, Meter, Neighbour, PICTURES, Pace, STUCK, due, glib,
+    };
 
     pub struct Work {
         pub case: Case,
