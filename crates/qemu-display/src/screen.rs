@@ -449,15 +449,19 @@ impl Screen {
         }
     }
 
+    /// Something was drawn into memory that is shared. Right after a picture became smaller, QEMU with `gl=on`
+    /// still says how large it was (QEMU 10; it tells all that was drawn at once, what was drawn since included).
     fn changed_part(
         &self,
         mut state: MutexGuard<'_, State>,
         there: bool,
         at: (i32, i32),
-        extent: (i32, i32),
+        (width, height): (i32, i32),
     ) {
         let content = state.content.as_ref().filter(|_| there);
-        match content.and_then(|content| Rect::checked(at, extent, content.size())) {
+        let extent = u32::try_from(width).ok().zip(u32::try_from(height).ok());
+        let rect = content.zip(extent);
+        match rect.and_then(|(content, extent)| Rect::clipped(at, extent, content.size())) {
             Some(rect) => self.changed(state, Some(rect)),
             None => state.figures.ignored += 1,
         }

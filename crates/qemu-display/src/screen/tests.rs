@@ -142,6 +142,25 @@ fn updates_outside_the_picture_are_ignored() {
     assert_eq!(calls.load(Ordering::Relaxed), 1);
 }
 
+/// QEMU 10 with `gl=on` and a guest that sets a smaller mode: the change that it tells is as large as the picture
+/// before, and the only one that it tells of all that was drawn meanwhile.
+#[test]
+fn a_change_larger_than_the_picture_changes_all_of_it() {
+    let (screen, calls) = screen();
+    screen.scanout_map(memfd(64), 0, layout(4, 4)).unwrap();
+    screen.take().unwrap();
+    screen.update_map((0, 0), (8, 5));
+    assert_eq!(screen.look(), Look::News);
+    let damage = screen.take().unwrap().unwrap().damage;
+    assert_eq!(damage, Damage::Rects(vec![rect(0, 0, 4, 4)]));
+    for (at, extent) in [((4, 0), (8, 8)), ((0, 0), (-1, 4)), ((-2, 0), (2, 4))] {
+        screen.update_map(at, extent);
+    }
+    assert_eq!(screen.look(), Look::Still, "beside it");
+    assert_eq!(screen.figures().ignored, 3);
+    assert_eq!(calls.load(Ordering::Relaxed), 2);
+}
+
 #[test]
 fn too_few_bytes_are_nonsense() {
     let (screen, _) = screen();
