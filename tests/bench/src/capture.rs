@@ -104,7 +104,9 @@ impl Frames {
 pub fn run(case: &Capture) -> Result<(), Box<dyn Error>> {
     go_first();
     gst::init()?;
-    gstpipewirezerocopy::plugin_register_static()?;
+    // As an application has it: from its file, as pipewiresrc is from its own.
+    let plugin = std::env::current_exe()?.with_file_name("libgstpipewirezerocopy.so");
+    gst::Plugin::load_file(&plugin).map_err(|error| format!("{}: {error}", plugin.display()))?;
     let Capture {
         node, keepalive, ..
     } = case;

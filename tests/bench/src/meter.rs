@@ -9,7 +9,7 @@ use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use nix::sys::resource::{UsageWho, getrusage};
-use nix::sys::time::TimeValLike;
+use nix::sys::time::{TimeVal, TimeValLike};
 use serde::{Deserialize, Serialize};
 
 use crate::case::Case;
@@ -35,6 +35,8 @@ pub struct Outcome {
     pub fps: f64,
     /// Microseconds of CPU time, of all threads, in user space and in the kernel.
     pub cpu_us: f64,
+    /// The part of it in the kernel. Kernels that tell by their ticks say it only roughly.
+    pub system_us: f64,
     /// Times that a thread gave the CPU away.
     pub voluntary_switches: f64,
     /// Times that the CPU was taken from a thread.
@@ -66,6 +68,7 @@ impl Outcome {
         Self {
             fps: f64::from(frames) / (end.at - start.at).as_secs_f64(),
             cpu_us: per_frame((end.cpu - start.cpu) * 1e6),
+            system_us: per_frame((end.system - start.system) * 1e6),
             voluntary_switches: per_frame((end.voluntary - start.voluntary) as f64),
             involuntary_switches: per_frame((end.involuntary - start.involuntary) as f64),
             latency_us,
@@ -96,6 +99,8 @@ pub struct Reading {
     at: Instant,
     /// Seconds.
     cpu: f64,
+    /// Of these, in the kernel.
+    system: f64,
     voluntary: i64,
     involuntary: i64,
     /// None where the library is not preloaded.
@@ -105,10 +110,12 @@ pub struct Reading {
 impl Reading {
     pub fn now(counter: Option<&Counter>) -> Self {
         let usage = getrusage(UsageWho::RUSAGE_SELF).expect("a process may ask about itself");
-        let cpu = usage.user_time() + usage.system_time();
+        let seconds = |time: TimeVal| time.num_microseconds() as f64 / 1e6;
+        let system = seconds(usage.system_time());
         Self {
             at: Instant::now(),
-            cpu: cpu.num_microseconds() as f64 / 1e6,
+            cpu: seconds(usage.user_time()) + system,
+            system,
             voluntary: usage.voluntary_context_switches(),
             involuntary: usage.involuntary_context_switches(),
             counts: counter.map(|counter| COUNTS.map(|name| counter.get(name))),

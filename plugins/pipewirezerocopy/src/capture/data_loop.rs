@@ -8,8 +8,10 @@
 //! without, and runs everything in the main loop ([`NONE`]). Before, its thread is stopped, and
 //! the loop thread runs the data loop, and in it the main loop when there is something to do.
 
+use std::cell::Cell;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, RawFd};
+use std::rc::Rc;
 
 use libspa::support::system::IoFlags;
 use pipewire::context::ContextRc;
@@ -24,6 +26,8 @@ pub(super) const NONE: (&str, &str) = ("context.num-data-loops", "0");
 pub(super) struct DataLoop {
     // Valid as long as the context.
     looped: &'static Loop,
+    /// The main loop has had something to do.
+    busy: Rc<Cell<bool>>,
     _main: IoSource<'static, RawFd>,
     // Last: the above is its.
     _context: ContextRc,
@@ -46,20 +50,36 @@ impl DataLoop {
         stop(data, looped)?;
         let fd = main.fd().as_raw_fd();
         let main = main.clone();
+        let busy = Rc::new(Cell::new(false));
+        let noted = busy.clone();
         let main = looped.add_io(fd, IoFlags::IN, move |_| {
+            noted.set(true);
             // SAFETY: By the contract above.
             unsafe { main.iterate_unguarded(Timeout::None) };
         });
+        // SAFETY: Paired with the leave in `drop`; both are called by the thread that has `main`.
+        unsafe { looped.enter() };
         Ok(Some(Self {
             looped,
+            busy,
             _main: main,
             _context: context.clone(),
         }))
     }
 
-    /// Waits for something to do in either loop, and does it.
-    pub fn iterate(&self, timeout: Timeout) {
-        self.looped.iterate(timeout);
+    /// Waits for something to do in either loop, and does it. False where there was nothing in the main
+    /// loop, from which all comes but frames.
+    pub fn iterate(&self, timeout: Timeout) -> bool {
+        // SAFETY: Entered by `take_over`, and left after this.
+        unsafe { self.looped.iterate_unguarded(timeout) };
+        self.busy.take()
+    }
+}
+
+impl Drop for DataLoop {
+    fn drop(&mut self) {
+        // SAFETY: Paired with the enter in `take_over`.
+        unsafe { self.looped.leave() };
     }
 }
 

@@ -4,9 +4,10 @@
 //!
 //! A newer frame replaces an older one that nobody took, so memory stays bounded and the picture
 //! current however slow downstream is; the older one's buffer goes back to the producer at once
-//! (L4). The consumer says what it waits for, and is woken for that only.
+//! (L4). The consumer says what it waits for, and is woken for that only: when the loop thread has
+//! nothing else to do ([`Inbox::tell`]), because whom it wakes may take the processor from it.
 
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use zerocopy_plugin_common::wait::Waker;
@@ -66,6 +67,8 @@ struct Contents {
 pub struct Inbox {
     contents: Mutex<Contents>,
     remains: Arc<Remains>,
+    /// The consumer is to be woken.
+    due: AtomicBool,
     waker: Waker,
     counters: Arc<Counters>,
 }
@@ -76,6 +79,7 @@ impl Inbox {
         Self {
             contents: Mutex::default(),
             remains: Arc::default(),
+            due: AtomicBool::new(false),
             waker,
             counters,
         }
@@ -209,6 +213,16 @@ impl Inbox {
         None
     }
 
+    /// Wakes the consumer where that has come what it waits for. To be called before the loop thread
+    /// waits.
+    pub(super) fn tell(&self) {
+        // Both are the loop thread's alone.
+        if self.due.load(Ordering::Relaxed) {
+            self.due.store(false, Ordering::Relaxed);
+            self.waker.wake();
+        }
+    }
+
     pub(super) fn put_frame(&self, mut frame: Frame) {
         let (replaced, wake) = {
             let mut contents = self.lock();
@@ -236,7 +250,7 @@ impl Inbox {
             self.counters.dropped.fetch_add(1, Ordering::Relaxed);
         }
         if wake {
-            self.waker.wake();
+            self.due.store(true, Ordering::Relaxed);
         }
     }
 
@@ -249,7 +263,7 @@ impl Inbox {
             !frame_follows && contents.waiting.take_if(all).is_some()
         };
         if wake {
-            self.waker.wake();
+            self.due.store(true, Ordering::Relaxed);
         }
     }
 
@@ -262,7 +276,7 @@ impl Inbox {
             contents.waiting.take_if(buffer).is_some()
         };
         if wake {
-            self.waker.wake();
+            self.due.store(true, Ordering::Relaxed);
         }
     }
 
@@ -295,7 +309,7 @@ impl Inbox {
             contents.waiting.take()
         };
         if waiting.is_some() {
-            self.waker.wake();
+            self.due.store(true, Ordering::Relaxed);
         }
     }
 }
@@ -334,7 +348,8 @@ mod tests {
         frame_of(&[0; 64], (width, 1), 0, 8, counters)
     }
 
-    fn woken(waiter: &mut Waiter) -> bool {
+    fn woken(inbox: &Inbox, waiter: &mut Waiter) -> bool {
+        inbox.tell();
         waiter.wait(Deadline::after(Duration::ZERO)).unwrap() == Wake::Woken
     }
 
@@ -368,23 +383,23 @@ mod tests {
             inbox,
         } = setup();
         inbox.put_frame(frame(1, &counters));
-        assert!(!woken(&mut waiter), "nobody waits");
+        assert!(!woken(&inbox, &mut waiter), "nobody waits");
         inbox.look(Interest::All);
         inbox.discard();
         inbox.put_frame(frame(1, &counters));
         assert!(
-            !woken(&mut waiter),
+            !woken(&inbox, &mut waiter),
             "a look that found something is no wait"
         );
         inbox.discard();
         assert!(matches!(inbox.look(Interest::All), Look::Nothing));
         inbox.put_frame(frame(1, &counters));
-        assert!(woken(&mut waiter));
+        assert!(woken(&inbox, &mut waiter));
         assert!(matches!(inbox.look(Interest::News), Look::Frame(_)));
         inbox.put_frame(frame(2, &counters));
-        assert!(!woken(&mut waiter), "frames are not waited for");
+        assert!(!woken(&inbox, &mut waiter), "frames are not waited for");
         inbox.put_vanished("gone".into());
-        assert!(woken(&mut waiter), "news are");
+        assert!(woken(&inbox, &mut waiter), "news are");
     }
 
     #[test]
@@ -411,18 +426,18 @@ mod tests {
         show();
         inbox.put_returned();
         assert!(
-            !woken(&mut waiter),
+            !woken(&inbox, &mut waiter),
             "none has come back of those downstream"
         );
         downstream.pop();
         inbox.put_returned();
-        assert!(woken(&mut waiter));
+        assert!(woken(&inbox, &mut waiter));
         assert!(matches!(inbox.look(Interest::Buffer), Look::Frame(_)));
         assert!(inbox.take(&format, Frame::reserve).is_some());
         // What is not in DMA-BUFs can be copied.
         assert!(matches!(inbox.look(Interest::Buffer), Look::Nothing));
         inbox.put_frame(frame(1, &counters));
-        assert!(woken(&mut waiter));
+        assert!(woken(&inbox, &mut waiter));
     }
 
     #[test]
@@ -469,7 +484,7 @@ mod tests {
         inbox.put_frame(frames.remove(0));
         assert!(matches!(inbox.look(Interest::Buffer), Look::Nothing));
         inbox.put_vanished("gone".into());
-        assert!(woken(&mut waiter));
+        assert!(woken(&inbox, &mut waiter));
         assert!(matches!(inbox.look(Interest::Buffer), Look::Vanished(_)));
         assert_eq!(
             counters.dropped.load(Ordering::Relaxed),

@@ -329,6 +329,7 @@ pub(crate) mod tests {
 
     pub fn put_frame(capture: &Capture, frame: Frame) {
         capture.inbox.put_frame(frame);
+        capture.inbox.tell();
     }
 
     /// A buffer, of which `made` was made, ends on the loop thread.
@@ -342,6 +343,7 @@ pub(crate) mod tests {
 
     pub fn put_vanished(capture: &Capture, reason: &str) {
         capture.inbox.put_vanished(reason.into());
+        capture.inbox.tell();
     }
 
     #[test]

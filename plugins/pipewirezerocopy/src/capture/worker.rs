@@ -110,6 +110,8 @@ struct Past {
     /// What the consumer was told of a missing producer, until a format comes.
     told: Option<Told>,
     offer: Option<Offer>,
+    /// Whether that node lacks buffers; see [`CaptureStream::has_lost`].
+    lost: bool,
 }
 
 struct Worker {
@@ -146,7 +148,7 @@ pub(super) fn run(config: Config, link: Link, receiver: Receiver<Command>) {
         Err(error) => {
             let text = format!("setting up a PipeWire loop failed: {error}");
             link.inbox.put_failed(Failure::Connect(text));
-            return;
+            return link.inbox.tell();
         }
     };
     let commands = Rc::new(RefCell::new(VecDeque::new()));
@@ -162,6 +164,7 @@ pub(super) fn run(config: Config, link: Link, receiver: Receiver<Command>) {
     stay_connected(config, &looped, &link, &commands);
     // SAFETY: Paired with the enter above. The worker and its stream are gone by now.
     unsafe { looped.leave() };
+    link.inbox.tell();
 }
 
 /// Runs one worker after another, each with a connection of its own, until told to quit or until
@@ -187,9 +190,12 @@ fn stay_connected(
         ) {
             Ok(mut worker) => {
                 worker.past = past;
+                let mut timeout = worker.timeout();
                 while worker.end.is_none() {
-                    worker.turn(worker.timeout());
-                    worker.after_turn();
+                    if worker.turn(timeout) {
+                        worker.after_turn();
+                        timeout = worker.timeout();
+                    }
                 }
                 let end = worker.end;
                 past = worker.say_goodbye();
@@ -203,6 +209,7 @@ fn stay_connected(
             }
             Err(failure) => return link.inbox.put_failed(failure),
         }
+        link.inbox.tell();
         if !past.wait(looped, commands) {
             return;
         }
@@ -335,27 +342,32 @@ impl Worker {
         (self.link.log)(level, message);
     }
 
-    /// How long the loop may wait for events.
-    fn timeout(&self) -> Timeout {
+    /// How long the loop may wait for events; none where it may for ever.
+    fn timeout(&self) -> Option<Duration> {
         let stream = self.stream.as_ref();
         let moments = [stream.and_then(|s| s.waits().next()), self.retry_at];
         match moments.into_iter().flatten().min() {
             // Rounded up to the loop's milliseconds, so that it does not spin to the moment.
-            Some(moment) => Timeout::Finite(
-                moment.saturating_duration_since(Instant::now()) + Duration::from_millis(1),
-            ),
-            None if self.commands.borrow().is_empty() => Timeout::Infinite,
-            None => Timeout::None,
+            Some(moment) => {
+                Some(moment.saturating_duration_since(Instant::now()) + Duration::from_millis(1))
+            }
+            None if self.commands.borrow().is_empty() => None,
+            None => Some(Duration::ZERO),
         }
     }
 
-    /// Waits for something to do, and lets PipeWire do it.
-    fn turn(&self, timeout: Timeout) {
-        match &self.data_loop {
-            Some(data_loop) => data_loop.iterate(timeout),
-            // SAFETY: `run` has entered the loop, and leaves it after this.
-            None => _ = unsafe { self.looped.iterate_unguarded(timeout) },
+    /// Waits for something to do, and lets PipeWire do it. False where that can only have been a
+    /// frame, of which there is nothing to note: a frame comes when the compositor has filled the
+    /// caches, and looking at all the notes for nothing would be a good part of what it costs.
+    fn turn(&self, timeout: Option<Duration>) -> bool {
+        self.link.inbox.tell();
+        let wait = timeout.map_or(Timeout::Infinite, Timeout::Finite);
+        if let Some(data_loop) = &self.data_loop {
+            return data_loop.iterate(wait) || timeout.is_some();
         }
+        // SAFETY: `run` has entered the loop, and leaves it after this.
+        unsafe { self.looped.iterate_unguarded(wait) };
+        true
     }
 
     /// Acts on what the callbacks of one turn of the loop have core_notes.
@@ -443,6 +455,8 @@ impl Worker {
         };
         let reason = format!("{} has been removed", node.describe(*id));
         self.vanish(reason, None);
+        // Another one has buffers of its own.
+        self.past.lost = false;
     }
 
     /// The stream reports an error, has no format, or its buffers have been gone for too long.
@@ -469,6 +483,23 @@ impl Worker {
                 self.log(Level::Warning, format_args!("choosing failed: {error}"));
             }
         }
+        if stream.needs_buffers() {
+            self.log(Level::Debug, format_args!("asking for new buffers"));
+            if let Err(error) = stream.renew_buffers() {
+                self.log(
+                    Level::Warning,
+                    format_args!("offering again failed: {error}"),
+                );
+            }
+        }
+        if is_due(stream.waits().doubt_due()) {
+            self.log(Level::Debug, format_args!("is the daemon alive?"));
+            // Fails only when the connection is no more, which is noticed.
+            if let Ok(sync) = self.core.sync(0) {
+                stream.waits().doubted(sync.seq());
+            }
+        }
+        stream.waits().daemon_said(self.notes.done.get());
         let trouble = if let Some(error) = stream.take_error() {
             Trouble::Error(error)
         } else if is_due(stream.waits().answer_due()) {
@@ -543,6 +574,7 @@ impl Worker {
     fn end_stream(&mut self) {
         if let Some(stream) = self.stream.take() {
             stream.reclaim();
+            self.past.lost = stream.has_lost();
         }
     }
 
@@ -587,6 +619,7 @@ impl Worker {
             (id, &node),
             offer,
             self.notes.knows_timelines.get(),
+            std::mem::take(&mut self.past.lost),
         );
         let what = node.describe(id);
         match connected {
@@ -632,7 +665,7 @@ impl Worker {
         };
         while self.notes.done.get() != Some(sync.seq()) && self.notes.lost.borrow().is_none() {
             let left = deadline.saturating_duration_since(Instant::now());
-            self.turn(Timeout::Finite(left));
+            self.turn(Some(left));
             if left.is_zero() {
                 return;
             }
