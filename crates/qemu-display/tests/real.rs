@@ -147,7 +147,7 @@ fn a_cursor_that_comes_with_another_size_is_not_lost() {
     let widths = [640, 800].into_iter().cycle();
     for (blue, width) in (100..160).zip(widths) {
         card.set_mode(width, 480);
-        // As early as can be seen from here: the picture of before is gone.
+        // Then, as early as can be seen from here.
         let before = screen.size().filter(|size| *size != (width, 480));
         let start = Instant::now();
         while screen.size() == before {
