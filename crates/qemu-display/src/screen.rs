@@ -78,6 +78,8 @@ impl Content {
 )]
 struct State {
     content: Option<Content>,
+    /// Whole ones so far.
+    pictures: u64,
     damage: Damage,
     news: bool,
     cursor: Cursor,
@@ -106,6 +108,7 @@ impl State {
     fn show(&mut self, content: Option<Content>) -> Option<Content> {
         self.reply = None;
         self.replaced = false;
+        self.pictures += u64::from(content.is_some());
         std::mem::replace(&mut self.content, content)
     }
 
@@ -160,6 +163,7 @@ impl Screen {
             listeners: watch::Sender::new(0),
             state: Mutex::new(State {
                 content: None,
+                pictures: 0,
                 damage: Damage::All,
                 news: false,
                 cursor: Cursor::default(),
@@ -266,6 +270,11 @@ impl Screen {
     /// Width and height of the picture in pixels, if there is one.
     pub fn size(&self) -> Option<(u32, u32)> {
         self.lock().content.as_ref().map(Content::size)
+    }
+
+    /// How many whole pictures there were.
+    pub(crate) fn pictures(&self) -> u64 {
+        self.lock().pictures
     }
 
     /// The picture is that of another size, and what comes now changes one that is not here yet.
