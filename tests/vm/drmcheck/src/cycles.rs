@@ -43,13 +43,11 @@ pub fn show(options: &Options) -> Outcome<()> {
     }
     let leak = Usage::now().leak_since(&before);
     memory::mark(options.memory)?;
-    match leak {
-        Some(leak) => Err(format!("{} cycles left {leak}", options.count).into()),
-        None => {
-            println!("flat");
-            Ok(())
-        }
+    if let Some(leak) = leak {
+        return Err(format!("{} cycles left {leak}", options.count).into());
     }
+    println!("flat");
+    Ok(())
 }
 
 fn cycle(options: &Options, number: u32) -> Outcome<()> {
@@ -66,7 +64,7 @@ fn cycle(options: &Options, number: u32) -> Outcome<()> {
     let source = frames.pipeline.by_name("begin");
     let source = source.and_downcast::<gst_app::AppSrc>();
     let source = source.ok_or("no appsrc")?;
-    let runs_to_end = number % 2 == 0;
+    let runs_to_end = number.is_multiple_of(2);
     for number in 0..if runs_to_end { 1 } else { 2 } {
         let mut buffer = gst::Buffer::new();
         let writable = buffer.get_mut().ok_or("a new buffer is ours")?;
