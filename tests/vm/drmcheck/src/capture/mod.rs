@@ -83,6 +83,7 @@ const SCENES: &[(&str, Scene)] = &[
     ("cuda-shared", cuda::shared),
     ("cuda-latch", cuda::latched),
     ("cuda-fence", cuda::fence),
+    ("cuda-stopped", cuda::late::stopped),
     ("cuda-lost", cuda::lost),
     ("cuda-refused", cuda::refused),
     ("cuda-exhausted", cuda::exhausted),
