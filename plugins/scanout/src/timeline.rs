@@ -390,7 +390,7 @@ mod tests {
     fn a_backlog_that_is_worked_off_slowly_is_an_accident_too() {
         // What it began with, and how much of 16 ms for a frame downstream takes.
         for (backlog, pace) in [
-            (300, 13),
+            (300u64, 13),
             (300, 15),
             (500, 14),
             (1000, 12),
