@@ -24,6 +24,10 @@ const NOTABLE: u32 = 10;
 
 /// What the session's threads leave for the others.
 #[derive(Default)]
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each is news of its own, and comes and goes by itself"
+)]
 pub(super) struct Output {
     caps: H264Caps,
     /// What those of the stream were last.
