@@ -327,6 +327,11 @@ pub(crate) mod tests {
         frame_of(&[0; 64], (width, 1), 0, 8, counters)
     }
 
+    /// A frame of BGRx, 2x2 pixels in rows of `stride` bytes.
+    pub fn frame_with_stride(stride: i32, counters: &Arc<Counters>) -> Frame {
+        frame_of(&[0; 64], (2, 2), stride, 8, counters)
+    }
+
     pub fn put_frame(capture: &Capture, frame: Frame) {
         capture.inbox.put_frame(frame);
         capture.inbox.tell();

@@ -44,10 +44,23 @@ fn has_default_layout(frame: &Frame, info: &gst_video::VideoInfo) -> bool {
 }
 
 /// A frame as it lies, in read-only memory. Its PipeWire buffer goes back when the last reference to
-/// that memory is gone.
+/// that memory is gone. A layout that everybody expects is not told.
 pub(super) fn in_place(frame: Frame, info: &gst_video::VideoInfo) -> Option<gst::Buffer> {
     let mut buffer = gst::Buffer::new();
     let writable = buffer.get_mut()?;
+    if !has_default_layout(&frame, info) {
+        tell_layout(&frame, writable, info)?;
+    }
+    frame.into_parts(|part| writable.append_memory(gst::Memory::from_slice(part)));
+    Some(buffer)
+}
+
+/// Adds the meta that says where a frame's planes lie; none where that cannot be said.
+fn tell_layout(
+    frame: &Frame,
+    buffer: &mut gst::BufferRef,
+    info: &gst_video::VideoInfo,
+) -> Option<()> {
     let layout = &frame.layout;
     let planes = layout.planes();
     let mut strides = [0; crate::capture::geometry::MAX_PLANES];
@@ -55,7 +68,7 @@ pub(super) fn in_place(frame: Frame, info: &gst_video::VideoInfo) -> Option<gst:
         *stride = i32::try_from(plane.stride).ok()?;
     }
     gst_video::VideoMeta::add_full(
-        writable,
+        buffer,
         gst_video::VideoFrameFlags::empty(),
         info.format(),
         layout.width,
@@ -64,8 +77,7 @@ pub(super) fn in_place(frame: Frame, info: &gst_video::VideoInfo) -> Option<gst:
         &strides[..planes.len()],
     )
     .ok()?;
-    frame.into_parts(|part| writable.append_memory(gst::Memory::from_slice(part)));
-    Some(buffer)
+    Some(())
 }
 
 /// Copies a frame's rows, each once, into a buffer of `info`'s format. Padding becomes opaque
@@ -201,5 +213,29 @@ pub(super) fn orientation(transform: Transform) -> &'static str {
         (true, 2) => "flip-rotate-180",
         (true, 3) => "flip-rotate-90",
         (true, _) => "flip-rotate-0",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::Arc;
+
+    use crate::capture::Counters;
+    use crate::capture::tests::frame_with_stride;
+
+    #[test]
+    fn a_layout_is_told_where_it_is_not_the_one_that_everybody_expects() {
+        gst::init().unwrap();
+        let info = gst_video::VideoInfo::builder(gst_video::VideoFormat::Bgrx, 2, 2);
+        let info = info.build().unwrap();
+        let counters = Arc::new(Counters::default());
+        for (stride, told) in [(8, None), (16, Some(16))] {
+            let buffer = in_place(frame_with_stride(stride, &counters), &info).unwrap();
+            let meta = buffer.meta::<gst_video::VideoMeta>();
+            assert_eq!(meta.map(|meta| meta.stride()[0]), told);
+            let frame = gst_video::VideoFrameRef::from_buffer_ref_readable(&buffer, &info).unwrap();
+            assert_eq!(frame.plane_stride(), [stride]);
+        }
     }
 }
