@@ -28,10 +28,6 @@ const NOTABLE: u32 = 10;
     reason = "each says one thing, and all combinations occur"
 )]
 #[derive(Default)]
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "each is news of its own, and comes and goes by itself"
-)]
 pub(super) struct Output {
     caps: H264Caps,
     /// What those of the stream were last.
