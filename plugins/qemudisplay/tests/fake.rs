@@ -327,7 +327,7 @@ fn playing_begins_with_the_picture_after_the_shortest_pause() {
     show(&listener).unwrap();
     rig.next();
     let mut known = qemu.registered();
-    for _ in 0..50 {
+    for _ in 0..200 {
         rig.pipeline.set_state(gst::State::Paused).unwrap();
         rig.play();
         // Either the element has begun to listen anew, or nobody has noticed the pause.

@@ -12,7 +12,7 @@ use helix_protocol::message::{Capabilities, ErrorCode, ErrorMessage};
 use helix_protocol::{Message, encode};
 use nix::sys::socket::{Backlog, listen};
 use zerocopy_test_support::peer::{Greets, Peer, Seen, Then, hello};
-use zerocopy_test_support::process;
+use zerocopy_test_support::process::Usage;
 
 const LONG: gst::ClockTime = gst::ClockTime::from_seconds(20);
 
@@ -31,21 +31,12 @@ fn leaves_nothing(count: usize, mut cycle: impl FnMut()) {
     for _ in 0..50 {
         cycle();
     }
-    let before = (process::open_fds(), process::threads());
-    let memory = process::resident_memory();
+    let before = Usage::now();
     for _ in 0..count {
         cycle();
     }
-    let after = (process::open_fds(), process::threads());
-    let grown = process::resident_memory().saturating_sub(memory);
-    // A picture that stayed would be 4.6 kB each time, and a thread's stack at least 8.
-    assert!(grown < 4 << 20, "{grown} bytes of memory");
-    // GLib's pool may keep an idle thread more or less, and the peer close a socket a moment later; a
-    // leak would show as `count`.
-    assert!(
-        after.0 <= before.0 + 2 && after.1 <= before.1 + 2,
-        "{before:?} became {after:?}"
-    );
+    // A picture that stayed would be 4.6 kB each time.
+    assert_eq!(Usage::now().leak_since(&before), None);
 }
 
 /// A pipeline of three pictures with a host on this port, from its start until `reached`, and to NULL.

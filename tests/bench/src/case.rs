@@ -30,7 +30,7 @@ pub enum Pace {
     Flow,
     /// When the one before is out.
     Single,
-    /// 60 times a second.
+    /// 60 times a second, in turn with a bare socket in the same process.
     Paced,
 }
 

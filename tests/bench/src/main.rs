@@ -93,11 +93,11 @@ fn main() -> ExitCode {
 }
 
 fn run(case: &Case) -> Result<(), Box<dyn Error>> {
-    let outcome = match case.contender {
+    let outcomes = match case.contender {
         Contender::Plain | Contender::Rows => plain::run(case)?,
         Contender::Fakesink | Contender::Vsockenc | Contender::X264enc => pipeline::run(case)?,
     };
-    println!("{}", serde_json::to_string(&outcome)?);
+    println!("{}", serde_json::to_string(&outcomes)?);
     Ok(())
 }
 

@@ -8,16 +8,26 @@ use std::sync::Arc;
 use gst::prelude::*;
 use helix_protocol::Address;
 
-use crate::case::{Case, Contender, Format};
+use crate::case::{Case, Contender, Format, Pace};
 use crate::meter::{Meter, Outcome};
-use crate::source::{BenchSrc, STUCK};
+use crate::plain::Plain;
+use crate::source::{BenchSrc, Neighbour, STUCK};
 
-pub fn run(case: &Case) -> Result<Outcome, Box<dyn Error>> {
+/// The element's outcome, and that of a bare socket which took turns with it, where the case is paced.
+pub fn run(case: &Case) -> Result<Vec<Outcome>, Box<dyn Error>> {
     gst::init()?;
     gstvsock::plugin_register_static()?;
     let meter = Arc::new(Meter::new(case));
     let pipeline = gst::Pipeline::new();
-    let source: gst::Element = BenchSrc::new(case, meter.clone()).upcast();
+    let beside = Arc::new(Meter::new(case));
+    let neighbour = match case.pace {
+        Pace::Paced => Some(Neighbour {
+            plain: Plain::connect(case)?,
+            meter: beside.clone(),
+        }),
+        Pace::Flow | Pace::Single => None,
+    };
+    let source: gst::Element = BenchSrc::new(case, meter.clone(), neighbour).upcast();
     let sink = gst::ElementFactory::make("fakesink").build()?;
     pipeline.add_many([&source, &sink])?;
     match element(case)? {
@@ -43,7 +53,11 @@ pub fn run(case: &Case) -> Result<Outcome, Box<dyn Error>> {
     if let gst::MessageView::Error(error) = message.view() {
         return Err(format!("{case:?}: {} {:?}", error.error(), error.debug()).into());
     }
-    Ok(meter.finish()?)
+    let mut outcomes = vec![meter.finish()?];
+    if case.pace == Pace::Paced {
+        outcomes.push(beside.finish()?);
+    }
+    Ok(outcomes)
 }
 
 /// What is between the source and the sink, in gst-launch's words.

@@ -6,51 +6,59 @@ use std::error::Error;
 use std::io::{self, IoSlice, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
-use std::time::Instant;
 
 use helix_protocol::message::FrameRequest;
 use helix_protocol::{Address, encode};
 
-use crate::case::{Case, Contender, Pace};
+use crate::case::{Case, Contender, Pace, Picture};
 use crate::meter::{Meter, Outcome};
 use crate::peer::{Head, UNIT};
 use crate::source::{PICTURES, STUCK, due};
 
-trait Socket: Read + Write {}
-impl<T: Read + Write> Socket for T {}
+trait Socket: Read + Write + Send {}
+impl<T: Read + Write + Send> Socket for T {}
 
-pub fn run(case: &Case) -> Result<Outcome, Box<dyn Error>> {
-    let mut socket: Box<dyn Socket> = match case.address.parse()? {
-        Address::Tcp { host, port } => {
-            let socket = TcpStream::connect((host.as_str(), port))?;
-            socket.set_nodelay(true)?;
-            socket.set_read_timeout(Some(STUCK))?;
-            Box::new(socket)
-        }
-        Address::Unix(path) => {
-            let socket = UnixStream::connect(path)?;
-            socket.set_read_timeout(Some(STUCK))?;
-            Box::new(socket)
-        }
-        address @ Address::Vsock { .. } => {
-            return Err(format!("no benchmark opens {address}").into());
-        }
-    };
-    let picture = case.picture;
-    let size = picture.wire_size();
-    let pictures: Vec<Vec<u8>> = (0..PICTURES).map(|number| picture.paint(number)).collect();
-    let meter = Meter::new(case);
-    let mut reply = vec![0; 2 * UNIT];
-    let start = Instant::now();
-    let mut open = 0;
-    for number in 0..case.total() {
-        match case.pace {
-            Pace::Flow | Pace::Single => {}
-            Pace::Paced => {
-                std::thread::sleep((start + due(number)).saturating_duration_since(Instant::now()));
+/// A client with a blocking socket.
+pub struct Plain {
+    socket: Box<dyn Socket>,
+    picture: Picture,
+    /// Whether each row is sent from where it lies.
+    by_rows: bool,
+    /// Space for a reply.
+    reply: Vec<u8>,
+}
+
+impl Plain {
+    /// Connects to the peer of a case.
+    pub fn connect(case: &Case) -> Result<Self, Box<dyn Error>> {
+        let socket: Box<dyn Socket> = match case.address.parse()? {
+            Address::Tcp { host, port } => {
+                let socket = TcpStream::connect((host.as_str(), port))?;
+                socket.set_nodelay(true)?;
+                socket.set_read_timeout(Some(STUCK))?;
+                Box::new(socket)
             }
-        }
-        meter.enter();
+            Address::Unix(path) => {
+                let socket = UnixStream::connect(path)?;
+                socket.set_read_timeout(Some(STUCK))?;
+                Box::new(socket)
+            }
+            address @ Address::Vsock { .. } => {
+                return Err(format!("no benchmark opens {address}").into());
+            }
+        };
+        Ok(Self {
+            socket,
+            picture: case.picture,
+            by_rows: case.contender == Contender::Rows,
+            reply: vec![0; 2 * UNIT],
+        })
+    }
+
+    /// Sends the frame of this number, which is in `pixels`.
+    pub fn send(&mut self, number: u32, pixels: &[u8]) -> io::Result<()> {
+        let picture = self.picture;
+        let size = picture.wire_size();
         let request = FrameRequest {
             width: picture.width,
             height: picture.height,
@@ -62,46 +70,57 @@ pub fn run(case: &Case) -> Result<Outcome, Box<dyn Error>> {
             ..FrameRequest::default()
         };
         let head = encode::frame_request(1, &request, size as u32);
-        let pixels = &pictures[number as usize % PICTURES];
         let mut slices = vec![IoSlice::new(&head)];
-        match case.contender {
-            Contender::Rows => slices.extend(
-                pixels
-                    .chunks_exact(picture.stride())
-                    .map(|row| IoSlice::new(&row[..picture.row()])),
-            ),
-            _ => slices.push(IoSlice::new(&pixels[..size])),
+        if self.by_rows {
+            let rows = pixels.chunks_exact(picture.stride());
+            slices.extend(rows.map(|row| IoSlice::new(&row[..picture.row()])));
+        } else {
+            slices.push(IoSlice::new(&pixels[..size]));
         }
-        write_all(&mut socket, &mut slices)?;
+        let mut left = &mut slices[..];
+        while !left.is_empty() {
+            let sent = self.socket.write_vectored(left)?;
+            IoSlice::advance_slices(&mut left, sent);
+        }
+        Ok(())
+    }
+
+    /// Reads one reply.
+    pub fn read_reply(&mut self) -> io::Result<()> {
+        let mut head = [0; Head::SIZE];
+        self.socket.read_exact(&mut head)?;
+        let size = Head::parse(&head)?.payload;
+        let space = self
+            .reply
+            .get_mut(..size)
+            .ok_or_else(|| io::Error::other("the reply is larger than the peer's"))?;
+        self.socket.read_exact(space)
+    }
+}
+
+/// Runs a case that is not paced: at 60 frames a second the element and this take turns
+/// (source.rs).
+pub fn run(case: &Case) -> Result<Vec<Outcome>, Box<dyn Error>> {
+    let mut plain = Plain::connect(case)?;
+    let pictures: Vec<Vec<u8>> = (0..PICTURES)
+        .map(|number| case.picture.paint(number))
+        .collect();
+    let meter = Meter::new(case);
+    let mut open = 0;
+    for number in 0..case.total() {
+        meter.enter();
+        plain.send(number, &pictures[number as usize % PICTURES])?;
         open += 1;
         // As many open ones as the element has: one goes out while the other is answered.
         if open == 2 || case.pace != Pace::Flow {
-            read_reply(&mut socket, &mut reply)?;
+            plain.read_reply()?;
             meter.leave();
             open -= 1;
         }
     }
     for _ in 0..open {
-        read_reply(&mut socket, &mut reply)?;
+        plain.read_reply()?;
         meter.leave();
     }
-    Ok(meter.finish()?)
-}
-
-fn write_all(socket: &mut impl Write, mut left: &mut [IoSlice<'_>]) -> io::Result<()> {
-    while !left.is_empty() {
-        let sent = socket.write_vectored(left)?;
-        IoSlice::advance_slices(&mut left, sent);
-    }
-    Ok(())
-}
-
-fn read_reply(socket: &mut impl Read, space: &mut [u8]) -> io::Result<()> {
-    let mut head = [0; Head::SIZE];
-    socket.read_exact(&mut head)?;
-    let size = Head::parse(&head)?.payload;
-    let space = space
-        .get_mut(..size)
-        .ok_or_else(|| io::Error::other("the reply is larger than the peer's"))?;
-    socket.read_exact(space)
+    Ok(vec![meter.finish()?])
 }

@@ -69,19 +69,24 @@ impl Latency {
 pub struct Compared {
     pub element: Latency,
     pub plain: Latency,
-    /// The first less the second: what the element adds to the peer's time and the transfer.
+    /// The first less the second, round by round, and of that the median: what the element adds to the
+    /// peer's time and the transfer.
     pub added: Latency,
 }
 
 impl Compared {
     pub fn of(element: &[Outcome], plain: &[Outcome]) -> Self {
-        let (element, plain) = (Latency::of(element), Latency::of(plain));
+        let added = |quantile: fn(Latency) -> f64| {
+            let of = |outcome| quantile(Latency::of(std::slice::from_ref(outcome)));
+            let rounds = element.iter().zip(plain);
+            Spread::of(rounds.map(|(element, plain)| of(element) - of(plain))).median
+        };
         Self {
-            element,
-            plain,
+            element: Latency::of(element),
+            plain: Latency::of(plain),
             added: Latency {
-                p50: element.p50 - plain.p50,
-                p99: element.p99 - plain.p99,
+                p50: added(|latency| latency.p50),
+                p99: added(|latency| latency.p99),
             },
         }
     }

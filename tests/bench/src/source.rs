@@ -11,12 +11,17 @@ use gst_base::prelude::*;
 
 use crate::case::{Case, Format, Pace};
 use crate::meter::Meter;
+use crate::plain::Plain;
 
 /// More than are open at once.
 pub const PICTURES: usize = 4;
 
 /// Frames a second, of [`Pace::Paced`] and of the caps.
 pub const RATE: u32 = 60;
+
+/// Frames after which the element and the bare socket change places, where they take turns: long enough that
+/// each is as warm as at 60 frames a second all the time, short enough that both meet the same machine.
+pub const TURN: u32 = 30;
 
 /// Longer than any frame takes: what is stuck is noticed.
 pub const STUCK: Duration = Duration::from_mins(1);
@@ -26,8 +31,14 @@ glib::wrapper! {
         @extends gst_base::PushSrc, gst_base::BaseSrc, gst::Element, gst::Object;
 }
 
+/// A bare socket that takes turns with the element, in the source's own thread.
+pub struct Neighbour {
+    pub plain: Plain,
+    pub meter: Arc<Meter>,
+}
+
 impl BenchSrc {
-    pub fn new(case: &Case, meter: Arc<Meter>) -> Self {
+    pub fn new(case: &Case, meter: Arc<Meter>, neighbour: Option<Neighbour>) -> Self {
         let source: Self = glib::Object::new();
         source.set_format(gst::Format::Time);
         let pictures = (0..PICTURES)
@@ -39,8 +50,10 @@ impl BenchSrc {
                 case: case.clone(),
                 meter,
                 pictures,
+                neighbour,
                 start: Instant::now(),
                 sent: 0,
+                sent_beside: 0,
             },
         );
         source
@@ -53,20 +66,60 @@ pub fn due(number: u32) -> Duration {
 }
 
 mod imp {
+    use std::io;
     use std::sync::{LazyLock, Mutex, PoisonError};
 
     use gst::subclass::prelude::*;
     use gst_base::subclass::base_src::CreateSuccess;
     use gst_base::subclass::prelude::*;
 
-    use super::{Arc, Case, Duration, Format, Instant, Meter, Pace, STUCK, due, glib};
+    use super::{
+        Arc, Case, Duration, Format, Instant, Meter, Neighbour, Pace, STUCK, TURN, due, glib,
+    };
 
     pub struct Work {
         pub case: Case,
         pub meter: Arc<Meter>,
         pub pictures: Vec<gst::Memory>,
+        pub neighbour: Option<Neighbour>,
         pub start: Instant,
         pub sent: u32,
+        /// By the neighbour.
+        pub sent_beside: u32,
+    }
+
+    impl Work {
+        /// Waits until the next frame is due.
+        fn wait(&mut self) {
+            let number = self.sent + self.sent_beside;
+            if number == 0 {
+                self.start = Instant::now();
+            }
+            let due = self.start + due(number);
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+        }
+
+        /// The neighbour's frames, where it is its turn.
+        fn give_way(&mut self) -> io::Result<()> {
+            while self.neighbour.is_some()
+                && self.sent_beside < self.case.total()
+                && self.sent_beside / TURN == self.sent / TURN
+            {
+                self.wait();
+                let number = self.sent_beside;
+                let picture = &self.pictures[number as usize % self.pictures.len()];
+                let pixels = picture.map_readable().map_err(io::Error::other)?;
+                if let Some(Neighbour { plain, meter }) = &mut self.neighbour {
+                    meter.enter();
+                    plain.send(number, &pixels)?;
+                    plain.read_reply()?;
+                    meter.leave();
+                }
+                drop(pixels);
+                self.sent_beside += 1;
+            }
+            Ok(())
+        }
     }
 
     #[derive(Default)]
@@ -142,11 +195,15 @@ mod imp {
                 Pace::Flow => {}
                 Pace::Single => work.meter.wait_until_empty(STUCK),
                 Pace::Paced => {
-                    if work.sent == 0 {
-                        work.start = Instant::now();
+                    if let Err(error) = work.give_way() {
+                        gst::element_imp_error!(
+                            self,
+                            gst::ResourceError::Failed,
+                            ["the bare socket: {error}"]
+                        );
+                        return Err(gst::FlowError::Error);
                     }
-                    let due = work.start + due(work.sent);
-                    std::thread::sleep(due.saturating_duration_since(Instant::now()));
+                    work.wait();
                 }
             }
             let buffer = frame(work);

@@ -258,30 +258,31 @@ impl Bench {
             if round % 2 == 1 {
                 pair.reverse();
             }
-            flow.add(Fakesink, self.run(&case(Fakesink, Pace::Flow), false)?);
+            flow.add(Fakesink, self.alone(&case(Fakesink, Pace::Flow), false)?);
             for who in pair {
-                flow.add(who, self.run(&case(who, Pace::Flow), false)?);
+                flow.add(who, self.alone(&case(who, Pace::Flow), false)?);
             }
             if rows {
-                flow.add(Rows, self.run(&case(Rows, Pace::Flow), false)?);
+                flow.add(Rows, self.alone(&case(Rows, Pace::Flow), false)?);
             }
             for who in pair {
-                single.add(who, self.run(&case(who, Pace::Single), false)?);
+                single.add(who, self.alone(&case(who, Pace::Single), false)?);
             }
-            for who in pair {
-                paced.add(who, self.run(&case(who, Pace::Paced), false)?);
-            }
+            // The two take turns in one process.
+            let [element, plain] = self.run(&case(Vsockenc, Pace::Paced), false)?;
+            paced.add(Vsockenc, element);
+            paced.add(Plain, plain);
             // No socket is in it: once a round and picture is enough.
             if picture.padding == 0 && address == self.addresses.tcp {
                 let case = Case {
                     frames: bulk.div_ceil(4),
                     ..case(X264enc, Pace::Flow)
                 };
-                flow.add(X264enc, self.run(&case, false)?);
+                flow.add(X264enc, self.alone(&case, false)?);
             }
         }
-        let counted = self.run(&case(Vsockenc, Pace::Single), true)?;
-        let source = self.run(&case(Fakesink, Pace::Single), true)?;
+        let counted = self.alone(&case(Vsockenc, Pace::Single), true)?;
+        let source = self.alone(&case(Fakesink, Pace::Single), true)?;
 
         let source_us = flow.median(Fakesink, |o| o.cpu_us).unwrap_or_default();
         let each = |what: fn(&Outcome) -> f64| -> BTreeMap<&'static str, f64> {
@@ -322,8 +323,12 @@ impl Bench {
         })
     }
 
-    /// Runs a case in a process of its own.
-    fn run(&self, case: &Case, counted: bool) -> Result<Outcome, Box<dyn Error>> {
+    /// Runs a case in a process of its own, from which so many outcomes come.
+    fn run<const N: usize>(
+        &self,
+        case: &Case,
+        counted: bool,
+    ) -> Result<[Outcome; N], Box<dyn Error>> {
         let mut command = Command::new(std::env::current_exe()?);
         command.arg("run").arg(serde_json::to_string(case)?);
         if counted {
@@ -339,7 +344,16 @@ impl Bench {
         if !output.status.success() {
             return Err(format!("{} with {case:?}", output.status).into());
         }
-        Ok(serde_json::from_slice(&output.stdout)?)
+        let outcomes: Vec<Outcome> = serde_json::from_slice(&output.stdout)?;
+        outcomes
+            .try_into()
+            .map_err(|outcomes: Vec<_>| format!("{} outcomes of {case:?}", outcomes.len()).into())
+    }
+
+    /// The outcome of a case that is not paced.
+    fn alone(&self, case: &Case, counted: bool) -> Result<Outcome, Box<dyn Error>> {
+        let [outcome] = self.run(case, counted)?;
+        Ok(outcome)
     }
 }
 

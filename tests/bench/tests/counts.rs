@@ -76,8 +76,8 @@ fn counts(contender: &str, picture: &Value, address: &Value) -> BTreeMap<String,
         .output()
         .unwrap();
     assert!(output.status.success(), "{case}");
-    let outcome: Value = serde_json::from_slice(&output.stdout).unwrap();
-    serde_json::from_value(outcome["counts"].clone()).unwrap()
+    let outcomes: Value = serde_json::from_slice(&output.stdout).unwrap();
+    serde_json::from_value(outcomes[0]["counts"].clone()).unwrap()
 }
 
 fn picture(width: u32, height: u32, format: &str, padding: u32) -> Value {

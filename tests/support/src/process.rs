@@ -4,6 +4,36 @@
 
 use std::fs;
 
+/// What a process has at one moment.
+#[derive(Clone, Copy, Debug)]
+pub struct Usage {
+    fds: usize,
+    threads: usize,
+    /// Bytes.
+    memory: u64,
+}
+
+impl Usage {
+    /// Of this process.
+    pub fn now() -> Self {
+        Self {
+            fds: open_fds(),
+            threads: threads(),
+            memory: resident_memory(),
+        }
+    }
+
+    /// What has leaked since `before`, in words, if so. To be asked after so many cycles, hundreds, that a
+    /// leak of each shows.
+    pub fn leak_since(&self, before: &Self) -> Option<String> {
+        // GLib's pool may keep an idle thread more or less, and a peer close a socket a moment later.
+        let has_leaked = self.fds > before.fds + 2
+            || self.threads > before.threads + 2
+            || self.memory >= before.memory + (4 << 20);
+        has_leaked.then(|| format!("{self:?} of what was {before:?}"))
+    }
+}
+
 /// Open descriptors of this process.
 pub fn open_fds() -> usize {
     fs::read_dir("/proc/self/fd")
@@ -19,7 +49,7 @@ pub fn threads() -> usize {
 }
 
 /// Bytes of memory of this process that are in RAM (proc_pid_status(5), `VmRSS`).
-pub fn resident_memory() -> u64 {
+fn resident_memory() -> u64 {
     let status = fs::read_to_string("/proc/self/status").expect("Linux has it");
     let kib = status
         .lines()

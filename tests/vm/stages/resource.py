@@ -10,6 +10,7 @@ of nothing but the id. Where pixels go, the film that comes back is compared wit
 import json
 import re
 import shlex
+import time
 
 import gi
 import numpy
@@ -25,6 +26,9 @@ from stages.drm import TRACED  # noqa: E402
 WIDTH, HEIGHT, FPS = 320, 240, 30
 FRAMES = 20
 BUFFERS = 3
+CYCLES = 200
+# As drmcheck's: no other resource has this width.
+CYCLE_WIDTH = 96
 # In dB, as in tests/demo.py.
 MIN_PSNR = 30
 # Of 255; coded colours are rounded twice.
@@ -58,6 +62,11 @@ def run(stage):
         with stage.part("only a node of another driver is there"):
             send_to_wrong_node(stage, guest)
         stop(host)
+        with stage.part(f"{CYCLES} starts and stops"):
+            # Every second request of a client gets no reply: it is open when the element stops.
+            host = start_host(guest, "answers-one", "--resources wrong --drop-reply 2")
+            start_and_stop(stage, guest, trace)
+            stop(host)
         # It takes ids from here on, so pixels go for no other reason than that there is none.
         resolver = start_resolver(guest)
         with stage.part("resolved by a helix-host"):
@@ -71,6 +80,7 @@ def run(stage):
         with stage.part("a host that announces ids and refuses them"):
             host = start_host(guest, "refuses", "--hello --capabilities 9 --resources error")
             send_refused(stage, guest, known)
+            send_refused_strictly(stage, guest)
             stop(host)
 
 
@@ -170,6 +180,27 @@ def check_ends(stage, trace, made, marker):
     stage.check(made <= ended, f"resources {sorted(made & ended)} ended with their buffers")
 
 
+def start_and_stop(stage, guest, trace):
+    """Each cycle has a buffer of its own: nothing of it may stay, in the process or at the host."""
+    begin = trace.stat().st_size
+    encoder = f"socket-path={HOST} transfer=resource-id timeout=0"
+    start = time.monotonic()
+    said = guest.run("cycles", f"drmcheck cycles created --count {CYCLES} --encoder {shlex.quote(encoder)}", LIMIT)
+    stage.check(said.rstrip().endswith("flat"), f"descriptors, threads and memory are flat, in {time.monotonic() - start:.0f} s")
+    marker = int(re.search(r"^marker (\d+)$", said, re.MULTILINE)[1])
+    made, left = 0, set()
+    for created, width, unref in re.findall(
+        rf"res_create_2d res 0x([0-9a-f]+),.* w (\d+),|{UNREF} res 0x([0-9a-f]+)", trace.read_text()[begin:]
+    ):
+        if created and int(created, 16) == marker:
+            break
+        if created and int(width) == CYCLE_WIDTH:
+            made += 1
+            left.add(created)
+        left.discard(unref)
+    stage.check(made > CYCLES and not left, f"of {made} resources {len(left)} are left at the end")
+
+
 def send_to_resolver(stage, guest, resolver):
     """With `auto`, a host that announces that it resolves ids gets them, and its pictures come back."""
     said, stats = send(stage, guest, "created", "resolved", "auto")
@@ -195,6 +226,14 @@ def send_refused(stage, guest, known):
     stage.check(counted == ("pixels", "0"), f"statistics: transfer {counted[0]}, dropped {counted[1]}")
     reason = re.search(r"^transfer pixels: (.+)$", said, re.MULTILINE)
     stage.check(reason is not None, reason[1] if reason else "no message says why")
+
+
+def send_refused_strictly(stage, guest):
+    """Where pixels are not allowed, a host that refuses is an error, which ends what was begun."""
+    job = start_sending(stage, guest, "dumb", "refused-strict", "resource-id")
+    stage.check(job.wait() == 1, "transfer=resource-id ends with an error")
+    error = re.search(r"transfer=resource-id: the host refuses resource[^\"]*", job.output())
+    stage.check(error is not None, error[0] if error else "it does not say that the host refuses")
 
 
 def check_film(stage, known, name):

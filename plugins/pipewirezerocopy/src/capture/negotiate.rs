@@ -34,7 +34,7 @@ use super::timeline::{
 
 /// Buffers asked for, as (default, least, greatest). One may wait to be taken while another is
 /// copied, so fewer than three would leave the producer none to draw into (lesson L4); frames are
-/// passed on without a copy only from such pools (see [`Pool`](super::frame::Pool)).
+/// passed on without a copy only from larger pools (see [`Pool`](super::frame::Pool)).
 const BUFFERS: (i32, i32, i32) = (8, 3, 16);
 /// The same for producers that have fewer.
 const FEW_BUFFERS: (i32, i32, i32) = (2, 1, 2);

@@ -57,6 +57,10 @@ struct State {
     buffers: RefCell<BTreeMap<u64, (*mut pw_buffer, Buffer)>>,
     /// Counts the buffers of this generation.
     pool: RefCell<Arc<Pool>>,
+    /// The producer lacks buffers that were out when they were taken away.
+    lost: Cell<bool>,
+    /// It lacked some before this stream began.
+    lost_before: Cell<bool>,
     /// Something was drawn that never came: the next frame's damage does not cover it.
     missed: Cell<bool>,
     /// The pointer, as the producer last said.
@@ -77,7 +81,8 @@ pub(super) struct CaptureStream {
 }
 
 impl CaptureStream {
-    /// Sets up a stream that takes `offer` from the node.
+    /// Sets up a stream that takes `offer` from the node. `lost_before`: what [`has_lost`](Self::has_lost)
+    /// said of the stream before it.
     pub fn connect(
         core: CoreRc,
         link: Rc<Link>,
@@ -85,6 +90,7 @@ impl CaptureStream {
         (id, node): (u32, &Node),
         offer: &Offer,
         timelines: bool,
+        lost_before: bool,
     ) -> Result<Self, pipewire::Error> {
         // Without the first three, WirePlumber does not link the stream (L3). A stream whose
         // node is gone must not be linked to whatever other source of video there is.
@@ -103,6 +109,7 @@ impl CaptureStream {
         let library = pipewire_version();
         let timelines = timelines && link.sync.is_some() && timeline::is_known_to(&library);
         let state = Rc::new(State::new(link, offer.clone(), timelines));
+        state.lost_before.set(lost_before);
         let listener = listen(&stream, &state)?;
         let pods = offer.pods();
         let mut params: Vec<&Pod> = pods.iter().map(PodBytes::pod).collect();
@@ -181,6 +188,25 @@ impl CaptureStream {
             // SAFETY: As in `take_back`.
             unsafe { self.state.give_back(&self.stream, *raw, buffer) };
         }
+    }
+
+    /// Whether the producer lacks buffers that went with a link while somebody had them. It keeps the
+    /// rest for the next link, and streams no more when none is left.
+    pub fn has_lost(&self) -> bool {
+        self.state.lost.get() || self.state.lost_before.get()
+    }
+
+    /// Whether the producer goes on with what it has left of such buffers, and needs new ones.
+    pub fn needs_buffers(&self) -> bool {
+        self.state.lost.get() && !self.state.buffers.borrow().is_empty()
+    }
+
+    /// Has new buffers made. They go with the format, and an offer has that fixed anew.
+    pub fn renew_buffers(&self) -> Result<(), pipewire::Error> {
+        self.state.lost.set(false);
+        self.state.waits.offered();
+        let pods = self.state.offer.borrow().pods();
+        self.offer_pods(&pods)
     }
 
     /// Whether a format was ever agreed on.
@@ -263,6 +289,8 @@ impl State {
             offer: RefCell::new(offer),
             buffers: RefCell::default(),
             pool: RefCell::default(),
+            lost: Cell::default(),
+            lost_before: Cell::default(),
             missed: Cell::new(true),
             cursor: RefCell::default(),
             error: RefCell::default(),
@@ -332,6 +360,8 @@ impl State {
         self.format.set(Some(format));
         self.open.set(None);
         self.missed.set(true);
+        // The first of a stream may be one that the producer had before, with its buffers.
+        self.lost.set(self.lost_before.take());
         self.had_format.set(true);
         self.waits.format_fixed(format.framerate.0 > 0);
         self.link.counters.set_stage(Stage::Paused);
@@ -380,6 +410,7 @@ impl State {
         // SAFETY: PipeWire passes a buffer that is valid until this returns.
         if let Some((_, mut buffer)) = buffers.remove(&unsafe { number(raw) }) {
             self.pool.borrow().remove();
+            self.lost.set(self.lost.get() || buffer.out);
             self.end_loan(&mut buffer);
         }
         if buffers.is_empty() {

@@ -9,10 +9,14 @@ use std::time::{Duration, Instant};
 /// Renegotiation removes them for some milliseconds.
 const GONE_AFTER: Duration = Duration::from_secs(1);
 
-/// How long a producer may leave an offer unanswered before it counts as having no such format. An
-/// answer takes some milliseconds. PipeWire 0.3.65 says nothing of it when there is none, and leaves the
-/// stream as it is; 1.4 ends the stream.
-const ANSWER_AFTER: Duration = Duration::from_secs(5);
+/// How long a producer may leave an offer unanswered before the daemon is asked whether it does anything
+/// at all. An answer takes some milliseconds. PipeWire 0.3.65 says nothing of it when there is none, and
+/// leaves the stream as it is; 1.4 ends the stream.
+const ANSWER_AFTER: Duration = Duration::from_secs(4);
+
+/// How long after the daemon's word the producer counts as having no such format. A daemon that was
+/// frozen answers first and negotiates then.
+const ANSWER_LIMIT: Duration = Duration::from_secs(1);
 
 /// How long after a format a frame is waited for before the producer is asked for one; doubled
 /// each time, so that a producer which has nothing to show is asked only a few times.
@@ -23,10 +27,24 @@ const MOST_REQUESTS: u32 = 4;
 /// with them.
 const CHOOSE_AFTER: Duration = Duration::from_millis(500);
 
+/// How far an offer has come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum Answer {
+    /// There is none, or it is answered.
+    #[default]
+    Given,
+    /// The daemon is to be asked then.
+    Awaited(Instant),
+    /// It was, with this sync.
+    Doubted(i32),
+    /// It has said then that it is alive.
+    Due(Instant),
+}
+
 /// The moments at which something has been waited for long enough.
 #[derive(Debug, Default)]
 pub(super) struct Waits {
-    answer: Cell<Option<Instant>>,
+    answer: Cell<Answer>,
     choice: Cell<Option<Instant>>,
     frame: Cell<Option<Instant>>,
     /// Times that a frame was asked for since the format.
@@ -37,13 +55,29 @@ pub(super) struct Waits {
 impl Waits {
     /// The producer has an offer that it has not answered.
     pub fn offered(&self) {
-        self.answer.set(Some(Instant::now() + ANSWER_AFTER));
+        self.answer
+            .set(Answer::Awaited(Instant::now() + ANSWER_AFTER));
         self.choice.set(None);
+    }
+
+    /// The daemon was asked, with the sync `seq`, whether it does anything.
+    pub fn doubted(&self, seq: i32) {
+        self.answer.set(Answer::Doubted(seq));
+    }
+
+    /// The last sync that the daemon has answered is `seq`.
+    pub fn daemon_said(&self, seq: Option<i32>) {
+        if let Answer::Doubted(asked) = self.answer.get()
+            && seq == Some(asked)
+        {
+            let at = Instant::now() + ANSWER_LIMIT;
+            self.answer.set(Answer::Due(at));
+        }
     }
 
     /// It has answered with modifiers to choose from.
     pub fn format_open(&self) {
-        self.answer.set(None);
+        self.answer.set(Answer::Given);
         self.choice.set(Some(Instant::now() + CHOOSE_AFTER));
     }
 
@@ -51,7 +85,7 @@ impl Waits {
     /// draws anyhow, and being paused does harm. Debian 12's pipewiresink loses a buffer with each frame
     /// that it has meanwhile, and stands still when none is left.
     pub fn format_fixed(&self, paced: bool) {
-        self.answer.set(None);
+        self.answer.set(Answer::Given);
         self.choice.set(None);
         self.gone.set(None);
         self.requests.set(0);
@@ -90,12 +124,23 @@ impl Waits {
 
     /// Whether an offer is not answered yet.
     pub fn is_answer_pending(&self) -> bool {
-        self.answer.get().is_some()
+        self.answer.get() != Answer::Given
+    }
+
+    /// When to ask the daemon whether it does anything.
+    pub fn doubt_due(&self) -> Option<Instant> {
+        match self.answer.get() {
+            Answer::Awaited(at) => Some(at),
+            _ => None,
+        }
     }
 
     /// When an offer counts as refused.
     pub fn answer_due(&self) -> Option<Instant> {
-        self.answer.get()
+        match self.answer.get() {
+            Answer::Due(at) => Some(at),
+            _ => None,
+        }
     }
 
     /// When to choose a modifier that the producer has left open.
@@ -117,6 +162,7 @@ impl Waits {
     /// The next of all these moments.
     pub fn next(&self) -> Option<Instant> {
         let moments = [
+            self.doubt_due(),
             self.answer_due(),
             self.choice_due(),
             self.frame_due(),
@@ -142,11 +188,27 @@ mod tests {
         assert!(waits.gone_due().is_some());
         waits.offered();
         assert_eq!(waits.gone_due(), None);
-        assert_eq!(waits.next(), waits.answer_due());
+        assert!(waits.next().is_some() && waits.next() == waits.doubt_due());
         waits.format_open();
         assert!(waits.gone_due().is_some(), "it has answered");
         waits.format_fixed(false);
         assert_eq!((waits.gone_due(), waits.answer_due()), (None, None));
+    }
+
+    #[test]
+    fn an_offer_is_not_refused_before_the_daemon_has_said_that_it_is_alive() {
+        let waits = Waits::default();
+        waits.offered();
+        waits.doubted(7);
+        assert_eq!((waits.next(), waits.is_answer_pending()), (None, true));
+        waits.daemon_said(Some(6));
+        assert_eq!(waits.answer_due(), None);
+        waits.daemon_said(Some(7));
+        assert!(waits.answer_due().is_some());
+        // One that was asked about another offer.
+        waits.offered();
+        waits.daemon_said(Some(7));
+        assert_eq!(waits.answer_due(), None);
     }
 
     #[test]

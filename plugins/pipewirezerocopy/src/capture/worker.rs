@@ -110,6 +110,8 @@ struct Past {
     /// What the consumer was told of a missing producer, until a format comes.
     told: Option<Told>,
     offer: Option<Offer>,
+    /// Whether that node lacks buffers; see [`CaptureStream::has_lost`].
+    lost: bool,
 }
 
 struct Worker {
@@ -453,6 +455,8 @@ impl Worker {
         };
         let reason = format!("{} has been removed", node.describe(*id));
         self.vanish(reason, None);
+        // Another one has buffers of its own.
+        self.past.lost = false;
     }
 
     /// The stream reports an error, has no format, or its buffers have been gone for too long.
@@ -479,6 +483,23 @@ impl Worker {
                 self.log(Level::Warning, format_args!("choosing failed: {error}"));
             }
         }
+        if stream.needs_buffers() {
+            self.log(Level::Debug, format_args!("asking for new buffers"));
+            if let Err(error) = stream.renew_buffers() {
+                self.log(
+                    Level::Warning,
+                    format_args!("offering again failed: {error}"),
+                );
+            }
+        }
+        if is_due(stream.waits().doubt_due()) {
+            self.log(Level::Debug, format_args!("is the daemon alive?"));
+            // Fails only when the connection is no more, which is noticed.
+            if let Ok(sync) = self.core.sync(0) {
+                stream.waits().doubted(sync.seq());
+            }
+        }
+        stream.waits().daemon_said(self.notes.done.get());
         let trouble = if let Some(error) = stream.take_error() {
             Trouble::Error(error)
         } else if is_due(stream.waits().answer_due()) {
@@ -553,6 +574,7 @@ impl Worker {
     fn end_stream(&mut self) {
         if let Some(stream) = self.stream.take() {
             stream.reclaim();
+            self.past.lost = stream.has_lost();
         }
     }
 
@@ -597,6 +619,7 @@ impl Worker {
             (id, &node),
             offer,
             self.notes.knows_timelines.get(),
+            std::mem::take(&mut self.past.lost),
         );
         let what = node.describe(id);
         match connected {

@@ -51,7 +51,8 @@ use gst::subclass::prelude::*;
 use gst_base::prelude::*;
 use gst_base::subclass::base_src::CreateSuccess;
 use gst_base::subclass::prelude::*;
-use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake, Waker};
+use zerocopy_plugin_common::Unlock;
+use zerocopy_plugin_common::wait::{Deadline, Waiter, Wake};
 
 use super::caps;
 use super::figures::Figures;
@@ -86,7 +87,7 @@ pub struct PipeWireZeroCopySrc {
     /// The CUDA context that this element and its neighbours share.
     pub(super) cuda: cuda::Slot,
     /// Ends the streaming thread's waits; apart from the rest, so that it never waits itself.
-    waker: Mutex<Option<Waker>>,
+    unlock: Unlock,
 }
 
 /// None of these locks is held where something could panic and leave a half-made change.
@@ -171,6 +172,14 @@ impl ElementImpl for PipeWireZeroCopySrc {
         self.parent_set_context(context);
     }
 
+    fn change_state(
+        &self,
+        transition: gst::StateChange,
+    ) -> Result<gst::StateChangeSuccess, gst::StateChangeError> {
+        let change = || self.parent_change_state(transition);
+        self.unlock.change_state(transition, change)
+    }
+
     fn send_event(&self, event: gst::Event) -> bool {
         // The base class would end the stream at once, without another buffer.
         if event.type_() == gst::EventType::Eos
@@ -217,14 +226,14 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
         let capture = Capture::start(config, waiter.waker(), counters.clone()).map_err(failed)?;
         wait_for_connection(&capture, &mut waiter)?;
         *lock(&self.figures) = Figures::new(counters);
-        *lock(&self.waker) = Some(waiter.waker());
+        self.unlock.started(waiter.waker());
         let streaming = Streaming::new(capture, waiter, described, can, display, cuda_device);
         *lock(&self.streaming) = Some(streaming);
         Ok(())
     }
 
     fn stop(&self) -> Result<(), gst::ErrorMessage> {
-        *lock(&self.waker) = None;
+        self.unlock.stopped();
         // Dropped with no lock held: it joins the loop thread, which logs.
         let streaming = lock(&self.streaming).take();
         if let Some(mut streaming) = streaming {
@@ -242,16 +251,12 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
     }
 
     fn unlock(&self) -> Result<(), gst::ErrorMessage> {
-        if let Some(waker) = &*lock(&self.waker) {
-            waker.cancel();
-        }
+        self.unlock.unlock();
         Ok(())
     }
 
     fn unlock_stop(&self) -> Result<(), gst::ErrorMessage> {
-        if let Some(waker) = &*lock(&self.waker) {
-            waker.reset();
-        }
+        self.unlock.unlock_stop();
         Ok(())
     }
 
@@ -328,13 +333,18 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
         let Some(mut waiter) = taken else {
             return Err(gst::FlowError::Flushing);
         };
-        let result = self.next_buffer(&mut waiter);
-        if let Some(streaming) = &mut *lock(&self.streaming) {
-            streaming.waiter = Some(waiter);
-            if result == Err(gst::FlowError::Flushing) {
+        let result = self.unlock.create(&*self.obj(), || {
+            let result = self.next_buffer(&mut waiter);
+            if result == Err(gst::FlowError::Flushing)
+                && let Some(streaming) = &mut *lock(&self.streaming)
+            {
                 // Time in PAUSED is not waited for the producer.
                 streaming.waiting_since = None;
             }
+            result
+        });
+        if let Some(streaming) = &mut *lock(&self.streaming) {
+            streaming.waiter = Some(waiter);
         }
         result.map(CreateSuccess::NewBuffer)
     }
@@ -344,16 +354,13 @@ impl PushSrcImpl for PipeWireZeroCopySrc {}
 
 impl PipeWireZeroCopySrc {
     fn wake(&self) {
-        if let Some(waker) = &*lock(&self.waker) {
-            waker.wake();
-        }
+        self.unlock.wake();
     }
 
-    /// Whether what fails now may fail because everything is being stopped or flushed.
+    /// Whether what fails now may fail because everything is being stopped, flushed or paused.
     pub(super) fn is_flushing(&self) -> bool {
-        let cancelled = lock(&self.waker).as_ref().is_none_or(Waker::is_cancelled);
         let pad = self.obj().src_pad().clone();
-        cancelled || pad.pad_flags().contains(gst::PadFlags::FLUSHING)
+        self.unlock.is_cancelled() || pad.pad_flags().contains(gst::PadFlags::FLUSHING)
     }
 
     /// A frame's time, and another one where frames are kept for that long.

@@ -13,9 +13,9 @@ use zerocopy_test_support::desktop::Recording;
 use zerocopy_test_support::process::{open_fds, threads};
 
 use super::content::run_on;
-use super::hostile::{painter, plain, shown};
-use super::painter::Painter;
-use super::run::{LONG, Run, init};
+use super::hostile::{painter, plain, playing, shown};
+use super::painter::{Painter, until};
+use super::run::{LONG, Run, init, pixels, pts};
 use super::{desktop, own_desktop, turn};
 
 #[test]
@@ -143,6 +143,63 @@ fn pausing_and_going_on_needs_no_new_frame() {
     run.play();
     run.frame();
     desktop.close(&cast);
+}
+
+#[test]
+fn a_pause_that_is_over_at_once_does_not_end_the_stream() {
+    let desktop = desktop();
+    let painter = painter(&desktop, "hasty");
+    let run = playing(&desktop, "hasty");
+    for colour in 0..200 {
+        run.pipeline.set_state(gst::State::Paused).unwrap();
+        run.play();
+        while pixels(&shown(&painter, &run, &plain(colour)))[0] != colour {}
+    }
+    // And one that is not over keeps nobody from stopping.
+    run.pipeline.set_state(gst::State::Paused).unwrap();
+    stop_soon(&run);
+}
+
+#[test]
+fn the_newest_picture_leaves_after_a_pause_and_in_time() {
+    let desktop = desktop();
+    let painter = painter(&desktop, "patient");
+    let run = playing(&desktop, "patient");
+    for colour in 0..5 {
+        while pixels(&shown(&painter, &run, &plain(100)))[0] != 100 {}
+        run.pipeline.set_state(gst::State::Paused).unwrap();
+        let dropped = run.stat("dropped");
+        // One after another, until one has made room for another.
+        let start = Instant::now();
+        while run.stat("dropped") < dropped + 2 {
+            painter.show(plain(colour));
+            let sample = run.frame_within(Duration::from_millis(20));
+            assert!(sample.is_none(), "a picture has left in PAUSED");
+            assert!(start.elapsed() < LONG, "none has come");
+        }
+        // Whoever takes one in PAUSED has one of this colour.
+        painter.show(plain(colour + 50));
+        std::thread::sleep(Duration::from_millis(200));
+        run.play();
+        let sample = run.frame();
+        assert_eq!(pixels(&sample)[0], colour + 50);
+        let now = run.pipeline.current_running_time().unwrap();
+        assert!(pts(&sample) <= now, "{} at {now}", pts(&sample));
+    }
+}
+
+#[test]
+fn a_pause_is_not_waited_for_the_first_frame() {
+    let desktop = desktop();
+    let painter = painter(&desktop, "idle");
+    let run = run_on(&desktop, "idle", "video/x-raw");
+    run.src.set_property("first-frame-timeout", 500u32);
+    run.play();
+    until(|| painter.formats() >= 1);
+    run.pipeline.set_state(gst::State::Paused).unwrap();
+    assert_eq!(run.error_within(Duration::from_secs(1)), None);
+    run.play();
+    assert!(run.error().contains("first-frame-timeout"));
 }
 
 #[test]

@@ -242,17 +242,14 @@ fn buffers_that_stay_away_mean_a_vanished_producer() {
     drop(producer);
 }
 
-/// What a session manager runs to say that the stream from a node is in error. Its buffers stay.
-const BREAK_OFF: &str = r#"
+/// What a session manager runs to do something about the link from a node.
+const WITH_LINK: &str = r#"
 links = ObjectManager { Interest { type = "link" } }
 nodes = ObjectManager { Interest { type = "node" } }
 clients = ObjectManager { Interest { type = "client" } }
 links:connect("installed", function()
     local link = links:lookup { Constraint { "link.output.node", "=", "NODE" } }
-    local consumer = link.properties["link.input.node"]
-    local node = nodes:lookup { Constraint { "object.id", "=", consumer } }
-    local client = clients:lookup { Constraint { "object.id", "=", node.properties["client.id"] } }
-    client:send_error(tonumber(consumer), -32, "so the test will have it")
+    ACTION
     Core.sync(function() Core.quit() end)
 end)
 clients:activate()
@@ -260,9 +257,21 @@ nodes:activate()
 links:activate()
 "#;
 
-fn break_off(desktop: &Desktop, node: u32) {
+/// Says that the stream is in error. Its buffers stay.
+const BREAK_OFF: &str = r#"
+    local consumer = link.properties["link.input.node"]
+    local node = nodes:lookup { Constraint { "object.id", "=", consumer } }
+    local client = clients:lookup { Constraint { "object.id", "=", node.properties["client.id"] } }
+    client:send_error(tonumber(consumer), -32, "so the test will have it")
+"#;
+
+/// Takes the link away, and the consumer's buffers with it. Both nodes stay.
+const UNLINK: &str = "link:request_destroy()";
+
+fn with_link(desktop: &Desktop, node: u32, action: &str) {
     let mut script = tempfile::NamedTempFile::new().unwrap();
-    let text = BREAK_OFF.replace("NODE", &node.to_string());
+    let text = WITH_LINK.replace("NODE", &node.to_string());
+    let text = text.replace("ACTION", action);
     script.write_all(text.as_bytes()).unwrap();
     let status = Command::new("wpexec")
         .arg(script.path())
@@ -293,7 +302,7 @@ fn a_stream_that_breaks_off_leaves_its_pictures_and_gives_their_buffers_back() {
     run.src.set_property_from_str("on-disconnect", "none");
     let kept = shown(&painter, &run, &plain(1));
     assert!(is_the_producers(&kept));
-    break_off(&desktop, painter.node());
+    with_link(&desktop, painter.node(), BREAK_OFF);
     let reason = run.capture_message("vanished");
     assert!(reason.contains("so the test will have it"), "{reason}");
     assert!(!is_the_producers(&kept), "it has its buffer back");
@@ -301,4 +310,47 @@ fn a_stream_that_breaks_off_leaves_its_pictures_and_gives_their_buffers_back() {
     // It comes back by itself.
     while pixels(&shown(&painter, &run, &plain(2)))[0] != 2 {}
     assert_eq!(pixels(&kept), vec![1; SIZE as usize]);
+}
+
+#[test]
+fn a_link_that_comes_back_finds_all_buffers_and_harms_no_picture() {
+    let mut desktop = desktop();
+    let cast = desktop.screencast(Recording::Monitor);
+    let run = Run::on_node(&desktop, cast.node);
+    run.src.set_property_from_str("on-disconnect", "none");
+    run.src.set_property("keepalive-time", 0u32);
+    run.play();
+    let client = desktop.moving_picture(30);
+    // mutter has eight buffers.
+    for round in 0..4 {
+        let kept: Vec<_> = (0..3).map(|_| run.frame()).collect();
+        let drawn: Vec<_> = kept.iter().map(pixels).collect();
+        with_link(&desktop, cast.node, UNLINK);
+        let reason = run.capture_message("vanished");
+        assert!(reason.contains("taken its buffers away"), "{reason}");
+        run.capture_message("returned");
+        while run.frame_within(Duration::ZERO).is_some() {}
+        for _ in 0..20 {
+            run.frame();
+        }
+        let now: Vec<_> = kept.iter().map(pixels).collect();
+        assert!(now == drawn, "pictures have changed in round {round}");
+    }
+    desktop.stop(client);
+    desktop.close(&cast);
+}
+
+#[test]
+fn a_daemon_that_hangs_after_an_offer_is_waited_for() {
+    let mut desktop = own_desktop();
+    let painter = painter(&desktop, "thaws");
+    let run = playing(&desktop, "thaws");
+    shown(&painter, &run, &plain(1));
+    desktop.freeze_pipewire(true);
+    run.set_caps("video/x-raw,format=BGRx");
+    // A producer has 5 s to answer.
+    assert_eq!(run.error_within(Duration::from_secs(7)), None);
+    desktop.freeze_pipewire(false);
+    while pixels(&shown(&painter, &run, &plain(2)))[0] != 2 {}
+    assert_eq!(run.error_within(Duration::from_secs(2)), None);
 }

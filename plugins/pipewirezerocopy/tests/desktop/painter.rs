@@ -35,7 +35,7 @@ use zerocopy_test_support::desktop::Desktop;
 /// How often a picture is shown, if there is one: a driver's cycle.
 const CYCLE: Duration = Duration::from_millis(4);
 
-/// Bytes of memory that each buffer really has.
+/// Bytes of memory that each buffer really has, if nothing else is said.
 pub const MEMORY: u32 = 64 * 1024;
 
 /// Bytes of metadata for a pointer, enough for 8x8 pixels.
@@ -89,6 +89,8 @@ impl Picture {
 /// The memory of a painter's buffers.
 #[derive(Clone, Copy, Debug)]
 pub struct Canvas {
+    /// How large they are.
+    pub bytes: u32,
     /// How large it says that they are.
     pub announced: u32,
     pub buffers: u32,
@@ -104,6 +106,7 @@ pub struct Canvas {
 impl Default for Canvas {
     fn default() -> Self {
         Self {
+            bytes: MEMORY,
             announced: MEMORY,
             buffers: 8,
             sealed: true,
@@ -467,7 +470,7 @@ impl State {
             assert!(fd >= 0);
             File::from_raw_fd(fd)
         };
-        memory.set_len(MEMORY.into()).unwrap();
+        memory.set_len(self.canvas.bytes.into()).unwrap();
         if self.canvas.sealed {
             // SAFETY: Plain fcntl on a descriptor of ours.
             let sealed =

@@ -30,7 +30,6 @@
 //!
 //! Since: 0.1
 
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -41,7 +40,8 @@ use gst_base::prelude::*;
 use gst_base::subclass::base_src::CreateSuccess;
 use gst_base::subclass::prelude::*;
 use qemu_display::{Config, Consoles, Display, Error, Level, Log, Status};
-use zerocopy_plugin_common::wait::{Deadline, Waiter, Waker};
+use zerocopy_plugin_common::Unlock;
+use zerocopy_plugin_common::wait::{Deadline, Waiter};
 
 use super::buffers::Buffers;
 use super::caps;
@@ -72,9 +72,7 @@ pub struct QemuDisplaySrc {
     pub(super) buffers: Mutex<Buffers>,
     pub(super) figures: Mutex<Figures>,
     /// Ends the streaming thread's waits; apart from the rest, so that it never waits itself.
-    waker: Mutex<Option<Waker>>,
-    /// The state goes to PAUSED.
-    pausing: AtomicBool,
+    unlock: Unlock,
 }
 
 /// None of these locks is held where something could panic and leave a half-made change.
@@ -178,20 +176,8 @@ impl ElementImpl for QemuDisplaySrc {
             // A pause that is over before the connection's thread has noticed it brings no new picture.
             (streaming.again, streaming.missed) = (true, true);
         }
-        let pauses = transition == gst::StateChange::PlayingToPaused;
-        self.pausing.store(pauses, Ordering::Release);
-        let result = self.parent_change_state(transition);
-        if self.pausing.swap(false, Ordering::AcqRel)
-            && self
-                .obj()
-                .src_pad()
-                .pad_flags()
-                .contains(gst::PadFlags::FLUSHING)
-        {
-            // A flush that began meanwhile must end the wait.
-            // It cannot fail.
-            let _ = self.unlock();
-        }
+        let change = || self.parent_change_state(transition);
+        let result = self.unlock.change_state(transition, change);
         if transition == gst::StateChange::PausedToPlaying {
             self.wake();
         }
@@ -246,7 +232,7 @@ impl BaseSrcImpl for QemuDisplaySrc {
             ));
         };
         *lock(&self.figures) = Figures::default();
-        *lock(&self.waker) = Some(waiter.waker());
+        self.unlock.started(waiter.waker());
         *lock(&self.streaming) = Some(Streaming::new(display, screen, waiter));
         if size.is_some() {
             self.ask_for_size();
@@ -255,7 +241,7 @@ impl BaseSrcImpl for QemuDisplaySrc {
     }
 
     fn stop(&self) -> Result<(), gst::ErrorMessage> {
-        *lock(&self.waker) = None;
+        self.unlock.stopped();
         let streaming = lock(&self.streaming).take();
         if let Some(streaming) = &streaming {
             lock(&self.figures).screen = streaming.screen.figures();
@@ -271,22 +257,12 @@ impl BaseSrcImpl for QemuDisplaySrc {
     }
 
     fn unlock(&self) -> Result<(), gst::ErrorMessage> {
-        if self.pausing.load(Ordering::Acquire) {
-            // GStreamer 1.24 and newer unlock for a pause, too. The streaming thread waits in PAUSED anyway:
-            // were it to return, the base class could take that for a flush where PLAYING has come by then,
-            // and the stream would stand still for ever.
-            return Ok(());
-        }
-        if let Some(waker) = &*lock(&self.waker) {
-            waker.cancel();
-        }
+        self.unlock.unlock();
         Ok(())
     }
 
     fn unlock_stop(&self) -> Result<(), gst::ErrorMessage> {
-        if let Some(waker) = &*lock(&self.waker) {
-            waker.reset();
-        }
+        self.unlock.unlock_stop();
         // What downstream had is flushed, and a still screen sends nothing by itself.
         if let Some(streaming) = &mut *lock(&self.streaming) {
             streaming.missed = true;
@@ -396,7 +372,8 @@ impl PushSrcImpl for QemuDisplaySrc {
         let Some(mut waiter) = taken else {
             return Err(gst::FlowError::Flushing);
         };
-        let result = self.next_buffer(&mut waiter);
+        let next = || self.next_buffer(&mut waiter);
+        let result = self.unlock.create(&*self.obj(), next);
         if let Some(streaming) = &mut *lock(&self.streaming) {
             streaming.waiter = Some(waiter);
         }
@@ -406,16 +383,13 @@ impl PushSrcImpl for QemuDisplaySrc {
 
 impl QemuDisplaySrc {
     fn wake(&self) {
-        if let Some(waker) = &*lock(&self.waker) {
-            waker.wake();
-        }
+        self.unlock.wake();
     }
 
-    /// Whether what fails now may fail because everything is being stopped or flushed.
+    /// Whether what fails now may fail because everything is being stopped, flushed or paused.
     pub(super) fn is_flushing(&self) -> bool {
-        let cancelled = lock(&self.waker).as_ref().is_none_or(Waker::is_cancelled);
         let pad = self.obj().src_pad().clone();
-        cancelled || pad.pad_flags().contains(gst::PadFlags::FLUSHING)
+        self.unlock.is_cancelled() || pad.pad_flags().contains(gst::PadFlags::FLUSHING)
     }
 
     /// Has the picture sent once more, new or not.

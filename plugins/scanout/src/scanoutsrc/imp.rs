@@ -37,7 +37,8 @@ use gst::subclass::prelude::*;
 use gst_base::prelude::*;
 use gst_base::subclass::base_src::CreateSuccess;
 use gst_base::subclass::prelude::*;
-use helix_protocol::wait::{Waiter, Waker};
+use helix_protocol::wait::Waiter;
+use zerocopy_plugin_common::Unlock;
 
 use super::figures::Figures;
 use super::scanout_id;
@@ -65,7 +66,7 @@ pub struct ScanoutSrc {
     pub(super) figures: Mutex<Figures>,
     pub(super) wishes: Wishes,
     /// Ends the streaming thread's waits; apart from the rest, so that it never waits itself.
-    waker: Mutex<Option<Waker>>,
+    unlock: Unlock,
     /// What a latency query is answered with.
     pub(super) latency: Mutex<gst::ClockTime>,
 }
@@ -164,7 +165,8 @@ impl ElementImpl for ScanoutSrc {
             gst::element_imp_error!(self, gst::ResourceError::Settings, ("{reason}"));
             return Err(gst::StateChangeError);
         }
-        let result = self.parent_change_state(transition);
+        let change = || self.parent_change_state(transition);
+        let result = self.unlock.change_state(transition, change);
         // A state change that fails is not undone: the lease goes with the element to NULL.
         if transition == gst::StateChange::ReadyToNull {
             self.release();
@@ -189,14 +191,14 @@ impl BaseSrcImpl for ScanoutSrc {
         let streaming = Streaming::new(settings, scanout_id, waiter);
         *lock(&self.figures) = Figures::default();
         *lock(&self.latency) = gst::ClockTime::ZERO;
-        *lock(&self.waker) = Some(waker);
+        self.unlock.started(waker);
         self.wishes.begin();
         *lock(&self.streaming) = Some(streaming);
         Ok(())
     }
 
     fn stop(&self) -> Result<(), gst::ErrorMessage> {
-        *lock(&self.waker) = None;
+        self.unlock.stopped();
         let streaming = lock(&self.streaming).take();
         if let Some(streaming) = streaming {
             streaming.end();
@@ -205,16 +207,12 @@ impl BaseSrcImpl for ScanoutSrc {
     }
 
     fn unlock(&self) -> Result<(), gst::ErrorMessage> {
-        if let Some(waker) = &*lock(&self.waker) {
-            waker.cancel();
-        }
+        self.unlock.unlock();
         Ok(())
     }
 
     fn unlock_stop(&self) -> Result<(), gst::ErrorMessage> {
-        if let Some(waker) = &*lock(&self.waker) {
-            waker.reset();
-        }
+        self.unlock.unlock_stop();
         Ok(())
     }
 
@@ -255,7 +253,8 @@ impl PushSrcImpl for ScanoutSrc {
         let Some(mut streaming) = lock(&self.streaming).take() else {
             return Err(gst::FlowError::Flushing);
         };
-        let result = self.next_buffer(&mut streaming);
+        let next = || self.next_buffer(&mut streaming);
+        let result = self.unlock.create(&*self.obj(), next);
         *lock(&self.streaming) = Some(streaming);
         result.map(CreateSuccess::NewBuffer)
     }
@@ -317,8 +316,6 @@ impl ScanoutSrc {
     }
 
     fn wake(&self) {
-        if let Some(waker) = &*lock(&self.waker) {
-            waker.wake();
-        }
+        self.unlock.wake();
     }
 }

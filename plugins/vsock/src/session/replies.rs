@@ -162,7 +162,7 @@ impl Conversation {
         if worker.is_flushed(open.epoch) {
             worker.release();
         } else if let Some(passed_over) = &mut self.passed_over
-            && !response.is_keyframe
+            && (!response.is_keyframe || data.is_empty())
         {
             // It refers to what nobody has.
             worker.force_keyframe = true;
@@ -204,6 +204,11 @@ impl Conversation {
             None => self.open.iter().position(unanswered),
         };
         let Some(index) = index else {
+            if self.is_tagged() && error.tag.is_some_and(|tag| tag.request_id != 0) {
+                // Said twice, or of what was never asked.
+                worker.shared.counts().unmatched += 1;
+                return Ok(());
+            }
             if self.open.is_empty() {
                 // About the connection, as from a host that takes no more clients.
                 return Err(End::Lost(reason));

@@ -155,8 +155,8 @@ impl Worker {
         Ok((connection, host))
     }
 
-    /// Until when a step of the way to a host may take that begins now: no longer than a lost host
-    /// is called.
+    /// Until when a step of the way to a host may take that begins now, of which there are two: no longer
+    /// than a lost host is called, and a second where that is over.
     fn deadline(&self) -> Deadline {
         let own = self.settings.connection.reply_deadline();
         let backoff = self.backoff.as_ref().map(Backoff::attempt_deadline);

@@ -62,6 +62,9 @@ pub(super) const MOST_IN_FLIGHT: u16 = 16;
 
 /// Below this, a bitrate was probably meant in kbit/s (L28).
 const LOW_BITRATE: u32 = 100_000;
+/// Of pictures without a PTS, the host is told one so far from the last one's, in nanoseconds: more than a host
+/// may be off by.
+const NO_PTS_STEP_NS: i64 = 1_000_000;
 
 /// What lives from `start()` to `stop()`.
 pub(super) struct Streaming {
@@ -315,17 +318,21 @@ impl VideoEncoderImpl for VsockEnc {
         };
         let number = frame.system_frame_number();
         let buffer = frame.input_buffer_owned().ok_or(gst::FlowError::Error)?;
-        let nanos = |time: Option<gst::ClockTime>| time.map_or(0, |time| time.nseconds() as i64);
-        let (pts, duration) = (nanos(frame.pts()), nanos(frame.duration()));
-        let force_keyframe = frame
-            .flags()
-            .contains(gst_video::VideoCodecFrameFlags::FORCE_KEYFRAME);
+        let nanos = |time: gst::ClockTime| time.nseconds() as i64;
+        // Legacy hosts say by the PTS which picture they answer (quirk 3 of docs/protocol.md).
+        let pts = frame
+            .pts()
+            .map_or_else(|| i64::from(number) * NO_PTS_STEP_NS, nanos);
+        let duration = frame.duration().map_or(0, nanos);
+        let flags = frame.flags();
+        let force_keyframe =
+            needs_keyframe || flags.contains(gst_video::VideoCodecFrameFlags::FORCE_KEYFRAME);
         let is_late = self.obj().is_qos_enabled() && self.obj().max_encode_time(&frame) < 0;
         // It holds the stream lock (L24); its number finds it again.
         drop(frame);
         if is_late && !force_keyframe {
             // Raw frames may go, encoded ones may not (L26).
-            return self.pass_over(number, "it is too late for the sink (qos)");
+            return self.pass_over(number, false, "it is too late for the sink (qos)");
         }
 
         let (info, resources) = lock(&self.streaming)
@@ -344,13 +351,13 @@ impl VideoEncoderImpl for VsockEnc {
             gst::FlowError::Error
         })?;
         if !self.wait_for_writers(&picture)? {
-            return self.pass_over(number, "what draws it is not done");
+            return self.pass_over(number, force_keyframe, "what draws it is not done");
         }
         let request = Request {
             frame: number,
             pts,
             duration,
-            force_keyframe: force_keyframe || needs_keyframe,
+            force_keyframe,
             resource: self.resource(&picture, resources.as_deref())?,
             picture,
         };
@@ -358,8 +365,11 @@ impl VideoEncoderImpl for VsockEnc {
         let submission =
             self.wait(|session, waiter| session.submit(waiter, max_in_flight, request));
         match submission.unwrap_or(Submission::Cancelled) {
-            Submission::Accepted => Ok(gst::FlowSuccess::Ok),
-            Submission::NoHost => self.pass_over(number, "no host"),
+            Submission::Accepted => {
+                lock(&self.output).keyframe_due = false;
+                Ok(gst::FlowSuccess::Ok)
+            }
+            Submission::NoHost => self.pass_over(number, force_keyframe, "no host"),
             Submission::Cancelled => Err(gst::FlowError::Flushing),
             Submission::Failed => Err(gst::FlowError::Error),
             Submission::CannotWait(reason) => Err(self.cannot_wait(reason)),
@@ -450,8 +460,15 @@ impl VsockEnc {
     }
 
     /// Finishes a frame that is not sent, on the streaming thread. With it leave the events of all
-    /// frames up to it, which must not overtake the access units of those under way.
-    fn pass_over(&self, number: u32, reason: &str) -> Result<gst::FlowSuccess, gst::FlowError> {
+    /// frames up to it, which must not overtake the access units of those under way. A keyframe that it
+    /// was to be is asked for with the next one: the base class has asked, and does not ask again.
+    fn pass_over(
+        &self,
+        number: u32,
+        force_keyframe: bool,
+        reason: &str,
+    ) -> Result<gst::FlowSuccess, gst::FlowError> {
+        lock(&self.output).keyframe_due |= force_keyframe;
         // These frames hold the stream lock.
         let has_events = self.obj().frames().iter().any(release::has_events);
         if has_events && self.drain() == Submission::Cancelled {

@@ -112,11 +112,6 @@ impl VsockEnc {
         let deadline = Deadline::after(WRITERS_LIMIT);
         while let Some(memory) = picture.unready_memory() {
             if deadline.has_passed() {
-                gst::warning!(
-                    CAT,
-                    imp = self,
-                    "a picture is dropped: what draws it was not done after {WRITERS_LIMIT:?}"
-                );
                 return Ok(false);
             }
             let Some(dmabuf) = dmabuf::dmabuf(&memory) else {
@@ -134,7 +129,7 @@ impl VsockEnc {
                 Some(Ok(_)) => {}
                 Some(Err(error)) => {
                     gst::debug!(CAT, imp = self, "wait for what draws a picture: {error}");
-                    return Ok(true);
+                    return Ok(picture.unready_memory().is_none());
                 }
             }
         }

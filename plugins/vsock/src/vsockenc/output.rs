@@ -39,6 +39,8 @@ pub(super) struct Output {
     discont: bool,
     /// Access units that came while there were no caps.
     useless: u32,
+    /// A picture that was to be a keyframe was not sent: the next one is to be one.
+    pub keyframe_due: bool,
     /// The host said that it resolves resource ids.
     pub resolves: bool,
     pub frames: u64,
@@ -65,9 +67,10 @@ impl Output {
         due.then(|| self.stream_caps.clone()).flatten()
     }
 
-    /// Whether another keyframe is to be asked for: the last one was of no use.
+    /// Whether a keyframe is to be asked for that nobody else asks for: the last one was of no use, or
+    /// was not sent.
     pub fn needs_keyframe(&self) -> bool {
-        self.stream_caps.is_none() && self.useless > 0
+        self.keyframe_due || (self.stream_caps.is_none() && self.useless > 0)
     }
 
     /// What upstream is to be told. An element that is not there, or flushing on its own, may be

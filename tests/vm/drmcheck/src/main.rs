@@ -14,12 +14,14 @@ use clap::{Parser, Subcommand};
 mod buffers;
 mod capture;
 mod cuda;
+mod cycles;
 mod dmabuf;
 mod draw;
 mod egl;
 mod foreign;
 mod frames;
 mod gl;
+mod memory;
 mod node;
 mod outputs;
 mod pool;
@@ -54,6 +56,8 @@ enum Command {
     Capture(capture::Options),
     /// Draws pictures into DMA-BUFs of one kind, sends them through vsockenc and records what comes back.
     Send(send::Options),
+    /// Starts and stops vsockenc again and again, each time with another DMA-BUF.
+    Cycles(cycles::Options),
     /// Has qemudisplaysrc show DMA-BUFs of each kind and compares: "screen KIND HOW: right", or what is
     /// wrong.
     Screen,
@@ -93,6 +97,7 @@ fn main() -> ExitCode {
         Command::Cuda => cuda::show(),
         Command::Capture(options) => capture::show(&options),
         Command::Send(options) => send::show(&options),
+        Command::Cycles(options) => cycles::show(&options),
         Command::Output {
             name,
             width,

@@ -150,10 +150,10 @@ fn what_was_made_of_a_buffer_that_is_gone_ends_before_the_next_picture() {
 
 #[test]
 fn the_last_picture_makes_room_where_its_buffer_is_the_one_that_is_missing() {
-    // Of three, one alone may be out.
+    // Of five, one alone may be out.
     let mut setup = Setup::new(OutputMemory::System);
     setup.with(|streaming| streaming.takes.video_meta = true);
-    for frame in frames_in_memory(2, 3, &setup.counters) {
+    for frame in frames_in_memory(2, 5, &setup.counters) {
         setup.put(frame);
         assert!(setup.take().unwrap().is_some(), "in place");
         assert!(setup.has_last());

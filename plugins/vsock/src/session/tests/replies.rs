@@ -114,6 +114,25 @@ fn replies_that_nobody_asked_for_are_counted_and_change_nothing() {
 }
 
 #[test]
+fn an_error_that_is_said_twice_is_counted_and_changes_nothing() {
+    let peer = host_with_ids(|link, requests| {
+        let request = requests.last().unwrap();
+        if requests.len() == 2 {
+            link.send(error(Some(request.tag)));
+            link.send(error(Some(request.tag)));
+        } else {
+            link.answer(request);
+        }
+    });
+    let mut run = run(&peer, 20_000);
+    for number in 0..4 {
+        run.submit(number);
+        assert_eq!(run.outcome(), (number, number != 1));
+    }
+    assert_eq!(run.counts.lock().unwrap().unmatched, 1);
+}
+
+#[test]
 fn an_error_with_a_tag_drops_exactly_its_frame() {
     let peer = host_with_ids(|link, requests| {
         if requests.len() == 3 {
@@ -137,7 +156,7 @@ fn a_frame_that_is_never_answered_is_given_up_and_those_behind_it_leave() {
             link.answer(requests.last().unwrap());
         }
     });
-    let mut run = run(&peer, 200);
+    let mut run = run(&peer, 1000);
     for number in 0..4 {
         run.submit(number);
     }
@@ -155,7 +174,7 @@ fn a_late_reply_by_id_is_thrown_away_and_asks_for_a_keyframe() {
         }
         _ => link.answer(requests.last().unwrap()),
     });
-    let mut run = run(&peer, 200);
+    let mut run = run(&peer, 1000);
     run.submit(0);
     run.submit(1);
     assert_eq!((run.outcome(), run.outcome()), ((0, true), (1, false)));

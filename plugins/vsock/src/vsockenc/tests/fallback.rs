@@ -129,7 +129,7 @@ fn a_host_that_keeps_resources_without_an_answer_is_called_anew() {
         link.pong(envelope);
         Then::GoOn
     });
-    let mut encoder = Encoder::with_timeout(&peer, Transfer::Auto, 200);
+    let mut encoder = Encoder::with_timeout(&peer, Transfer::Auto, 1000);
     encoder.element.set_property("max-in-flight", 1u32);
     let (good, bad) = (encoder.known(GOOD), encoder.known(BAD));
     while encoder.stat::<u64>("reconnects") == 0 {
@@ -328,7 +328,7 @@ fn a_pool_of_the_size_asked_for_lasts_though_the_host_keeps_pictures() {
         link.pong(envelope);
         Then::GoOn
     });
-    let mut encoder = Encoder::with_timeout(&peer, Transfer::ResourceId, 100);
+    let mut encoder = Encoder::with_timeout(&peer, Transfer::ResourceId, 500);
     let caps = encoder.harness.srcpad().unwrap().current_caps();
     let mut query = gst::query::Allocation::new(caps.as_ref(), false);
     assert!(encoder.harness.srcpad().unwrap().peer_query(&mut query));

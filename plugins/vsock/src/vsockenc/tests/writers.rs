@@ -69,6 +69,29 @@ fn a_picture_that_is_drawn_for_ever_is_dropped_after_a_while() {
     }
 }
 
+/// The base class has marked the request as made, and would make no other one.
+#[test]
+fn a_keyframe_asked_for_is_the_next_picture_where_one_is_dropped() {
+    let peer = Peer::answering();
+    let mut encoder = Encoder::new(&peer, Transfer::ResourceId);
+    encoder.element.set_property("keyframe-interval", 0);
+    let next = encoder.known(4);
+    encoder.push(&next).unwrap();
+    encoder.pull();
+    assert!(peer.wait_for(request).0.force_keyframe, "the first one");
+    let event = gst_video::UpstreamForceKeyUnitEvent::builder().build();
+    encoder.harness.push_upstream_event(event);
+    let (buffer, _writer) = drawn(&encoder);
+    encoder.push(&buffer).unwrap();
+    assert_eq!(encoder.stat::<u64>("dropped"), 1);
+    for is_keyframe in [true, false] {
+        let next = encoder.known(5);
+        encoder.push(&next).unwrap();
+        encoder.pull();
+        assert_eq!(peer.wait_for(request).0.force_keyframe, is_keyframe);
+    }
+}
+
 /// Lets `end` end the wait for a picture that is drawn for ever, and expects that it was not sent.
 fn ends_the_wait(end: impl FnOnce(&mut Encoder)) -> (Encoder, Peer) {
     let peer = Peer::answering();
