@@ -88,6 +88,7 @@ impl<T: Send + 'static> Encoder<T> {
         tuning: &Tuning,
         output: impl Fn(Output<T>) + Send + Sync + 'static,
     ) -> Result<Self, String> {
+        ending::allow(&spec.name())?;
         let shared = Arc::new(Shared {
             name: spec.name().to_string(),
             pending: Mutex::new(VecDeque::new()),
@@ -268,6 +269,12 @@ impl<T: Send + 'static> Encoder<T> {
     /// The bitrate that it is set to, in bit/s; 0 where it has none.
     pub fn bitrate(&self) -> u32 {
         self.spec.bitrate_of(&self.element)
+    }
+
+    /// The same where it can be set to no other one.
+    pub fn fixed_bitrate(&self) -> Option<u32> {
+        let fixed = !self.spec.takes_bitrate_while_playing(&self.element);
+        fixed.then(|| self.bitrate())
     }
 
     /// Pictures whose output has not come.

@@ -63,10 +63,10 @@ struct State {
     tried: bool,
     /// Those of the last connection; none if there never was one.
     consoles: Option<BTreeSet<u32>>,
-    /// What was asked for last, by console. A QEMU that comes back is told again; that there is to
-    /// be no screen, only until one has heard it.
+    /// The size that QEMU has confirmed last, by console, or that there is to be no screen. A QEMU that
+    /// comes back is told again; that there is to be none, only until one has heard it.
     modes: BTreeMap<u32, Mode>,
-    /// Requests so far, to know one that a later one has taken the place of.
+    /// Requests so far, to know the later one of two.
     requests: u64,
     /// The threads of scanouts that run, by console.
     watchers: BTreeMap<u32, Waker>,
@@ -196,17 +196,15 @@ impl Link {
         };
         let answer = Answer::new(done);
         let mut state = self.state();
-        // Who is told that it failed must not see it happen later.
-        if state.display.is_some() {
-            let (mode, before) = state.ask_for(scanout_id, (width, height), rate);
-            let link = self.clone();
-            self.tell(&state, scanout_id, mode, move |result| {
-                if result.is_err() {
-                    link.state().forget(scanout_id, mode, before);
-                }
-                answer.give(result);
-            });
-        }
+        let mode = state.request((width, height), rate);
+        let link = self.clone();
+        self.tell(&state, scanout_id, mode, move |result| {
+            // Who is told that it failed, or is told nothing by QEMU, must not see it happen later.
+            if result.is_ok() {
+                link.state().remember(scanout_id, mode);
+            }
+            answer.give(result);
+        });
     }
 
     /// DISABLE_SCANOUT. `done` is called as that of [`Link::enable`]. Nobody is told what became of
@@ -218,12 +216,13 @@ impl Link {
     ) {
         let answer = Answer::new(done);
         let mut state = self.state();
-        let (mode, _) = state.ask_for(console, OFF, REFRESH_RATE);
+        let mode = state.request(OFF, REFRESH_RATE);
+        state.remember(console, mode);
         self.tell(&state, console, mode, move |result| answer.give(result));
     }
 
-    /// Has QEMU told, under the lock under which `mode` was remembered: so both are the last. `done` is
-    /// called without the lock, or dropped with it.
+    /// Has QEMU told, under the lock under which `mode` was numbered: so QEMU hears the last one last.
+    /// `done` is called without the lock, or dropped with it.
     fn tell(
         self: &Arc<Self>,
         state: &State,
@@ -238,7 +237,7 @@ impl Link {
         display.set_size(console, mode.size, move |result| {
             // It knows. One that is started anew may have a screen there again.
             if mode.size == OFF && result.is_ok() {
-                link.state().forget(console, mode, None);
+                link.state().forget(console, mode);
             }
             done(result);
         });
@@ -277,31 +276,29 @@ impl Link {
 }
 
 impl State {
-    /// Remembers what is wanted of a console. Returns what was wanted before, too.
-    fn ask_for(
-        &mut self,
-        console: u32,
-        size: (u32, u32),
-        refresh_rate: u32,
-    ) -> (Mode, Option<Mode>) {
+    /// What somebody wants of a console, after all that was wanted before.
+    fn request(&mut self, size: (u32, u32), refresh_rate: u32) -> Mode {
         self.requests += 1;
-        let mode = Mode {
+        Mode {
             size,
             refresh_rate,
             request: self.requests,
-        };
-        (mode, self.modes.insert(console, mode))
+        }
     }
 
-    /// A request counts no more, unless a later one has taken its place; `before` does again.
-    fn forget(&mut self, console: u32, mode: Mode, before: Option<Mode>) {
-        if self.modes.get(&console).map(|last| last.request) != Some(mode.request) {
-            return;
+    /// A request counts from now on, unless a later one does.
+    fn remember(&mut self, console: u32, mode: Mode) {
+        let last = self.modes.entry(console).or_insert(mode);
+        if last.request < mode.request {
+            *last = mode;
         }
-        match before {
-            Some(before) => self.modes.insert(console, before),
-            None => self.modes.remove(&console),
-        };
+    }
+
+    /// A request counts no more, unless a later one has taken its place.
+    fn forget(&mut self, console: u32, mode: Mode) {
+        if self.modes.get(&console).map(|last| last.request) == Some(mode.request) {
+            self.modes.remove(&console);
+        }
     }
 
     fn screen(&self, console: u32) -> Option<Arc<Screen>> {

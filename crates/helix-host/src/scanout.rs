@@ -117,6 +117,8 @@ struct State {
     picture: Option<(gst::Sample, i64)>,
     /// bit/s; stays over restarts of the pipeline.
     bitrate: Option<u32>,
+    /// That of the encoder that runs, where it cannot take another one.
+    fixed_bitrate: Option<u32>,
     last_pts: i64,
     /// It was said that the present source's pictures are not in the order in which they are shown.
     reordered: bool,
@@ -274,6 +276,7 @@ impl Scanout {
         let mut state = self.state();
         state.flowing = false;
         state.reordered = false;
+        state.fixed_bitrate = None;
         state.inbox = Inbox::default();
         let picture = state.picture.take();
         drop(state);
@@ -378,10 +381,11 @@ impl Subscription {
         let (bitrate, profile) = match self.scanout.origin.kind() {
             Kind::Encoded => (0, 0),
             Kind::Raw => {
+                let fixed = self.scanout.state().fixed_bitrate;
                 let tuning = self.scanout.tuning();
                 let encoder = &self.scanout.encoder;
                 (
-                    encoder.bitrate_with(&tuning),
+                    fixed.unwrap_or_else(|| encoder.bitrate_with(&tuning)),
                     encoder.profile_idc(tuning.profile),
                 )
             }

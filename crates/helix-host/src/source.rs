@@ -26,6 +26,9 @@ const RAW_TAIL: &str = "videoconvert ! \
 const ENCODED_TAIL: &str = "h264parse config-interval=-1 ! \
     video/x-h264,stream-format=byte-stream,alignment=au ! appsink name=helix-sink";
 
+/// All sources, when their pipelines end.
+const WHAT: &str = "a scanout's source";
+
 /// A gst-launch description that was found to be one.
 #[derive(Clone, Debug)]
 pub struct Description {
@@ -100,6 +103,7 @@ impl Source {
         description: &Description,
         event: impl Fn(Event) + Clone + Send + Sync + 'static,
     ) -> Result<Self, String> {
+        ending::allow(WHAT)?;
         let (pipeline, sink) = description.pipeline()?;
         let over = Arc::new(AtomicBool::new(false));
         let event = {
@@ -175,7 +179,7 @@ impl Source {
 impl Drop for Source {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Release);
-        ending::stop(&self.pipeline, "a scanout's source");
+        ending::stop(&self.pipeline, WHAT);
     }
 }
 

@@ -4,10 +4,14 @@
 
 mod common;
 
+use std::thread;
+
+use common::scripted::{Gate, encoder};
 use common::{Encoded, Peer, Rgb, config, decode, is_start, start, with_encoder};
 use helix_host::Config;
-use helix_protocol::encode;
 use helix_protocol::message::{Config as Settings, ErrorCode, PixelFormat};
+use helix_protocol::{Message, encode};
+use zerocopy_test_qemu::eventually;
 
 const ENCODERS: [&str; 2] = ["x264enc", "openh264enc"];
 const FRAME: i64 = 16_666_667;
@@ -304,4 +308,51 @@ fn two_clients_get_their_own_pictures() {
         assert!(left[0].psnr(&red) > 30.0);
         assert!(right[0].psnr(&blue) > 30.0);
     }
+}
+
+#[test]
+fn encoders_that_hang_for_ever_are_few() {
+    let (gate, opens) = Gate::new();
+    let server = with_encoder(&encoder(|arrived| {
+        if !gate.is_open() {
+            arrived.fail();
+            gate.pass();
+        }
+        true
+    }));
+    let picture = Rgb::pattern(64, 64, 0);
+    let ask = |peer: &mut Peer| {
+        let (request, pixels) = picture.request(PixelFormat::Bgra, 0, 1, false);
+        peer.request(&request, pixels);
+        peer.next().message
+    };
+    let refused = |peer: &mut Peer| match ask(peer) {
+        Message::Error(error) => error.text,
+        other => panic!("no error but {other:?}"),
+    };
+    // At once, as the host waits for each for a while.
+    thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let text = refused(&mut Peer::of(&server));
+                assert!(text.contains("broken as a test wants it"), "{text}");
+            });
+        }
+    });
+    let mut peer = Peer::of(&server);
+    let text = refused(&mut peer);
+    assert!(
+        text.starts_with("8 pipelines with scriptedh264enc hang"),
+        "{text}"
+    );
+    // Another encoder than that one is none of them.
+    let other = with_encoder("x264enc");
+    assert!(matches!(
+        ask(&mut Peer::of(&other)),
+        Message::FrameResponse(..)
+    ));
+    drop(opens);
+    eventually("an encoder that does not hang", || {
+        matches!(ask(&mut peer), Message::FrameResponse(..)).then_some(())
+    });
 }

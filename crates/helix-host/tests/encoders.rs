@@ -6,12 +6,11 @@
 mod common;
 
 use std::sync::mpsc::{Receiver, Sender, channel};
-use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Instant;
 
 use common::metrics::{figure, figures};
-use common::scripted::{Arrived, element, encoder};
-use common::{LONG, Peer, Rgb, config, is_start, start};
+use common::scripted::{Arrived, Gate, Opens, element, encoder};
+use common::{LONG, Peer, Rgb, config, hello, is_start, start};
 use helix_host::{Config, ScanoutSpec, Server};
 use helix_protocol::encode;
 use helix_protocol::message::{Config as Settings, ErrorCode, PixelFormat};
@@ -44,36 +43,6 @@ fn bitrate(bitrate: u32) -> Settings {
     Settings {
         bitrate,
         ..Settings::default()
-    }
-}
-
-/// Where an encoder hangs, until the test lets it go, at its end at the latest.
-#[derive(Default)]
-struct Gate {
-    open: Mutex<bool>,
-    opened: Condvar,
-}
-
-impl Gate {
-    /// One for the rest of the process.
-    fn new() -> (&'static Self, Opens) {
-        let gate = Box::leak(Box::<Self>::default());
-        (gate, Opens(gate))
-    }
-
-    fn pass(&self) {
-        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(self.opened.wait_while(open, |open| !*open));
-    }
-}
-
-/// Opens the gate when it goes.
-struct Opens(&'static Gate);
-
-impl Drop for Opens {
-    fn drop(&mut self) {
-        *self.0.open.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.0.opened.notify_all();
     }
 }
 
@@ -253,6 +222,25 @@ fn a_scanout_whose_encoder_cannot_change_its_bitrate_gets_a_new_one_now_and_then
 }
 
 #[test]
+fn config_resp_is_about_the_encoder_that_runs() {
+    let server = host(8, STILL, encoder(|_| true));
+    let mut subscriber = Peer::of(&server);
+    subscriber.greet(&hello());
+    subscriber.subscribe(8);
+    assert!(is_start(&subscriber.next_frame().bytes));
+    // The next picture would bring a new encoder: it is half a minute away.
+    let in_force = subscriber.configure(&bitrate(1_000_000));
+    assert_eq!(in_force.bitrate, 4_000_000);
+    // A keyframe brings one as well, a second after the one before.
+    eventually("another encoder", || {
+        subscriber.send(encode::keyframe_req(1));
+        assert!(is_start(&subscriber.next_frame().bytes));
+        let in_force = subscriber.configure(&bitrate(1_000_000));
+        (in_force.bitrate == 1_000_000).then_some(())
+    });
+}
+
+#[test]
 fn a_client_whose_encoder_cannot_change_its_bitrate_gets_a_new_one() {
     let (tell, bitrates) = channel();
     let server = common::with_encoder(&encoder(says_its_bitrate(tell)));
@@ -287,7 +275,7 @@ fn who_waits_for_an_encoder_with_all_open_that_may_be_still_gets_pongs() {
             ..config()
         });
         let mut peer = Peer::of(&server);
-        peer.greet(&common::hello());
+        peer.greet(&hello());
         let picture = Rgb::pattern(side, side, 0);
         let request = |peer: &mut Peer, pts| {
             let (request, pixels) = picture.request(PixelFormat::Bgra, 0, pts, false);

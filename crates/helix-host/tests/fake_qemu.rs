@@ -189,30 +189,83 @@ fn a_screen_disabled_while_qemu_is_away_is_so_when_it_is_back() {
     assert_eq!(qemu.size(), (1, 800, 600));
 }
 
+/// ENABLE_SCANOUT of console 0, a square, whose answer nobody waits for.
+fn wish(peer: &mut Peer, side: u32) {
+    let request = EnableScanout {
+        scanout_id: 0,
+        width: side,
+        height: side,
+        refresh_rate: 0,
+    };
+    peer.send(encode::enable_scanout(0, &request));
+    peer.flush();
+}
+
+/// That one was not enabled, says the next answer.
+fn is_refused(peer: &mut Peer) {
+    assert!(matches!(peer.next().message, Message::ScanoutResp(answer) if !answer.success));
+}
+
+#[test]
+fn a_size_that_qemu_has_not_answered_is_not_told_it_when_it_is_called_again() {
+    let qemu = FakeQemu::start(&[0, 1]);
+    let server = connected(&qemu);
+    let (_watching, listener) = watching(&qemu, &server);
+    let mut peer = Peer::of(&server);
+    qemu.fall_silent();
+    wish(&mut peer, SIZE);
+    assert_eq!(qemu.size(), (0, SIZE, SIZE));
+    // Nonsense: the host ends this connection.
+    assert!(listener.scanout(0, 0, &[]).is_err());
+    is_refused(&mut peer);
+    qemu.answer();
+    // The first that it hears.
+    eventually("a connection", || {
+        enable(&mut peer, 1, (SIZE, SIZE)).success.then_some(())
+    });
+    assert_eq!(qemu.size(), (1, SIZE, SIZE));
+}
+
+#[test]
+fn sizes_that_qemu_refuses_leave_the_one_before() {
+    let qemu = FakeQemu::start(&[0]);
+    let server = connected(&qemu);
+    let mut peer = Peer::of(&server);
+    assert!(enable(&mut peer, 0, (SIZE, SIZE)).success);
+    assert_eq!(qemu.size(), (0, SIZE, SIZE));
+    qemu.fall_silent();
+    wish(&mut peer, 1);
+    assert_eq!(qemu.size(), (0, 1, 1));
+    wish(&mut peer, 2);
+    // The host has both.
+    peer.expect_pong();
+    qemu.refuse_sizes();
+    qemu.answer();
+    for _ in 0..2 {
+        is_refused(&mut peer);
+    }
+    assert_eq!(qemu.size(), (0, 2, 2));
+    qemu.forget_clients();
+    assert_eq!(qemu.size(), (0, SIZE, SIZE), "QEMU is told again");
+}
+
 #[test]
 fn qemu_is_asked_one_thing_at_a_time_and_the_last_one_last() {
     let qemu = FakeQemu::start(&[0, 1]);
     let server = connected(&qemu);
     let mut peer = Peer::of(&server);
     qemu.fall_silent();
-    let request = |width| EnableScanout {
-        scanout_id: 0,
-        width,
-        height: SIZE,
-        refresh_rate: 0,
-    };
-    peer.send(encode::enable_scanout(0, &request(1)));
-    peer.flush();
-    assert_eq!(qemu.size(), (0, 1, SIZE));
-    for width in 2..6 {
+    wish(&mut peer, 1);
+    assert_eq!(qemu.size(), (0, 1, 1));
+    for side in 2..6 {
         peer.send(encode::disable_scanout(0, 0));
-        peer.send(encode::enable_scanout(0, &request(width)));
+        wish(&mut peer, side);
     }
     // The host has them all.
     peer.expect_pong();
     assert_eq!(qemu.sizes(), [], "QEMU has not answered the first one");
     qemu.answer();
-    assert_eq!(qemu.size(), (0, 5, SIZE));
+    assert_eq!(qemu.size(), (0, 5, 5));
     for _ in 1..6 {
         assert!(matches!(peer.next().message, Message::ScanoutResp(answer) if answer.success));
     }

@@ -44,6 +44,10 @@ const AGAIN_LIMIT: Duration = Duration::from_secs(5);
 /// Limit for QEMU's part in making a listener, as for each of its answers.
 const LISTEN_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long a whole picture may take after the console has got another size. Guests that draw one do so at
+/// once; an emulated processor on a busy machine takes a breath in between.
+const WHOLE_LIMIT: Duration = Duration::from_millis(500);
+
 /// A console.
 pub struct Console {
     proxy: ConsoleProxy<'static>,
@@ -178,25 +182,37 @@ impl Console {
         }
     }
 
-    /// Returns when the console has another size than its picture, or has one and no picture: the one
-    /// that is on its way may be the one before.
+    /// Returns when the console has got another size, and no whole picture of that has come.
     ///
     /// A QEMU without shared memory does not say that the picture has another size before it is
     /// changed as a whole, and a screen of text never is: QEMU 7.2 then goes on with parts of a
     /// picture that nobody has. The console's size tells, and listening anew brings all of it.
+    ///
+    /// That is not for guests that draw what they set a mode for: QEMU before 8.0 tells a cursor's shape once,
+    /// and what comes while nobody listens is lost.
     async fn other_size(&self, changes: &mut PropertiesChangedStream, screen: &Screen) {
         while poll_fn(|context| Pin::new(&mut *changes).poll_next(context))
             .await
             .is_some()
         {
-            if let (Ok(width), Ok(height)) = (self.proxy.width().await, self.proxy.height().await)
-                && screen.size() != Some((width, height))
-            {
-                return;
+            while self.has_other_size(screen).await {
+                let pictures = screen.pictures();
+                sleep(WHOLE_LIMIT).await;
+                if screen.pictures() == pictures && self.has_other_size(screen).await {
+                    return;
+                }
             }
         }
         // Nobody can be asked any more; the listener goes on, or knows what has happened.
         pending::<()>().await;
+    }
+
+    /// Whether the console has another size than its picture, or has one and no picture.
+    async fn has_other_size(&self, screen: &Screen) -> bool {
+        match (self.proxy.width().await, self.proxy.height().await) {
+            (Ok(width), Ok(height)) => screen.size() != Some((width, height)),
+            _ => false,
+        }
     }
 }
 

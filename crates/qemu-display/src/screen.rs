@@ -78,6 +78,8 @@ impl Content {
 )]
 struct State {
     content: Option<Content>,
+    /// Whole ones so far.
+    pictures: u64,
     damage: Damage,
     news: bool,
     cursor: Cursor,
@@ -106,7 +108,16 @@ impl State {
     fn show(&mut self, content: Option<Content>) -> Option<Content> {
         self.reply = None;
         self.replaced = false;
+        self.pictures += u64::from(content.is_some());
         std::mem::replace(&mut self.content, content)
+    }
+
+    /// What of the picture lies in a rectangle as QEMU says it, of what was drawn into memory that it shares.
+    /// Right after a picture became smaller, QEMU with `gl=on` still says how large it was (QEMU 10; it tells
+    /// all that was drawn at once, what was drawn since included).
+    fn part(&self, at: (i32, i32), (width, height): (i32, i32)) -> Option<Rect> {
+        let extent = (u32::try_from(width).ok()?, u32::try_from(height).ok()?);
+        Rect::clipped(at, extent, self.content.as_ref()?.size())
     }
 
     /// There is no picture any more.
@@ -152,6 +163,7 @@ impl Screen {
             listeners: watch::Sender::new(0),
             state: Mutex::new(State {
                 content: None,
+                pictures: 0,
                 damage: Damage::All,
                 news: false,
                 cursor: Cursor::default(),
@@ -260,6 +272,11 @@ impl Screen {
         self.lock().content.as_ref().map(Content::size)
     }
 
+    /// How many whole pictures there were.
+    pub(crate) fn pictures(&self) -> u64 {
+        self.lock().pictures
+    }
+
     /// The picture is that of another size, and what comes now changes one that is not here yet.
     pub(crate) fn forget(&self) {
         self.lock().clear();
@@ -357,7 +374,8 @@ impl Screen {
         let mut state = self.lock();
         Self::drawn(&mut state);
         let shared = matches!(state.content, Some(Content::Shared(..)));
-        self.changed_part(state, shared, at, extent);
+        let rect = state.part(at, extent).filter(|_| shared);
+        self.changed_part(state, rect);
     }
 
     /// A picture in DMA-BUFs.
@@ -378,14 +396,15 @@ impl Screen {
         let (reply, receiver) = oneshot::channel();
         let mut state = self.lock();
         state.replaced = false;
-        let there = matches!(state.content, Some(Content::DmaBuf(_)));
+        let shown = matches!(state.content, Some(Content::DmaBuf(_)));
+        let rect = state.part(at, extent).filter(|_| shown);
         // QEMU waits for the answers to all parts of a change: one of them is enough to hold it.
         state.waits += 1;
         let number = state.waits;
-        if there && !state.unattended && state.reply.is_none() {
+        if rect.is_some() && !state.unattended && state.reply.is_none() {
             state.reply = Some((number, reply));
         }
-        self.changed_part(state, there, at, extent);
+        self.changed_part(state, rect);
         (number, receiver)
     }
 
@@ -449,19 +468,9 @@ impl Screen {
         }
     }
 
-    /// Something was drawn into memory that is shared. Right after a picture became smaller, QEMU with `gl=on`
-    /// still says how large it was (QEMU 10; it tells all that was drawn at once, what was drawn since included).
-    fn changed_part(
-        &self,
-        mut state: MutexGuard<'_, State>,
-        there: bool,
-        at: (i32, i32),
-        (width, height): (i32, i32),
-    ) {
-        let content = state.content.as_ref().filter(|_| there);
-        let extent = u32::try_from(width).ok().zip(u32::try_from(height).ok());
-        let rect = content.zip(extent);
-        match rect.and_then(|(content, extent)| Rect::clipped(at, extent, content.size())) {
+    /// A part of the picture has changed; or what is not in it, which changes nothing.
+    fn changed_part(&self, mut state: MutexGuard<'_, State>, rect: Option<Rect>) {
+        match rect {
             Some(rect) => self.changed(state, Some(rect)),
             None => state.figures.ignored += 1,
         }

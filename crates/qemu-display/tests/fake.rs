@@ -177,6 +177,36 @@ fn qemu_has_a_listener_only_while_somebody_listens() {
 }
 
 #[test]
+fn a_whole_picture_of_another_size_comes_from_the_same_listener() {
+    let qemu = FakeQemu::start(&[0]);
+    let (watched, screen, listener) = watched(&qemu);
+    for side in [8, 16, 8, 16, 8, 16] {
+        qemu.resize(0, (side, side));
+        let bytes = vec![0; (side * side * 4) as usize];
+        listener.scanout(side, side, &bytes).unwrap();
+        let picture = watched.picture(&screen);
+        assert_eq!(picture.pixels.size(), (side, side));
+        // What QEMU tells once is not said to nobody.
+        let cursor = [side as u8; 4];
+        listener.cursor_define(1, 1, &cursor).unwrap();
+    }
+    assert_eq!(qemu.registered(), 1);
+}
+
+#[test]
+fn parts_of_a_picture_that_nobody_has_are_asked_for_anew() {
+    let qemu = FakeQemu::start(&[0]);
+    let (watched, screen, listener) = watched(&qemu);
+    listener.scanout(8, 8, &[1; 8 * 8 * 4]).unwrap();
+    watched.picture(&screen);
+    qemu.resize(0, (16, 16));
+    listener.update((8, 8), (1, 1), &[2; 4]).unwrap();
+    let listener = qemu.listener();
+    listener.scanout(16, 16, &[3; 16 * 16 * 4]).unwrap();
+    assert_eq!(watched.picture(&screen).pixels.size(), (16, 16));
+}
+
+#[test]
 fn a_qemu_that_goes_is_noticed_while_nobody_listens() {
     let qemu = FakeQemu::start(&[0]);
     let watched = Watched::start(Address::Qmp(qemu.qmp()), Consoles::Graphic);

@@ -8,6 +8,7 @@ use std::time::Instant;
 
 use common::Watched;
 use qemu_display::{Address, Consoles, Error, Look, Picture, PixelFormat, Pixels, Status};
+use zerocopy_test_qemu::card::Cursor;
 use zerocopy_test_qemu::ppm::Rgb;
 use zerocopy_test_qemu::real::{Bus, Qemu, is_newer};
 use zerocopy_test_qemu::{LIMIT, eventually};
@@ -132,6 +133,38 @@ fn every_output_of_a_graphics_card_has_a_screen_and_takes_a_size() {
         watched.set_size(console, (1304, 744)).unwrap();
         // Nobody drives the card: QEMU shows that the output is not active.
         watched.picture(&watched.screen(console));
+    }
+}
+
+/// What a guest does that sets a mode and goes on to a cursor: QEMU 7.2 tells its shape once.
+#[test]
+fn a_cursor_that_comes_with_another_size_is_not_lost() {
+    let (qemu, mut card) = Qemu::with_card("dbus,p2p=on");
+    let watched = Watched::start(Address::Qmp(qemu.qmp()), Consoles::One(0));
+    let screen = watched.screen(0);
+    watched.picture(&screen);
+    card.show_cursor(Some((8, 8)));
+    let widths = [640, 800].into_iter().cycle();
+    for (blue, width) in (100..160).zip(widths) {
+        card.set_mode(width, 480);
+        // Then, as early as can be seen from here.
+        let before = screen.size().filter(|size| *size != (width, 480));
+        let start = Instant::now();
+        while screen.size() == before {
+            assert!(start.elapsed() < LIMIT, "it never comes");
+            std::thread::yield_now();
+        }
+        card.define_cursor(&Cursor {
+            size: (16, 8),
+            left: [0, 0, blue],
+            right: [0; 3],
+        });
+        watched.until(|_| {
+            let picture = screen.take().unwrap()?;
+            let layout = picture.pixels.layout().unwrap();
+            let shape = picture.cursor.shape?;
+            ((layout.width, shape.bgra[0]) == (width, blue)).then_some(())
+        });
     }
 }
 

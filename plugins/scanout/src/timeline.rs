@@ -34,6 +34,9 @@ const LATENCY_SLOT: u64 = 100_000_000;
 const LATE: usize = 20;
 /// What the last ones of them took is what lasts: the first may be late for what is over by then.
 const LASTING: usize = 5;
+/// Lateness that became less by this part meanwhile, or by so much, is a backlog that is being worked off.
+const LESS_PART: u64 = 8;
+const LESS: u64 = 50_000_000;
 /// Reported latencies are multiples of this.
 const LATENCY_STEP: u64 = 5_000_000;
 
@@ -162,7 +165,9 @@ pub struct Latency {
     last: Option<(u64, u64)>,
     /// Slots in a row that ended late.
     late: usize,
-    /// What the last frames of the last of them took, each in its place by number.
+    /// The most that the last frames of the first ones took.
+    first: u64,
+    /// What the last frames of the last ones took, each in its place by number.
     took: [u64; LASTING],
 }
 
@@ -186,11 +191,18 @@ impl Latency {
             // A burst ends with the frames that waited least.
             self.took[self.late % LASTING] = last;
             self.late += 1;
+            if self.late <= LASTING {
+                self.first = self.first.max(last);
+            }
         }
         if self.late < LATE {
             return false;
         }
         let most = self.took.iter().max().copied().unwrap_or(took);
+        if self.first.saturating_sub(most) > LESS.min(self.first / LESS_PART) {
+            *self = Self::reporting(self.reported);
+            return false;
+        }
         *self = Self::reporting(most.next_multiple_of(LATENCY_STEP));
         true
     }
@@ -376,9 +388,22 @@ mod tests {
 
     #[test]
     fn a_backlog_that_is_worked_off_slowly_is_an_accident_too() {
-        let mut latency = Latency::default();
-        // Of 16 ms for a frame downstream takes 13.
-        let worked_off = (0..300u64).map(|number| 300u64.saturating_sub(number * 3));
-        assert!(rises(&mut latency, 0, worked_off).is_empty());
+        // What it began with, and how much of 16 ms for a frame downstream takes.
+        for (backlog, pace) in [
+            (300u64, 13),
+            (300, 15),
+            (500, 14),
+            (1000, 12),
+            (1000, 14),
+            (1000, 15),
+            (2000, 10),
+            (3000, 15),
+        ] {
+            let mut latency = Latency::default();
+            let left = |number: u64| backlog.saturating_sub(number * (16 - pace));
+            let worked_off = (0..4000).map(left);
+            let rises = rises(&mut latency, 0, worked_off);
+            assert!(rises.is_empty(), "{backlog} ms at {pace} ms: {rises:?}");
+        }
     }
 }

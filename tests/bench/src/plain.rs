@@ -66,7 +66,7 @@ impl Plain {
             stride: picture.stride() as u32,
             pts: due(number).as_nanos() as i64,
             duration: due(1).as_nanos() as i64,
-            force_keyframe: number % 60 == 0,
+            force_keyframe: number.is_multiple_of(60),
             ..FrameRequest::default()
         };
         let head = encode::frame_request(1, &request, size as u32);

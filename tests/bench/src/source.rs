@@ -19,10 +19,6 @@ pub const PICTURES: usize = 4;
 /// Frames a second, of [`Pace::Paced`] and of the caps.
 pub const RATE: u32 = 60;
 
-/// Frames after which the element and the bare socket change places, where they take turns: long enough that
-/// each is as warm as at 60 frames a second all the time, short enough that both meet the same machine.
-pub const TURN: u32 = 30;
-
 /// Longer than any frame takes: what is stuck is noticed.
 pub const STUCK: Duration = Duration::from_mins(1);
 
@@ -66,7 +62,7 @@ pub fn due(number: u32) -> Duration {
 }
 
 mod imp {
-    use std::io;
+    use std::error::Error;
     use std::sync::{LazyLock, Mutex, PoisonError};
 
     use gst::subclass::prelude::*;
@@ -74,7 +70,7 @@ mod imp {
     use gst_base::subclass::prelude::*;
 
     use super::{
-        Arc, Case, Duration, Format, Instant, Meter, Neighbour, Pace, STUCK, TURN, due, glib,
+        Arc, Case, Duration, Format, Instant, Meter, Neighbour, PICTURES, Pace, STUCK, due, glib,
     };
 
     pub struct Work {
@@ -89,7 +85,7 @@ mod imp {
     }
 
     impl Work {
-        /// Waits until the next frame is due.
+        /// Waits until the next frame is due, whoever carries it.
         fn wait(&mut self) {
             let number = self.sent + self.sent_beside;
             if number == 0 {
@@ -99,25 +95,23 @@ mod imp {
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
         }
 
-        /// The neighbour's frames, where it is its turn.
-        fn give_way(&mut self) -> io::Result<()> {
-            while self.neighbour.is_some()
-                && self.sent_beside < self.case.total()
-                && self.sent_beside / TURN == self.sent / TURN
-            {
-                self.wait();
-                let number = self.sent_beside;
-                let picture = &self.pictures[number as usize % self.pictures.len()];
-                let pixels = picture.map_readable().map_err(io::Error::other)?;
-                if let Some(Neighbour { plain, meter }) = &mut self.neighbour {
-                    meter.enter();
-                    plain.send(number, &pixels)?;
-                    plain.read_reply()?;
-                    meter.leave();
-                }
-                drop(pixels);
-                self.sent_beside += 1;
-            }
+        /// Has the neighbour carry a frame.
+        fn give_way(&mut self) -> Result<(), Box<dyn Error>> {
+            let number = self.sent_beside;
+            self.wait();
+            // It keeps the element waiting, so it is fair that it waits for it.
+            self.meter.wait_until_empty(STUCK);
+            let Some(Neighbour { plain, meter }) = &mut self.neighbour else {
+                return Ok(());
+            };
+            // Not the one that the element carries next, which would be in the caches then.
+            let index = (number as usize + PICTURES / 2) % PICTURES;
+            let pixels = self.pictures[index].map_readable()?;
+            meter.enter();
+            plain.send(number, &pixels)?;
+            plain.read_reply()?;
+            meter.leave();
+            self.sent_beside += 1;
             Ok(())
         }
     }
@@ -196,11 +190,8 @@ mod imp {
                 Pace::Single => work.meter.wait_until_empty(STUCK),
                 Pace::Paced => {
                     if let Err(error) = work.give_way() {
-                        gst::element_imp_error!(
-                            self,
-                            gst::ResourceError::Failed,
-                            ["the bare socket: {error}"]
-                        );
+                        let failed = gst::ResourceError::Failed;
+                        gst::element_imp_error!(self, failed, ["a bare socket: {error}"]);
                         return Err(gst::FlowError::Error);
                     }
                     work.wait();
@@ -217,7 +208,7 @@ mod imp {
         let picture = work.case.picture;
         let mut buffer = gst::Buffer::new();
         let writable = buffer.get_mut().expect("it is new");
-        writable.append_memory(work.pictures[work.sent as usize % work.pictures.len()].clone());
+        writable.append_memory(work.pictures[work.sent as usize % PICTURES].clone());
         let time = |time: Duration| gst::ClockTime::from_nseconds(time.as_nanos() as u64);
         writable.set_pts(time(due(work.sent)));
         writable.set_duration(time(due(1)));

@@ -15,6 +15,9 @@ use crate::state::{
 /// Rows are this far apart at least, so that nobody takes the width for the pitch.
 const PITCH: usize = 512;
 
+/// Bytes of memory that the GPU says it has.
+const ROOM: usize = 16 << 30;
+
 /// `CUeglFrame`
 #[repr(C)]
 struct EglFrame {
@@ -224,6 +227,15 @@ calls! {
     }
     fn cuMemFreeHost(address: usize) {
         free(address)
+    }
+    fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) {
+        has_context()?;
+        let state = state();
+        // As much as a forgotten context of the real one keeps.
+        let used = state.contexts.len() * (28 << 20) + state.memories.values().sum::<usize>();
+        put(total, ROOM);
+        put(free, ROOM.saturating_sub(used));
+        Ok(())
     }
     fn cuMemcpy2D_v2(copy: *const Memcpy2d) {
         has_context()?;

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! All of the element's way: a producer that draws known pictures into DMA-BUFs and hands them over
-//! PipeWire, and `pipewirezerocopysrc output-mode=cuda ! cudadownload` behind it.
+//! PipeWire, and `pipewirezerocopysrc ! cudadownload` behind it, which must get CUDA memory.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
-use gstpipewirezerocopy::cuda::Way;
 use gstpipewirezerocopy::egl::Display;
 use zerocopy_test_producer::{
     Agreed, Canvas, Event, Offer, Outcome as Made, Pixels, Producer, When, Workshop,
@@ -15,7 +14,8 @@ use zerocopy_test_producer::{
 
 use crate::dumb::Dumb;
 use crate::exported::Exported;
-use crate::{Outcome, pictures};
+use crate::gpu::Gpu;
+use crate::{Outcome, pictures, steady};
 
 /// Pixels that the GPU draws; a width with which its rows do not end.
 const SIZE: (u32, u32) = (1366, 768);
@@ -25,13 +25,15 @@ const SMALL: (u32, u32) = (250, 130);
 const LIMIT: Duration = Duration::from_mins(1);
 /// A picture that meets a busy machine is thrown away by PipeWire: shown again after this.
 const AGAIN: Duration = Duration::from_secs(1);
+/// Of many starts, for the picture of one.
+const SOON: Duration = Duration::from_secs(10);
 /// Pictures that are shown one by one.
 const ONE_BY_ONE: u8 = 10;
 /// DRM_FORMAT_MOD_LINEAR.
 const LINEAR: u64 = 0;
 
 /// Who draws: the GPU, into what its driver exports; or the processor, into dumb buffers of a node.
-enum Drawing {
+pub enum Drawing {
     Gpu(Display),
     Processor(std::path::PathBuf),
 }
@@ -61,7 +63,6 @@ impl Consumer {
             .property("keepalive-time", 0_u32)
             // The waits here have limits of their own.
             .property("first-frame-timeout", 0_u32)
-            .property_from_str("output-mode", "cuda")
             // It may not have shown up yet.
             .property_from_str("on-disconnect", "none")
             .build()?;
@@ -71,14 +72,12 @@ impl Consumer {
         let sink = gst_app::AppSink::builder().sync(false).build();
         let pipeline = gst::Pipeline::new();
         pipeline.add_many([&source, sink.upcast_ref()])?;
-        if let Ok(download) = gst::ElementFactory::make("cudadownload").build() {
+        if let Some(download) = gst::ElementFactory::find("cudadownload") {
+            let download = download.create().build()?;
             pipeline.add(&download)?;
             sink.set_caps(Some(&"video/x-raw".parse()?));
             gst::Element::link_many([&source, &download, sink.upcast_ref()])?;
         } else {
-            println!(
-                "cudadownload is not registered here: CUDA memory is mapped for reading instead"
-            );
             sink.set_caps(Some(&"video/x-raw(memory:CUDAMemory)".parse()?));
             source.link(&sink)?;
         }
@@ -143,25 +142,16 @@ impl Drop for Consumer {
     }
 }
 
-/// Plays one way. False where a picture was wrong.
-pub fn check(
-    display: &Display,
-    node: Option<&Path>,
-    device: u32,
-    way: Way,
-    frames: usize,
-) -> Outcome<bool> {
-    // What is exported may be nothing that can be imported: llvmpipe's is on some displays.
+/// Who draws here, and what it offers. The error says why nobody can.
+pub fn painter(display: &Display, node: Option<&Path>) -> Outcome<(Drawing, Offer)> {
     let exported = Exported::new(display, SIZE).and_then(|picture| {
-        picture.with_dmabuf(|dmabuf| display.import(dmabuf).map(drop))?;
+        picture.is_dmabuf()?;
         Ok(picture)
     });
-    let (drawing, offer) = match (exported, node) {
-        (Ok(picture), _) => (Drawing::Gpu(display.clone()), picture.offer()?),
+    match (exported, node) {
+        (Ok(picture), _) => Ok((Drawing::Gpu(display.clone()), picture.offer()?)),
         (Err(error), Some(node)) => {
-            println!(
-                "the GPU's driver exports nothing ({error}): the processor draws into dumb buffers"
-            );
+            println!("the processor draws into dumb buffers: {error}");
             let offer = Offer {
                 pixels: Pixels::Bgrx,
                 size: SMALL,
@@ -169,39 +159,65 @@ pub fn check(
                 shared: false,
                 most: Some(60),
             };
-            (Drawing::Processor(node.to_owned()), offer)
+            Ok((Drawing::Processor(node.to_owned()), offer))
         }
-        (Err(error), None) => return Err(error),
-    };
-    let pixels = offer.pixels;
-    let name = format!("gpucheck-{}", way.name());
-    let producer = Producer::start(&name, offer, drawing, None)?;
-    let mut settings = vec![
-        ("cuda-device-id", device.to_string()),
-        ("cuda-import", way.name().to_owned()),
-    ];
-    if let Some(node) = node {
-        settings.push(("render-node", node.display().to_string()));
+        (Err(error), None) => Err(error),
     }
-    let consumer = Consumer::start(&name, &settings, pixels)?;
-    let mut right = one_by_one(&producer, &consumer)?;
-    right &= race(&producer, &consumer, frames)?;
-    println!(
-        "through PipeWire: {}",
-        consumer.stats(&[
-            "memory",
-            "import",
-            "sync",
-            "waited-by",
-            "frames",
-            "dropped",
-            "corrupted",
-            "copies",
-            "latency-p50-us",
-            "latency-p99-us"
-        ])
-    );
-    Ok(right)
+}
+
+/// Plays with these settings, then starts and stops so many times. False where a picture was wrong, or
+/// something stayed behind.
+pub fn check(
+    part: &str,
+    (drawing, offer): (Drawing, Offer),
+    settings: &[(&str, String)],
+    frames: usize,
+    (gpu, cycles): (&Gpu, usize),
+) -> Outcome<bool> {
+    let pixels = offer.pixels;
+    let name = format!("gpucheck-{part}");
+    if gst::ElementFactory::find("cudadownload").is_none() {
+        println!("cudadownload is not registered here: CUDA memory is mapped for reading instead");
+    }
+    let producer = Producer::start(&name, offer, drawing, None)?;
+    let consumer = Consumer::start(&name, settings, pixels)?;
+    let mut right = one_by_one(part, &producer, &consumer)?;
+    right &= race(part, &producer, &consumer, frames)?;
+    let stats = consumer.stats(&[
+        "memory",
+        "import",
+        "sync",
+        "waited-by",
+        "frames",
+        "dropped",
+        "corrupted",
+        "copies",
+        "latency-p50-us",
+        "latency-p99-us",
+    ]);
+    println!("{part}, through PipeWire: {stats}");
+    if consumer.stats(&["memory"]) != "memory cuda" {
+        println!("{part}, through PipeWire: WRONG: other memory than CUDA's");
+        right = false;
+    }
+    drop(consumer);
+    let what = format!("{part}, started and stopped");
+    let mut missed = 0;
+    right &= steady::check(&what, gpu, cycles, |number| {
+        let consumer = Consumer::start(&name, settings, pixels)?;
+        match arrives(&producer, &consumer, number as u8, SOON)? {
+            Arrived::Right => Ok(()),
+            Arrived::Wrong(wrong) => Err(wrong.into()),
+            Arrived::Not => {
+                missed += 1;
+                Ok(())
+            }
+        }
+    })?;
+    // PipeWire's daemon now and then hands over buffers that the producer has not filled in yet, and says
+    // "invalid memory type 8".
+    println!("{what}: {missed} times without a picture");
+    Ok(right && missed <= cycles / 4)
 }
 
 #[expect(clippy::needless_pass_by_value, reason = "as Producer::wait wants it")]
@@ -209,34 +225,56 @@ fn shown(event: Event) -> Option<()> {
     matches!(event, Event::Shown(_)).then_some(())
 }
 
-/// Each picture arrives, the last one too, though no other comes after it.
-fn one_by_one(producer: &Producer, consumer: &Consumer) -> Outcome<bool> {
+/// What has become of a picture.
+enum Arrived {
+    Right,
+    /// Another came that is wrong, and what is.
+    Wrong(String),
+    Not,
+}
+
+/// Shows a picture until it arrives, though no other comes after it.
+fn arrives(
+    producer: &Producer,
+    consumer: &Consumer,
+    number: u8,
+    limit: Duration,
+) -> Outcome<Arrived> {
+    let end = Instant::now() + limit;
+    while Instant::now() < end {
+        producer.show(number, When::Before);
+        producer.wait(LIMIT, shown)?;
+        match consumer.picture(AGAIN)? {
+            Some(Ok(found)) if found == number => return Ok(Arrived::Right),
+            Some(Err(wrong)) => return Ok(Arrived::Wrong(wrong)),
+            // What was shown before may come once more.
+            Some(Ok(_)) | None => {}
+        }
+    }
+    Ok(Arrived::Not)
+}
+
+/// Each picture arrives, the last one too.
+fn one_by_one(part: &str, producer: &Producer, consumer: &Consumer) -> Outcome<bool> {
     for number in 1..=ONE_BY_ONE {
-        let end = Instant::now() + LIMIT;
-        loop {
-            if Instant::now() > end {
-                return Err(format!("picture {number} has not come within {LIMIT:?}").into());
+        match arrives(producer, consumer, number, LIMIT)? {
+            Arrived::Right => {}
+            Arrived::Wrong(wrong) => {
+                println!("{part}, through PipeWire: WRONG: {wrong}");
+                return Ok(false);
             }
-            producer.show(number, When::Before);
-            producer.wait(LIMIT, shown)?;
-            match consumer.picture(AGAIN)? {
-                Some(Ok(found)) if found == number => break,
-                Some(Err(wrong)) => {
-                    println!("through PipeWire: WRONG: {wrong}");
-                    return Ok(false);
-                }
-                // What was shown before may come once more.
-                Some(Ok(_)) | None => {}
+            Arrived::Not => {
+                return Err(format!("picture {number} has not come within {LIMIT:?}").into());
             }
         }
     }
-    println!("through PipeWire: {ONE_BY_ONE} pictures, every pixel of each is right");
+    println!("{part}, through PipeWire: {ONE_BY_ONE} pictures, every pixel of each is right");
     Ok(true)
 }
 
 /// The producer draws as fast as it gets buffers back, and waits for nobody. Numbers only rise: one
 /// that does not is of a buffer that was read before it was drawn.
-fn race(producer: &Producer, consumer: &Consumer, frames: usize) -> Outcome<bool> {
+fn race(part: &str, producer: &Producer, consumer: &Consumer, frames: usize) -> Outcome<bool> {
     let numbers = || (0..frames).map(|number| (u32::from(ONE_BY_ONE) + 1 + number as u32) as u8);
     // What was shown before may come once more.
     while consumer.picture(AGAIN)?.is_some() {}
@@ -250,14 +288,14 @@ fn race(producer: &Producer, consumer: &Consumer, frames: usize) -> Outcome<bool
                 seen += 1;
                 if number.wrapping_sub(before).cast_signed() <= 0 {
                     wrong += 1;
-                    println!("through PipeWire: WRONG: picture {number} after {before}");
+                    println!("{part}, through PipeWire: WRONG: picture {number} after {before}");
                 }
                 before = number;
             }
             Some(Err(text)) => {
                 seen += 1;
                 wrong += 1;
-                println!("through PipeWire: WRONG: {text}");
+                println!("{part}, through PipeWire: WRONG: {text}");
             }
             None if left == frames => break,
             None => {}
@@ -267,7 +305,7 @@ fn race(producer: &Producer, consumer: &Consumer, frames: usize) -> Outcome<bool
         }
     }
     println!(
-        "through PipeWire: {wrong} stale or torn of {seen} frames that came of {frames} drawn"
+        "{part}, through PipeWire: {wrong} stale or torn of {seen} frames that came of {frames} drawn"
     );
     Ok(wrong == 0)
 }

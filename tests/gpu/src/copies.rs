@@ -2,19 +2,25 @@
 
 //! The import by itself: what arrives, whether it is the newest, how long it takes, and what stays behind.
 
+use std::os::fd::AsFd;
 use std::sync::mpsc;
+use std::time::Instant;
 
 use gst::prelude::*;
-use gstpipewirezerocopy::cuda::{Importer, Pool, Source, Stream};
+use gstpipewirezerocopy::cuda::{self, Pool, Stream};
 use gstpipewirezerocopy::egl::Display;
 use zerocopy_test_producer::Pixels;
 
 use crate::Outcome;
 use crate::exported::Exported;
+use crate::feed::{Feed, Image};
 use crate::figures::{Row, Times};
 use crate::pictures;
 
-/// Pixels of a picture in a race.
+type Importer = cuda::Importer<Feed>;
+type Source = cuda::Source<Image>;
+
+/// Pixels of a picture in a race, at most.
 const SIZE: (u32, u32) = (640, 480);
 /// Buffers in a race: one is drawn, one is copied, one is on its way.
 const BUFFERS: usize = 3;
@@ -68,7 +74,7 @@ pub fn content(importer: &mut Importer, picture: &Exported) -> Outcome<bool> {
     let buffers = Buffers::new(importer, picture.size())?;
     let way = importer.way().name();
     let mut right = true;
-    for fourcc in [picture.fourcc(), picture.swapped()] {
+    for fourcc in picture.fourccs() {
         let name = String::from_utf8_lossy(&fourcc.to_le_bytes()).into_owned();
         let source = picture.with_dmabuf_as(fourcc, |dmabuf| importer.prepare(dmabuf));
         let source = match source {
@@ -98,12 +104,18 @@ pub fn content(importer: &mut Importer, picture: &Exported) -> Outcome<bool> {
 /// One thread draws pictures into the buffers of a small pool, another one copies each as soon as it is
 /// drawn, while the next is being drawn, with one import for each buffer: an old picture, or one that is
 /// not the same everywhere, is a stale or torn frame (L14, L15).
-pub fn race(display: &Display, importer: &mut Importer, frames: usize) -> Outcome<bool> {
+pub fn race(
+    display: &Display,
+    importer: &mut Importer,
+    size: (u32, u32),
+    frames: usize,
+) -> Outcome<bool> {
+    let size = (size.0.min(SIZE.0), size.1.min(SIZE.1));
     let (drawn, to_copy) = mpsc::channel();
     let (copied, free) = mpsc::channel();
-    let pictures = (0..BUFFERS).map(|_| Exported::new(display, SIZE));
+    let pictures = (0..BUFFERS).map(|_| Exported::new(display, size));
     let pictures = pictures.collect::<Outcome<Vec<_>>>()?;
-    let buffers = Buffers::new(importer, SIZE)?;
+    let buffers = Buffers::new(importer, size)?;
     let imports = pictures
         .iter()
         .map(|picture| picture.with_dmabuf(|dmabuf| importer.prepare(dmabuf)));
@@ -147,15 +159,63 @@ pub fn race(display: &Display, importer: &mut Importer, frames: usize) -> Outcom
         producer.join().map_err(|_| "the producer panicked")??;
         Ok(wrong)
     })?;
-    println!("{way}: {wrong} stale or torn of {frames} frames, drawn and copied side by side");
+    let (width, height) = size;
+    println!(
+        "{way}: {wrong} stale or torn of {frames} frames of {width}x{height}, drawn and copied side by side"
+    );
     Ok(wrong == 0)
+}
+
+/// Pictures that are still being drawn when their copy begins, each with a fence: the GPU is told to wait for it
+/// where it can be, and what arrives is whole.
+pub fn fenced(display: &Display, importer: &mut Importer, size: (u32, u32)) -> Outcome<bool> {
+    let way = importer.way().name();
+    let picture = Exported::new(display, size)?;
+    let buffers = Buffers::new(importer, size)?;
+    let source = picture.with_dmabuf(|dmabuf| importer.prepare(dmabuf))?;
+    let (mut begun_after, mut done_after) = (Vec::new(), Vec::new());
+    let mut by = "the GPU";
+    for number in 1..=10 {
+        picture.draw(number, WORK[2])?;
+        let fence = match picture.fence() {
+            Ok(fence) => fence,
+            Err(error) => {
+                println!("{way}: fences: not checked: {error}");
+                return Ok(true);
+            }
+        };
+        let mut copy = buffers.pool.acquire_buffer(None)?;
+        let writable = copy.get_mut().ok_or("a buffer of the pool is in use")?;
+        let start = Instant::now();
+        let begun = importer.begin(&source, (0, 0), size, &[fence.as_fd()])?;
+        begun_after.push(start.elapsed());
+        if !begun.waits() {
+            by = "the thread";
+            picture.finish()?;
+        }
+        begun.copy(writable, &buffers.info)?;
+        done_after.push(start.elapsed());
+        let frame = gst_video::VideoFrameRef::from_buffer_ref_readable(&copy, &buffers.info)?;
+        let found = pictures::compare(&frame, Pixels::Rgba);
+        if found != Ok(number) {
+            println!("{way}: fences: WRONG: {found:?} instead of picture {number}");
+            return Ok(false);
+        }
+    }
+    begun_after.sort_unstable();
+    done_after.sort_unstable();
+    println!(
+        "{way}: fences: every picture is whole; waited for by {by}, which is told within {:?} of {:?} that a copy takes",
+        begun_after[5], done_after[5]
+    );
+    Ok(true)
 }
 
 /// Times of importing a new buffer, of copying one that is imported, and of both.
 pub fn time(
     display: &Display,
     importer: &mut Importer,
-    (name, size): (&str, (u32, u32)),
+    size: (u32, u32),
     frames: usize,
 ) -> Outcome<Vec<Row>> {
     let way = importer.way().name();
@@ -165,7 +225,7 @@ pub fn time(
     let buffers = Buffers::new(importer, size)?;
     let row = |what, times| Row {
         way,
-        size: name.to_owned(),
+        size,
         what,
         times,
     };

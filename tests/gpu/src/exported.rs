@@ -3,76 +3,19 @@
 //! A picture in a DMA-BUF that the GPU's own driver has made: a texture, exported
 //! (EGL_MESA_image_dma_buf_export). What a compositor hands over is made the same way.
 
-use std::ffi::{CStr, c_char, c_int, c_void};
-use std::os::fd::{AsFd, FromRawFd, OwnedFd};
-use std::sync::LazyLock;
+use std::fs::File;
+use std::os::fd::{AsFd, OwnedFd};
 
 use glow::HasContext;
-use gstpipewirezerocopy::egl::{self, Current, DmaBuf, Gl, Plane};
-use libloading::Library;
+use gstpipewirezerocopy::egl::{self, Current, DmaBuf, Gl};
 use zerocopy_test_producer::{Block, Canvas, Offer, Pixels};
 
 use crate::Outcome;
-
-/// `EGL_GL_TEXTURE_2D` (egl.h)
-const GL_TEXTURE_2D: u32 = 0x30B1;
+use crate::egl::{Egl, Memory};
+use crate::feed::{self, TEXTURE};
 
 /// Rounds of work for each pixel of a picture that is captured: some milliseconds of a slow GPU.
 const WORK: u32 = 200;
-
-type Display = *mut c_void;
-type Image = *mut c_void;
-type Lookup = unsafe extern "C" fn(*const c_char) -> *mut c_void;
-
-/// A function of EGL.
-///
-/// # Safety
-///
-/// `F` must be its type.
-unsafe fn find<F: Copy>(lookup: Lookup, name: &CStr) -> Result<F, String> {
-    // SAFETY: any name may be asked for.
-    let found = unsafe { lookup(name.as_ptr()) };
-    if found.is_null() {
-        return Err(format!("EGL has no {}", name.to_string_lossy()));
-    }
-    // SAFETY: it is a function, and the caller vouches for its type.
-    Ok(unsafe { std::mem::transmute_copy(&found) })
-}
-
-/// The functions of EGL that the plugin does not need.
-struct Egl {
-    current_display: unsafe extern "C" fn() -> Display,
-    current_context: unsafe extern "C" fn() -> *mut c_void,
-    create_image:
-        unsafe extern "C" fn(Display, *mut c_void, u32, *mut c_void, *const isize) -> Image,
-    destroy_image: unsafe extern "C" fn(Display, Image) -> u32,
-    query: unsafe extern "C" fn(Display, Image, *mut c_int, *mut c_int, *mut u64) -> u32,
-    export: unsafe extern "C" fn(Display, Image, *mut c_int, *mut c_int, *mut c_int) -> u32,
-}
-
-impl Egl {
-    fn get() -> Outcome<&'static Self> {
-        static EGL: LazyLock<Result<Egl, String>> = LazyLock::new(|| {
-            // SAFETY: libEGL is loaded already, and the types are those of egl.h and eglext.h.
-            unsafe {
-                let library = Library::new("libEGL.so.1").map_err(|error| error.to_string())?;
-                let library: &'static Library = Box::leak(Box::new(library));
-                let lookup = *library
-                    .get::<Lookup>(b"eglGetProcAddress\0")
-                    .map_err(|error| error.to_string())?;
-                Ok(Egl {
-                    current_display: find(lookup, c"eglGetCurrentDisplay")?,
-                    current_context: find(lookup, c"eglGetCurrentContext")?,
-                    create_image: find(lookup, c"eglCreateImage")?,
-                    destroy_image: find(lookup, c"eglDestroyImage")?,
-                    query: find(lookup, c"eglExportDMABUFImageQueryMESA")?,
-                    export: find(lookup, c"eglExportDMABUFImageMESA")?,
-                })
-            }
-        });
-        EGL.as_ref().map_err(|text| text.clone().into())
-    }
-}
 
 /// One triangle that covers everything.
 const VERTEX_SHADER: &str = "#version 300 es
@@ -89,7 +32,7 @@ uniform int number;
 uniform int work;
 out vec4 colour;
 void main() {
-    float value = gl_FragCoord.x;
+    float value = fract(gl_FragCoord.x * 0.37);
     for (int i = 0; i < work; i++) value = fract(sin(value) * 43758.5);
     ivec2 at = ivec2(gl_FragCoord.xy) & 255;
     vec4 bytes = vec4(at.x, at.y, number, 255) / 255.0;
@@ -105,56 +48,48 @@ pub struct Exported {
     texture: glow::Texture,
     gl: Gl,
     size: (u32, u32),
+    /// A DMA-BUF, or nothing where the driver exports none, and why.
     fd: OwnedFd,
-    fourcc: u32,
-    modifier: u64,
-    stride: u32,
-    offset: u32,
+    memory: Memory,
+    why_not: Option<String>,
 }
 
 impl Exported {
-    /// Makes one of this many pixels, on the GPU of a display.
+    /// Makes one of this many pixels, on the GPU of a display. Where the driver does not export it or takes
+    /// no DMA-BUF, it can be imported all the same (see `feed`).
     pub fn new(display: &egl::Display, size: (u32, u32)) -> Outcome<Self> {
         let egl = Egl::get()?;
         let gl = Gl::new(display, 3)?;
         let current = gl.enter()?;
-        // SAFETY: the context is current, what is exported is what was made just now, and all that
-        // is written is ours. One plane is asked for and there is room for four.
+        // SAFETY: the context is current, what is exported is what was made just now and lives as long as the
+        // value that is made of it, as does the context.
         unsafe {
-            let texture = current.create_texture()?;
-            current.bind_texture(glow::TEXTURE_2D, Some(texture));
-            let (width, height) = (size.0 as i32, size.1 as i32);
-            current.tex_storage_2d(glow::TEXTURE_2D, 1, glow::RGBA8, width, height);
-            let display = (egl.current_display)();
-            let number = std::ptr::without_provenance_mut(texture.0.get() as usize);
-            let context = (egl.current_context)();
-            let image =
-                (egl.create_image)(display, context, GL_TEXTURE_2D, number, std::ptr::null());
-            if image.is_null() {
-                return Err("eglCreateImage of a texture failed".into());
-            }
-            let (mut fourcc, mut planes, mut modifiers) = (0, 0, [0; 4]);
-            let (mut fds, mut strides, mut offsets) = ([-1; 4], [0; 4], [0; 4]);
-            let done = (egl.query)(
-                display,
-                image,
-                &raw mut fourcc,
-                &raw mut planes,
-                modifiers.as_mut_ptr(),
-            ) == 1
-                && planes == 1
-                && (egl.export)(
-                    display,
-                    image,
-                    fds.as_mut_ptr(),
-                    strides.as_mut_ptr(),
-                    offsets.as_mut_ptr(),
-                ) == 1
-                && fds[0] >= 0;
-            (egl.destroy_image)(display, image);
-            if !done {
-                return Err(format!("a texture of {planes} planes cannot be exported").into());
-            }
+            let mut texture = new_texture(&current, size)?;
+            let (egl_display, context) = ((egl.current_display)(), (egl.current_context)());
+            let image = egl.image_of(egl_display, context, texture.0.get())?;
+            // What is exported may be nothing that can be imported: llvmpipe's is on some displays.
+            let exported = egl.export(egl_display, image).and_then(|(fd, memory)| {
+                let imported =
+                    memory.with(&fd, memory.fourcc, size, |dmabuf| display.import(dmabuf));
+                imported.map_err(|error| error.to_string())?;
+                Ok((fd, memory))
+            });
+            (egl.destroy_image)(egl_display, image);
+            let (fd, memory, why_not) = match exported {
+                Ok((fd, memory)) => (fd, memory, None),
+                Err(error) => {
+                    // Another one, that was never exported: drivers move what is.
+                    current.delete_texture(texture);
+                    texture = new_texture(&current, size)?;
+                    let memory = Memory {
+                        fourcc: u32::from_le_bytes(*b"AB24"),
+                        modifier: TEXTURE,
+                        stride: 0,
+                        offset: feed::number_of(egl_display, context, texture.0.get()),
+                    };
+                    (File::open("/dev/null")?.into(), memory, Some(error))
+                }
+            };
             let framebuffer = current.create_framebuffer()?;
             current.bind_framebuffer(glow::FRAMEBUFFER, Some(framebuffer));
             current.framebuffer_texture_2d(
@@ -164,7 +99,7 @@ impl Exported {
                 Some(texture),
                 0,
             );
-            let program = link(&current, fourcc.cast_unsigned())?;
+            let program = link(&current, memory.fourcc)?;
             drop(current);
             Ok(Self {
                 framebuffer,
@@ -172,32 +107,37 @@ impl Exported {
                 texture,
                 gl,
                 size,
-                fd: OwnedFd::from_raw_fd(fds[0]),
-                fourcc: fourcc.cast_unsigned(),
-                modifier: modifiers[0],
-                stride: strides[0].cast_unsigned(),
-                offset: offsets[0].cast_unsigned(),
+                fd,
+                memory,
+                why_not,
             })
         }
     }
 
     /// For people.
     pub fn describe(&self) -> String {
-        let name = self.fourcc.to_le_bytes();
+        let (width, height) = self.size;
+        if let Some(why) = &self.why_not {
+            return format!("a texture of {width}x{height}, which is no DMA-BUF: {why}");
+        }
+        let name = self.memory.fourcc.to_le_bytes();
         format!(
-            "exported {}x{} {} modifier {:#x} stride {} offset {}",
-            self.size.0,
-            self.size.1,
+            "exported {width}x{height} {} modifier {:#x} stride {} offset {}",
             String::from_utf8_lossy(&name),
-            self.modifier,
-            self.stride,
-            self.offset
+            self.memory.modifier,
+            self.memory.stride,
+            self.memory.offset
         )
     }
 
-    /// DRM's name of its format.
-    pub fn fourcc(&self) -> u32 {
-        self.fourcc
+    /// The error says why it is no DMA-BUF.
+    pub fn is_dmabuf(&self) -> Outcome<()> {
+        match &self.why_not {
+            None => Ok(()),
+            Some(why) => {
+                Err(format!("the GPU's driver exports nothing that it imports: {why}").into())
+            }
+        }
     }
 
     /// Pixels.
@@ -210,7 +150,7 @@ impl Exported {
         Ok(Offer {
             pixels: self.pixels()?,
             size: self.size,
-            modifiers: vec![self.modifier],
+            modifiers: vec![self.memory.modifier],
             shared: false,
             most: Some(60),
         })
@@ -218,41 +158,35 @@ impl Exported {
 
     /// How its pixels lie in memory.
     pub fn pixels(&self) -> Outcome<Pixels> {
-        match &self.fourcc.to_le_bytes() {
+        match &self.memory.fourcc.to_le_bytes() {
             b"AB24" => Ok(Pixels::Rgba),
             b"AR24" | b"XR24" => Ok(Pixels::Bgrx),
             _ => Err(format!("a texture in an unexpected format: {}", self.describe()).into()),
         }
     }
 
-    /// The fourcc of the same memory with its colours the other way round.
-    pub fn swapped(&self) -> u32 {
-        u32::from_le_bytes(if blue_first(self.fourcc) {
+    /// DRM's names under which it can be imported: its own, and that of the same memory with its colours the
+    /// other way round.
+    pub fn fourccs(&self) -> Vec<u32> {
+        let swapped = u32::from_le_bytes(if blue_first(self.memory.fourcc) {
             *b"AB24"
         } else {
             *b"XR24"
-        })
+        });
+        match &self.why_not {
+            None => vec![self.memory.fourcc, swapped],
+            Some(_) => vec![self.memory.fourcc],
+        }
     }
 
     /// What is imported.
     pub fn with_dmabuf<T>(&self, use_it: impl FnOnce(&DmaBuf<'_>) -> T) -> T {
-        self.with_dmabuf_as(self.fourcc, use_it)
+        self.with_dmabuf_as(self.memory.fourcc, use_it)
     }
 
     /// The same memory, called something else.
     pub fn with_dmabuf_as<T>(&self, fourcc: u32, use_it: impl FnOnce(&DmaBuf<'_>) -> T) -> T {
-        let plane = Plane {
-            fd: self.fd.as_fd(),
-            offset: self.offset,
-            stride: self.stride,
-        };
-        use_it(&DmaBuf {
-            fourcc,
-            modifier: Some(self.modifier),
-            width: self.size.0,
-            height: self.size.1,
-            planes: &[plane],
-        })
+        self.memory.with(&self.fd, fourcc, self.size, use_it)
     }
 
     /// The GPU begins to draw picture `number`; the more `work`, the longer it takes.
@@ -277,6 +211,15 @@ impl Exported {
         }
     }
 
+    /// A sync file that is signalled when it is drawn.
+    pub fn fence(&self) -> Outcome<OwnedFd> {
+        let egl = Egl::get()?;
+        let current = self.gl.enter()?;
+        // SAFETY: the context is current.
+        let fence = unsafe { egl.fence((egl.current_display)(), || current.flush()) };
+        Ok(fence?)
+    }
+
     /// Returns when it is drawn.
     pub fn finish(&self) -> Outcome<()> {
         let current = self.gl.enter()?;
@@ -295,7 +238,7 @@ impl Exported {
 
 impl Canvas for Exported {
     fn blocks(&self) -> Vec<Block<'_>> {
-        let (offset, stride) = (self.offset as usize, self.stride as usize);
+        let (offset, stride) = (self.memory.offset as usize, self.memory.stride as usize);
         let length = stride * self.size.1 as usize;
         vec![Block {
             fd: self.fd.as_fd(),
@@ -309,6 +252,23 @@ impl Canvas for Exported {
     /// Flushed, not finished: as a compositor leaves it.
     fn draw(&self, number: u8, _by_device: bool) -> Outcome<()> {
         Self::draw(self, number, WORK)
+    }
+}
+
+/// A texture of four bytes a pixel.
+fn new_texture(gl: &Current<'_>, (width, height): (u32, u32)) -> Outcome<glow::Texture> {
+    // SAFETY: the context is current.
+    unsafe {
+        let texture = gl.create_texture()?;
+        gl.bind_texture(glow::TEXTURE_2D, Some(texture));
+        gl.tex_storage_2d(
+            glow::TEXTURE_2D,
+            1,
+            glow::RGBA8,
+            width as i32,
+            height as i32,
+        );
+        Ok(texture)
     }
 }
 

@@ -6,18 +6,15 @@ use gst::prelude::*;
 use gstpipewirezerocopy::cuda::Context;
 
 use crate::Outcome;
-use crate::figures::{Row, Times, UPLOAD};
+use crate::figures::{Row, Times, UPLOAD, name};
 
 /// Time of one frame through cudaupload, in the same context.
-pub fn time(
-    context: &Context,
-    (name, size): (&str, (u32, u32)),
-    frames: usize,
-) -> Outcome<Option<Row>> {
+pub fn time(context: &Context, size: (u32, u32), frames: usize) -> Outcome<Option<Row>> {
     let Ok(upload) = gst::ElementFactory::make("cudaupload").build() else {
         println!(
-            "cudaupload {name}: not measured: GStreamer's nvcodec plugin does not register it here \
-             (it wants libnvcuvid or libnvidia-encode)"
+            "cudaupload {}: not measured: GStreamer's nvcodec plugin does not register it here \
+             (it wants libnvcuvid or libnvidia-encode)",
+            name(size)
         );
         return Ok(None);
     };
@@ -42,7 +39,7 @@ pub fn time(
     })?;
     Ok(Some(Row {
         way: "processor",
-        size: name.to_owned(),
+        size,
         what: UPLOAD,
         times,
     }))

@@ -3,6 +3,7 @@
 //! A QEMU of ours, as far as `-display dbus,p2p=on` and QMP show it. What it draws, and whether
 //! that can be, is up to the test.
 
+use std::collections::{BTreeMap, HashMap};
 use std::io::{BufRead, BufReader, IoSliceMut, Write};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
@@ -17,7 +18,7 @@ use tempfile::TempDir;
 use tokio::runtime::{Handle, Runtime};
 use tokio::sync::watch;
 use zbus::connection::Builder;
-use zbus::{Connection, DynamicType, Fd, Guid, interface};
+use zbus::{Connection, DynamicType, Fd, Guid, Variant, interface};
 
 use crate::LIMIT;
 
@@ -34,6 +35,9 @@ const DMABUF2: &str = "org.qemu.Display1.Listener.Unix.ScanoutDMABUF2";
 /// Sizes that clients have asked for: console, width, height.
 type Sizes = Arc<Mutex<Sender<(u32, u32, u32)>>>;
 
+/// Width and height of each console that has any, in pixels.
+type Dimensions = Arc<Mutex<BTreeMap<u32, (u32, u32)>>>;
+
 /// The fake. It serves one client after the other, as QMP does.
 pub struct FakeQemu {
     folder: TempDir,
@@ -43,9 +47,11 @@ pub struct FakeQemu {
     newer: Arc<AtomicBool>,
     sizes: Receiver<(u32, u32, u32)>,
     silent: watch::Sender<bool>,
+    refuses: Arc<AtomicBool>,
     away: Arc<AtomicBool>,
+    dimensions: Dimensions,
     connections: Arc<Mutex<Vec<Connection>>>,
-    _runtime: Runtime,
+    runtime: Runtime,
 }
 
 impl FakeQemu {
@@ -69,7 +75,9 @@ impl FakeQemu {
         let mute = Arc::new(AtomicBool::new(false));
         let newer = Arc::new(AtomicBool::new(false));
         let silent = watch::Sender::new(false);
+        let refuses = Arc::new(AtomicBool::new(false));
         let away = Arc::new(AtomicBool::new(false));
+        let dimensions = Dimensions::default();
         let server = Server {
             consoles: consoles.to_vec(),
             listeners: listener_sender,
@@ -78,7 +86,9 @@ impl FakeQemu {
             newer: newer.clone(),
             sizes: Arc::new(Mutex::new(size_sender)),
             silent: silent.clone(),
+            refuses: refuses.clone(),
             away: away.clone(),
+            dimensions: dimensions.clone(),
             connections: connections.clone(),
             handle: runtime.handle().clone(),
         };
@@ -92,9 +102,11 @@ impl FakeQemu {
             newer,
             sizes,
             silent,
+            refuses,
             away,
+            dimensions,
             connections,
-            _runtime: runtime,
+            runtime,
         }
     }
 
@@ -151,6 +163,11 @@ impl FakeQemu {
         self.silent.send_replace(false);
     }
 
+    /// From now on clients that ask for a size are told that it cannot be.
+    pub fn refuse_sizes(&self) {
+        self.refuses.store(true, Ordering::Release);
+    }
+
     /// Is not there for clients, those that it has included, until [`FakeQemu::come_back`].
     pub fn leave(&self) {
         self.away.store(true, Ordering::Release);
@@ -160,6 +177,28 @@ impl FakeQemu {
     /// Is there again.
     pub fn come_back(&self) {
         self.away.store(false, Ordering::Release);
+    }
+
+    /// A console has another size from now on, and clients are told so.
+    ///
+    /// # Panics
+    ///
+    /// If one cannot be told.
+    pub fn resize(&self, console: u32, size: (u32, u32)) {
+        self.dimensions.lock().unwrap().insert(console, size);
+        let path = format!("/org/qemu/Display1/Console_{console}");
+        let changed = [("Width", size.0), ("Height", size.1)];
+        let changed: HashMap<_, _> = changed
+            .map(|(name, side)| (name, Variant::from(side)))
+            .into();
+        let body = ("org.qemu.Display1.Console", changed, &[""; 0][..]);
+        for connection in &*self.connections.lock().unwrap() {
+            let properties = "org.freedesktop.DBus.Properties";
+            let path = path.as_str();
+            let told =
+                connection.emit_signal(None::<()>, path, properties, "PropertiesChanged", &body);
+            self.runtime.block_on(told).expect("the client is there");
+        }
     }
 
     /// Closes the connections on which clients ask things; listeners stay.
@@ -298,7 +337,7 @@ impl Listener {
             .call_method(None::<()>, path, properties, "Get", &body);
         let reply = self.handle.block_on(call).expect("the client answers");
         let body = reply.body();
-        let value: zbus::Variant<'_> = body.deserialize().unwrap();
+        let value: Variant<'_> = body.deserialize().unwrap();
         value.downcast::<Vec<String>>().unwrap()
     }
 
@@ -329,7 +368,9 @@ struct Server {
     newer: Arc<AtomicBool>,
     sizes: Sizes,
     silent: watch::Sender<bool>,
+    refuses: Arc<AtomicBool>,
     away: Arc<AtomicBool>,
+    dimensions: Dimensions,
     connections: Arc<Mutex<Vec<Connection>>>,
     handle: Handle,
 }
@@ -382,6 +423,8 @@ impl Server {
                 newer: self.newer.clone(),
                 sizes: self.sizes.clone(),
                 silent: self.silent.subscribe(),
+                refuses: self.refuses.clone(),
+                dimensions: self.dimensions.clone(),
                 handle: self.handle.clone(),
             };
             builder = builder.serve_at(format!("/org/qemu/Display1/Console_{id}"), console);
@@ -453,7 +496,16 @@ struct Console {
     newer: Arc<AtomicBool>,
     sizes: Sizes,
     silent: watch::Receiver<bool>,
+    refuses: Arc<AtomicBool>,
+    dimensions: Dimensions,
     handle: Handle,
+}
+
+impl Console {
+    fn dimensions(&self) -> (u32, u32) {
+        let all = self.dimensions.lock().unwrap();
+        all.get(&self.id).copied().unwrap_or_default()
+    }
 }
 
 #[expect(
@@ -500,7 +552,7 @@ impl Console {
         yoff: i32,
         width: u32,
         height: u32,
-    ) {
+    ) -> zbus::fdo::Result<()> {
         // Clients do not know these.
         assert_eq!((width_mm, height_mm, xoff, yoff), (0, 0, 0, 0));
         // Before a test sees the size, and may then silence what comes later.
@@ -510,6 +562,21 @@ impl Console {
             // For ever, if the fake ends.
             let _ = self.silent.clone().wait_for(|silent| !silent).await;
         }
+        if self.refuses.load(Ordering::Acquire) {
+            let text = "refused as a test wants it".to_owned();
+            return Err(zbus::fdo::Error::InvalidArgs(text));
+        }
+        Ok(())
+    }
+
+    #[zbus(property)]
+    fn width(&self) -> u32 {
+        self.dimensions().0
+    }
+
+    #[zbus(property)]
+    fn height(&self) -> u32 {
+        self.dimensions().1
     }
 
     #[zbus(property)]

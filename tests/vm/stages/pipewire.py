@@ -71,8 +71,8 @@ REFUSED = "video/x-raw(memory:DMABuf),format=DMA_DRM,drm-format=XR24:0x010000000
 SCENES = {
     "dumb", "vgem", "udmabuf", "heap", "rgba", "offset", "nv12", "nv12-apart", "system", "read", "read-by-gpu",
     "second-modifier", "no-modifier", "refused-modifier", "refused-strict", "refused-caps", "modifier-dropped",
-    "cuda", "cuda-rgba", "cuda-nv12", "cuda-device", "cuda-shared", "cuda-latch", "cuda-fence", "cuda-lost",
-    "cuda-refused", "cuda-exhausted", "cuda-strict", "cuda-only", "cuda-still", "cuda-kept",
+    "cuda", "cuda-rgba", "cuda-nv12", "cuda-device", "cuda-shared", "cuda-latch", "cuda-fence", "cuda-stopped",
+    "cuda-lost", "cuda-refused", "cuda-exhausted", "cuda-strict", "cuda-only", "cuda-still", "cuda-kept",
     "cuda-agreed-again", "cuda-unwanted", "cuda-cycles",
     "resized", "reformatted", "format-twice", "few-buffers", "held", "hoarded",
     "no-sync", "implicit", "explicit", "explicit-dropped", "explicit-stopped",

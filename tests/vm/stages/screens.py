@@ -109,7 +109,7 @@ def enable(socket, console, size):
 
 def draw(guest, job, connectors):
     """Has the guest show its pictures, and goes on showing them."""
-    drawing = guest.start(job, f"drmcheck draw {' '.join(connectors)}", 4 * LIMIT)
+    drawing = guest.start(job, f"drmcheck draw --cursor {' '.join(connectors)}", 4 * LIMIT)
     drawing.wait_for("drawn", LIMIT)
     return drawing
 
@@ -139,6 +139,10 @@ def picture(console, width, height):
     pixels[:, :, 2] = 64 + 128 * console
     # So that no mirrored or turned picture is taken for it.
     pixels[:64, :128] = 255
+    if console == 0:
+        opaque, half = numpy.hsplit(pixels[CURSOR], 2)
+        opaque[:] = (255, 0, 0)
+        half[:] = 128 + half // 2
     return pixels
 
 

@@ -224,8 +224,9 @@ impl Run {
         } else {
             self.outdated = false;
             self.started = Some(Instant::now());
-            self.encoder
-                .insert(start_encoder(&self.scanout, &self.waker)?)
+            let encoder = start_encoder(&self.scanout, &self.waker)?;
+            self.scanout.state().fixed_bitrate = encoder.fixed_bitrate();
+            self.encoder.insert(encoder)
         };
         encoder.push(picture, keyframe, pts, pts)
     }
@@ -267,6 +268,7 @@ impl Run {
         self.failures += 1;
         tracing::warn!(scanout = self.scanout.id, reason, "encoding failed");
         self.encoder = None;
+        self.scanout.state().fixed_bitrate = None;
         self.scanout.interrupt();
         if self.failures >= FAILURES {
             return Err(reason.to_owned());

@@ -4,7 +4,7 @@
 //! it plays.
 
 use std::collections::HashMap;
-use std::sync::{Arc, LazyLock, Mutex, Once};
+use std::sync::{Arc, Condvar, LazyLock, Mutex, Once, PoisonError};
 
 use gst::glib;
 use gst::prelude::*;
@@ -68,6 +68,41 @@ pub fn element(script: impl Fn(&Arrived<'_>) -> bool + Send + Sync + 'static) ->
     let key = scripts.len() as u32;
     scripts.insert(key, (Arc::new(script), 0));
     format!("scriptedh264enc script={key}")
+}
+
+/// Where an encoder hangs, until the test lets it go, at its end at the latest.
+#[derive(Default)]
+pub struct Gate {
+    open: Mutex<bool>,
+    opened: Condvar,
+}
+
+impl Gate {
+    /// One for the rest of the process.
+    pub fn new() -> (&'static Self, Opens) {
+        let gate = Box::leak(Box::<Self>::default());
+        (gate, Opens(gate))
+    }
+
+    pub fn is_open(&self) -> bool {
+        *self.open.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Hangs.
+    pub fn pass(&self) {
+        let open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.opened.wait_while(open, |open| !*open));
+    }
+}
+
+/// Opens the gate when it goes.
+pub struct Opens(&'static Gate);
+
+impl Drop for Opens {
+    fn drop(&mut self) {
+        *self.0.open.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.0.opened.notify_all();
+    }
 }
 
 glib::wrapper! {

@@ -260,6 +260,14 @@ fn dmabuf() -> DmaBuf {
 }
 
 #[test]
+fn qemu_does_not_wait_with_what_is_not_in_the_picture() {
+    let (screen, _) = screen();
+    screen.scanout_dmabuf(dmabuf());
+    let (_, mut beside) = screen.update_dmabuf((4, 0), (8, 8));
+    assert!(beside.try_recv().unwrap_err() == TryRecvError::Closed);
+}
+
+#[test]
 fn qemu_waits_for_a_picture_on_the_gpu_until_it_is_let_go() {
     let (screen, _) = screen();
     screen.scanout_dmabuf(dmabuf());

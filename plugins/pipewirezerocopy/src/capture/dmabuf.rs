@@ -260,7 +260,7 @@ pub struct Fence {
 
 impl Fence {
     /// Waits for one descriptor to become readable.
-    pub(super) fn new(fd: OwnedFd) -> Self {
+    pub(crate) fn new(fd: OwnedFd) -> Self {
         Self {
             pending: [Some(fd), None, None, None],
             of_files: false,

@@ -34,7 +34,12 @@ impl Way {
 }
 
 /// What makes images of DMA-BUFs: an EGL display, or a test.
-pub trait Display {
+///
+/// # Safety
+///
+/// What [`raw`](Self::raw) gives must be an EGLImage of [`egl`](Self::egl)'s display, until the image is
+/// dropped: drivers are handed it unseen.
+pub unsafe trait Display {
     /// An EGLImage that lives until it is dropped.
     type Image;
 
@@ -48,7 +53,8 @@ pub trait Display {
     fn egl(&self) -> Result<&egl::Display, egl::Error>;
 }
 
-impl Display for egl::Display {
+// SAFETY: an `egl::Image` is an EGLImage, and destroys it when it is dropped.
+unsafe impl Display for egl::Display {
     type Image = egl::Image;
 
     fn import(&self, buffer: &DmaBuf<'_>) -> Result<egl::Image, egl::Error> {
@@ -222,7 +228,8 @@ impl<D: Display> Importer<D> {
     ) -> Result<Images<D::Image>, Error> {
         if self.way == Way::Image {
             let resources = images.iter().zip(planes).map(|((image, size), plane)| {
-                // SAFETY: the image is put beside it below, to be dropped after it.
+                // SAFETY: the display vouches for the image, which is put beside it below, to be dropped
+                // after it.
                 unsafe {
                     EglResource::new(&self.context, D::raw(image), *size, plane.bytes_per_pixel)
                 }

@@ -40,7 +40,7 @@ pub use context::{Context, MEMORY_FEATURE, Pool, Stream};
 pub use device::of_display;
 pub use import::{Begun, Display, Importer, Source, Way, image_formats};
 pub use resource::EglResource;
-pub use share::{CONTEXT_TYPE, Slot, answer, ensure, set_context, shared_with};
+pub use share::{CONTEXT_TYPE, Slot, answer, ensure, given_to, set_context, shared_with};
 
 /// Why something did not work: what was tried, on what, and what was the answer.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -113,10 +113,14 @@ pub fn answer(slot: &Slot, query: &mut gst::query::Context<gst::QueryRef>) -> bo
     true
 }
 
-/// The contexts, of whatever device, that elements downstream of `pad` share, and that the element was given
-/// before: in an earlier run, too. Calls downstream: hold no lock.
+/// The context, of whatever device, that the element was given: in an earlier run, too.
+pub fn given_to(element: &gst::Element) -> Option<Context> {
+    Context::from_shared(element.context(CONTEXT_TYPE)?.as_ref())
+}
+
+/// The contexts, of whatever device, that elements downstream of `pad` share, and that the element was
+/// [given](given_to). Calls downstream: hold no lock.
 pub fn shared_with(element: &gst::Element, pad: &gst::Pad) -> impl Iterator<Item = Context> {
-    let given = || Context::from_shared(element.context(CONTEXT_TYPE)?.as_ref());
     let downstream = || {
         let mut query = gst::query::Context::new(CONTEXT_TYPE);
         pad.peer_query(&mut query)
@@ -124,7 +128,7 @@ pub fn shared_with(element: &gst::Element, pad: &gst::Pad) -> impl Iterator<Item
     };
     downstream()
         .into_iter()
-        .chain(std::iter::once_with(given).flatten())
+        .chain(std::iter::once_with(|| given_to(element)).flatten())
 }
 
 /// The element's context on this device: the one it has, else one of [`shared_with`], else the

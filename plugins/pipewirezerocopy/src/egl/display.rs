@@ -122,20 +122,24 @@ impl Display {
         let of_device = Self::of_device(egl, node, |_, extensions, string| {
             Self::has_node(device, extensions, string)
         });
-        let opened = match of_device {
+        let importing = |display: Self| display.check_import().map(|()| display);
+        let opened = match of_device.and_then(importing) {
             Ok(display) => Ok(display),
-            Err(of_device) => Self::of_gbm(egl, node).map_err(|of_gbm| {
-                unavailable(format!(
-                    "no EGL display; as EGL device: {of_device}; through GBM: {of_gbm}"
-                ))
-            }),
+            Err(of_device) => Self::of_gbm(egl, node)
+                .and_then(importing)
+                .map_err(|of_gbm| {
+                    unavailable(format!(
+                        "no EGL display; as EGL device: {of_device}; through GBM: {of_gbm}"
+                    ))
+                }),
         }?;
         displays.insert(Key::Node(device), opened.clone());
         Ok(opened)
     }
 
     /// Opens the display of the GPU that is a CUDA device of this number, also where it has no DRM
-    /// node, as in a container that was given no more than CUDA.
+    /// node, as in a container that was given no more than CUDA. Its driver may import nothing there, which
+    /// [`formats`](Self::formats) and [`import`](Self::import) say.
     pub fn of_cuda_device(number: u32) -> Result<Self, Error> {
         let mut displays = DISPLAYS.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(display) = displays.get(&Key::Cuda(number)) {
@@ -252,11 +256,6 @@ impl Display {
             .map_err(|error| Error::Unavailable(format!("eglQueryString: {error}")))?
             .to_string_lossy()
             .into_owned();
-        if !has(&extensions, "EGL_EXT_image_dma_buf_import") {
-            return Err(Error::Unavailable(
-                "its driver has no EGL_EXT_image_dma_buf_import".into(),
-            ));
-        }
         Ok(Self {
             inner: Arc::new(Inner {
                 egl,
@@ -267,6 +266,16 @@ impl Display {
                 _native: native,
             }),
         })
+    }
+
+    /// An error where it imports no DMA-BUFs.
+    fn check_import(&self) -> Result<(), Error> {
+        if self.has_extension("EGL_EXT_image_dma_buf_import") {
+            return Ok(());
+        }
+        Err(Error::Unavailable(
+            "its driver has no EGL_EXT_image_dma_buf_import".into(),
+        ))
     }
 
     /// The node it was opened for; `cuda:N` for the display of a CUDA device.
@@ -313,6 +322,7 @@ impl Display {
     /// What can be imported. A format without modifiers is left out; a driver that knows no
     /// modifiers at all says nothing here.
     pub fn formats(&self) -> Result<Vec<Format>, Error> {
+        self.check_import()?;
         let Inner { egl, raw, .. } = *self.inner;
         if !self.inner.with_modifiers {
             return Ok(Vec::new());
@@ -371,6 +381,7 @@ impl Display {
     /// The pixels are the producer's as before: the image shows whatever is in the memory when it
     /// is read (lesson L8).
     pub fn import(&self, buffer: &DmaBuf) -> Result<Image, Error> {
+        self.check_import()?;
         Image::import(&self.inner, buffer)
     }
 

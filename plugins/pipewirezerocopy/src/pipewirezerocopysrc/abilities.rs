@@ -83,15 +83,20 @@ impl Abilities {
         known
     }
 
+    /// The caps of what can leave in CUDA memory.
+    pub fn cuda_caps(&self) -> gst::Caps {
+        let formats = caps::CUDA_FORMATS.into_iter();
+        let formats: Vec<_> = formats.filter(|f| !self.copyable(*f).is_empty()).collect();
+        if formats.is_empty() {
+            return gst::Caps::new_empty();
+        }
+        caps::cuda(&formats)
+    }
+
     /// The caps of all that can leave.
     pub fn caps(&self) -> gst::Caps {
-        let mut caps = gst::Caps::new_empty();
+        let mut caps = self.cuda_caps();
         let writable = caps.make_mut();
-        let cuda = caps::CUDA_FORMATS.into_iter();
-        let cuda: Vec<_> = cuda.filter(|f| !self.copyable(*f).is_empty()).collect();
-        if !cuda.is_empty() {
-            writable.append(caps::cuda(&cuda));
-        }
         if self.dmabuf && self.gpu.is_some() {
             let formats = PixelFormat::ALL.into_iter().map(|f| (f, self.passable(f)));
             let formats: Vec<_> = formats.collect();

@@ -14,7 +14,10 @@ use super::CudaImport;
 use super::abilities::Use;
 use super::dmabuf::with_dmabuf;
 use super::figures::WaitedBy;
+use super::gpu::Downstream;
+use super::gpu_queue::GpuQueue;
 use super::imp::{CAT, PipeWireZeroCopySrc, lock};
+use super::negotiation::has_memory;
 use super::settings::Settings;
 use super::streaming::{Negotiated, Streaming};
 use crate::capture::StreamFormat;
@@ -28,11 +31,19 @@ const BETTER: Way = Way::Image;
 /// What copies frames, from the first time that CUDA memory is negotiated on.
 pub(super) struct CudaOutput {
     /// Taken out while it works: nothing is locked then.
-    importer: Option<Importer>,
+    importer: Option<GpuQueue<Importer>>,
     /// A pool of our own for the caps that were negotiated last.
     pool: Pool,
     stream: Arc<Stream>,
     context: cuda::Context,
+}
+
+/// Ends the import of a frame's buffer: where there is no CUDA memory any more, it would keep the context, and
+/// with it memory of the GPU, until the producer takes its buffer away.
+pub(super) fn forget_import(frame: &Frame) {
+    if let Some(picture) = frame.dmabuf() {
+        picture.buffer.forget::<Imported>();
+    }
 }
 
 /// An import that is kept with its buffer.
@@ -43,16 +54,18 @@ struct Imported {
 }
 
 impl PipeWireZeroCopySrc {
-    /// The device of a CUDA context that downstream or the application shares, where CUDA memory is wanted.
-    /// Calls downstream.
-    pub(super) fn shared_device(&self, settings: &Settings) -> Option<u32> {
+    /// What downstream and the application say about CUDA, where CUDA memory is wanted. Calls downstream.
+    pub(super) fn downstream(&self, settings: &Settings) -> Downstream {
         let wanted = settings.wanted().is_ok_and(|wanted| wanted.cuda);
         if !wanted || cuda::available().is_err() {
-            return None;
+            return Downstream::default();
         }
-        let obj = self.obj();
-        let mut shared = cuda::shared_with(obj.upcast_ref(), obj.src_pad().upcast_ref());
-        shared.next().map(|context| context.device())
+        let (obj, pad) = (self.obj(), self.obj().src_pad().clone());
+        let mut shared = cuda::shared_with(obj.upcast_ref(), pad.upcast_ref());
+        Downstream {
+            device: shared.next().map(|context| context.device()),
+            only_cuda: Downstream::takes_only_cuda(&pad.peer_query_caps(None)),
+        }
     }
 
     /// Finds or makes the context that is shared with downstream, and what copies into it. Calls
@@ -99,6 +112,7 @@ impl PipeWireZeroCopySrc {
                 CudaImport::GlTexture => Way::Texture,
             };
             let importer = Importer::new(display, &context, way)?;
+            let importer = GpuQueue::new(importer);
             (importer, Arc::new(Stream::new(&context)?), None)
         };
         let size =
@@ -140,7 +154,7 @@ impl PipeWireZeroCopySrc {
             let size = size.max(own.size);
             let pool = pool.filter(|_| enough)?;
             let pool = Pool::of_downstream(pool, &context, &stream, caps, (size, min, max))?;
-            Some((pool, min, max))
+            has_memory(&pool.pool).then_some((pool, min, max))
         });
         gst::debug!(
             CAT,
@@ -166,7 +180,7 @@ impl PipeWireZeroCopySrc {
     pub(super) fn copy_to_cuda(
         &self,
         frame: &Frame,
-        fence: &Fence,
+        fence: Fence,
         buffer: &mut gst::Buffer,
         negotiated: &Negotiated,
         waiter: &mut Waiter,
@@ -182,12 +196,26 @@ impl PipeWireZeroCopySrc {
         let Some(mut importer) = importer else {
             return Err(gst::FlowError::Flushing);
         };
-        // Also where the GPU waits: what waits for the GPU then could not be interrupted.
-        let drawn = || match fence.pending() {
-            Some(_) => self.wait_for(fence, waiter),
-            None => Ok(true),
+        let before = importer.unfinished();
+        let copied = match before.map_or(Ok(true), |before| self.wait_for(before, waiter)) {
+            Ok(true) => {
+                // Also where the GPU waits: what waits for the GPU then could not be interrupted.
+                let drawn = || match fence.pending() {
+                    Some(_) => self.wait_for(&fence, waiter),
+                    None => Ok(true),
+                };
+                let mut gpu_waits = false;
+                let picture = (info, format);
+                let waits = &mut gpu_waits;
+                let copied = copy(&mut importer, frame, &fence, buffer, picture, waits, drawn);
+                if gpu_waits && !matches!(copied, Ok(Ok(Copied::Done(_)))) {
+                    importer.leave_behind(fence);
+                }
+                copied
+            }
+            Ok(false) => Ok(Ok(Copied::Corrupted)),
+            Err(stopped) => Ok(Err(stopped)),
         };
-        let copied = copy(&mut importer, frame, fence, buffer, (info, format), drawn);
         let way = importer.way();
         if let Some(Streaming {
             cuda: Some(cuda), ..
@@ -259,13 +287,15 @@ pub(super) enum Copied {
     Not,
 }
 
-/// Copies a frame. `drawn` returns when what the fence stands for has happened, and whether it has.
+/// Copies a frame. `drawn` returns when what the fence stands for has happened, and whether it has;
+/// `gpu_waits` is set where the GPU was told to wait for it as well.
 fn copy(
     importer: &mut Importer,
     frame: &Frame,
     fence: &Fence,
     buffer: &mut gst::Buffer,
     (info, format): (&gst_video::VideoInfo, &StreamFormat),
+    gpu_waits: &mut bool,
     drawn: impl FnOnce() -> Result<bool, gst::FlowError>,
 ) -> Result<Result<Copied, gst::FlowError>, Error> {
     let refused = |text: &str| Error::Refused(text.to_owned());
@@ -292,7 +322,8 @@ fn copy(
     let size = (info.width(), info.height());
     let files = fence.sync_files();
     let begun = importer.begin(&known.source, frame.layout.origin, size, &files)?;
-    let waited = match (begun.waits(), fence.pending()) {
+    *gpu_waits = begun.waits();
+    let waited = match (*gpu_waits, fence.pending()) {
         (true, _) => WaitedBy::Gpu,
         (false, Some(_)) => WaitedBy::Thread,
         (false, None) => WaitedBy::Nobody,

@@ -115,14 +115,14 @@ impl PipeWireZeroCopySrc {
 
 /// How a wait for descriptors has ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Waited {
+pub(super) enum Waited {
     Done,
     TooLong,
     Cancelled,
 }
 
 /// Waits until nothing is `pending`: descriptors that become readable.
-fn until_none<'fd>(
+pub(super) fn until_none<'fd>(
     pending: impl Fn() -> Option<BorrowedFd<'fd>>,
     waiter: &mut Waiter,
     limit: Duration,

@@ -13,7 +13,7 @@ use zerocopy_plugin_common::wait::Waiter;
 
 use super::abilities::Use;
 use super::caps::OutputMemory;
-use super::cuda::Copied;
+use super::cuda::{Copied, forget_import};
 use super::dmabuf::{lend, pass_on};
 use super::figures::WaitedBy;
 use super::imp::{CAT, PipeWireZeroCopySrc, lock};
@@ -214,16 +214,21 @@ impl PipeWireZeroCopySrc {
         settings: &LiveSettings,
         waiter: &mut Waiter,
     ) -> Result<Option<gst::Buffer>, gst::FlowError> {
-        let (inbox, takes, turned, latching, without_fences) = match &*lock(&self.streaming) {
-            Some(streaming) => (
-                streaming.capture.inbox().clone(),
-                streaming.takes,
-                streaming.transform,
-                streaming.latch.active,
-                streaming.latch.without_fences,
-            ),
-            None => return Err(gst::FlowError::Flushing),
-        };
+        let (inbox, takes, turned, latching, without_fences, without_cuda) =
+            match &*lock(&self.streaming) {
+                Some(streaming) => (
+                    streaming.capture.inbox().clone(),
+                    streaming.takes,
+                    streaming.transform,
+                    streaming.latch.active,
+                    streaming.latch.without_fences,
+                    streaming.has_given_up_cuda(),
+                ),
+                None => return Err(gst::FlowError::Flushing),
+            };
+        if without_cuda {
+            forget_import(&frame);
+        }
         let Negotiated {
             source: format,
             info,
@@ -270,7 +275,7 @@ impl PipeWireZeroCopySrc {
             (None, OutputMemory::System | OutputMemory::Cuda) => in_place(frame, info),
             (Some(mut buffer), _) => {
                 let copied = if for_gpu {
-                    self.copy_to_cuda(&frame, &fence, &mut buffer, negotiated, waiter)
+                    self.copy_to_cuda(&frame, fence, &mut buffer, negotiated, waiter)
                 } else {
                     self.copy(&frame, &mut buffer, info, format, by)
                 };

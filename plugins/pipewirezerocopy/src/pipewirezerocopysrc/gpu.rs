@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use crate::capture::PixelFormat;
 use crate::capture::dmabuf::{IMPLICIT, LINEAR};
-use crate::cuda::{self, image_formats};
+use crate::cuda::{self, MEMORY_FEATURE, image_formats};
 use crate::egl::{Display, Format};
 
 /// Where the kernel's DRM nodes are.
@@ -83,6 +83,26 @@ impl Gpu {
             display,
             importable: Importable(formats),
         })
+    }
+}
+
+/// What is known of who takes the frames, before a GPU is chosen.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Downstream {
+    /// The device of a CUDA context that is shared.
+    pub device: Option<u32>,
+    /// CUDA memory is all that is taken.
+    pub only_cuda: bool,
+}
+
+impl Downstream {
+    /// Whether who takes these caps takes CUDA memory and nothing else.
+    pub fn takes_only_cuda(caps: &gst::CapsRef) -> bool {
+        let all = caps.iter_with_features();
+        let mut features = all.map(|(_, features)| features);
+        !caps.is_any()
+            && !caps.is_empty()
+            && features.all(|features| !features.is_any() && features.contains(MEMORY_FEATURE))
     }
 }
 
@@ -280,6 +300,21 @@ mod tests {
         assert_eq!(of(None, None, Some(2)), Some((2, false)));
         assert_eq!(of(node, None, Some(2)), None);
         assert_eq!(of(None, None, None), None);
+    }
+
+    #[test]
+    fn who_takes_only_cuda_memory_is_told_from_who_takes_other_memory_too() {
+        gst::init().unwrap();
+        let only = |text: &str| Downstream::takes_only_cuda(&text.parse::<gst::Caps>().unwrap());
+        assert!(only("video/x-raw(memory:CUDAMemory)"));
+        // As cudaconvertscale says it.
+        let overlay = "meta:GstVideoOverlayComposition";
+        assert!(only(&format!(
+            "video/x-raw(memory:CUDAMemory); video/x-raw(memory:CUDAMemory,{overlay})"
+        )));
+        assert!(!only("video/x-raw(memory:CUDAMemory); video/x-raw"));
+        assert!(!only("video/x-raw(ANY)"));
+        assert!(!only("ANY") && !only("EMPTY"));
     }
 
     #[test]

@@ -204,8 +204,8 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
         let remote = settings.remote().map_err(unusable)?;
         *lock(&self.possible) = None;
         self.cuda.reset(settings.cuda_device());
-        let shared = self.shared_device(&settings);
-        let (can, display, cuda_device) = self.look_for_gpu(&settings, shared)?;
+        let downstream = self.downstream(&settings);
+        let (can, display, cuda_device) = self.look_for_gpu(&settings, downstream)?;
         let failed = |error: std::io::Error| {
             gst::error_msg!(
                 gst::ResourceError::Failed,
@@ -298,11 +298,7 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
 
     fn negotiate(&self) -> Result<(), gst::LoggableError> {
         self.agree().map_err(|reason| {
-            // The base class would say no more than that it failed.
-            if !self.is_flushing() {
-                let reason = format!("{reason}{}", self.given_up());
-                gst::element_imp_error!(self, gst::CoreError::Negotiation, ["{reason}"]);
-            }
+            self.tell_disagreement(&reason);
             gst::loggable_error!(CAT, "{reason}")
         })
     }
@@ -311,13 +307,8 @@ impl BaseSrcImpl for PipeWireZeroCopySrc {
         &self,
         query: &mut gst::query::Allocation,
     ) -> Result<(), gst::LoggableError> {
-        self.decide(query).inspect_err(|reason| {
-            // The base class would say no more than that it failed.
-            if !self.is_flushing() {
-                let reason = format!("{reason}{}", self.given_up());
-                gst::element_imp_error!(self, gst::CoreError::Negotiation, ["{reason}"]);
-            }
-        })
+        self.decide(query)
+            .inspect_err(|reason| self.tell_disagreement(reason))
     }
 
     // Not that of PushSrc: the way there is longer.

@@ -10,6 +10,7 @@ mod dmabuf;
 mod figures;
 mod frames;
 mod gpu;
+mod gpu_queue;
 mod imp;
 mod latch;
 mod negotiation;

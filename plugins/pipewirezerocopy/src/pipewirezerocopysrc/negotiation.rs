@@ -11,7 +11,7 @@ use gst_base::prelude::*;
 use super::abilities::{Abilities, Use};
 use super::caps::{self, OutputMemory};
 use super::dmabuf::describe;
-use super::gpu::{Asked, Gpu};
+use super::gpu::{Asked, Downstream, Gpu};
 use super::imp::{CAT, PipeWireZeroCopySrc, lock};
 use super::offers;
 use super::output::Takes;
@@ -26,26 +26,28 @@ use crate::egl::Display;
 pub(super) struct Possible {
     node: Option<String>,
     cuda_device: Option<u32>,
+    /// The device of the context that the element was given.
+    given: Option<u32>,
     wanted: Wanted,
     caps: gst::Caps,
 }
 
 impl Possible {
-    fn is_for(&self, settings: &Settings, wanted: Wanted) -> bool {
+    fn is_for(&self, settings: &Settings, given: Option<u32>, wanted: Wanted) -> bool {
         self.node == settings.render_node
             && self.cuda_device == settings.cuda_device()
+            && self.given == given
             && self.wanted == wanted
     }
 }
 
 impl PipeWireZeroCopySrc {
     /// What can leave on this machine, the display of the GPU that has to do with it, and the number of
-    /// the CUDA device which that is, if it is one. An error where nothing of what is wanted can. `shared`
-    /// is the device of a CUDA context that others have.
+    /// the CUDA device which that is, if it is one. An error where nothing of what is wanted can.
     pub(super) fn look_for_gpu(
         &self,
         settings: &Settings,
-        shared: Option<u32>,
+        downstream: Downstream,
     ) -> Result<(Abilities, Option<Display>, Option<u32>), gst::ErrorMessage> {
         let unusable = |text: String| gst::error_msg!(gst::ResourceError::Settings, ["{text}"]);
         let wanted = settings.wanted().map_err(unusable)?;
@@ -55,7 +57,7 @@ impl PipeWireZeroCopySrc {
             cuda: wanted.cuda,
             ..Abilities::default()
         };
-        // Of several GPUs CUDA's own is the right one only where nothing else will do.
+        // Of several GPUs CUDA's own is the right one where nothing else will do.
         let no_other = wanted.nothing_but_cuda();
         let without_cuda = |reason: &dyn std::fmt::Display| {
             gst::error_msg!(
@@ -69,9 +71,11 @@ impl PipeWireZeroCopySrc {
         }
         let has_cuda = wanted.cuda && cuda::available().is_ok();
         let node = settings.render_node.as_deref();
-        let asked = has_cuda.then(|| Asked::for_node(node, settings.cuda_device(), shared));
+        let named = settings.cuda_device();
+        let asked = has_cuda.then(|| Asked::for_node(node, named, downstream.device));
         let asked = asked.flatten();
-        let found = if no_other || asked.is_some() {
+        let cuda_first = no_other || asked.is_some() || (has_cuda && downstream.only_cuda);
+        let found = if cuda_first {
             let suiting = Gpu::find(node, |gpu| gpu.cuda_device(asked).map(drop));
             let or_none = |reason| match node {
                 // A GPU without a DRM node, as in a container that was given no more than CUDA.
@@ -136,18 +140,39 @@ impl PipeWireZeroCopySrc {
         let Ok(wanted) = settings.wanted() else {
             return caps::somewhere(Wanted::ALL);
         };
+        // Nobody is asked for a context here: who asks for caps may not want to be asked.
+        let has_cuda = wanted.cuda && cuda::available().is_ok();
+        let given = has_cuda.then(|| cuda::given_to(self.obj().upcast_ref()));
+        let given = given.flatten().map(|context| context.device());
         let known = lock(&self.possible).clone();
-        if let Some(known) = known.filter(|known| known.is_for(&settings, wanted)) {
+        if let Some(known) = known.filter(|known| known.is_for(&settings, given, wanted)) {
             return known.caps;
         }
-        // Nobody is asked for a context here: who asks for caps may not want to be asked.
-        let found = self.look_for_gpu(&settings, None);
+        let look = |only_cuda| {
+            let device = given;
+            self.look_for_gpu(&settings, Downstream { device, only_cuda })
+        };
         // So is what cannot be had at all: of a link that fails nobody learns why. Other memory is not
         // promised for it.
-        let caps = found.map_or_else(|_| caps::somewhere(wanted), |(can, ..)| can.caps());
+        let caps = look(false).map_or_else(
+            |_| caps::somewhere(wanted),
+            |(can, ..)| {
+                let mut caps = gst::Caps::new_empty();
+                // Another GPU is chosen at the start if downstream takes nothing else.
+                if has_cuda
+                    && !can.cuda
+                    && let Ok((other, ..)) = look(true)
+                {
+                    caps.merge(other.cuda_caps());
+                }
+                caps.merge(can.caps());
+                caps
+            },
+        );
         *lock(&self.possible) = Some(Possible {
             node: settings.render_node.clone(),
             cuda_device: settings.cuda_device(),
+            given,
             wanted,
             caps: caps.clone(),
         });
@@ -285,6 +310,7 @@ impl PipeWireZeroCopySrc {
     ) -> Result<(), gst::LoggableError> {
         let Some(caps) = query.get_owned().0 else {
             // Nothing is negotiated before the first frame, and nothing allocated.
+            remove_pools(query);
             return Ok(());
         };
         let (memory, info) = caps::video_info(&caps)
@@ -304,9 +330,7 @@ impl PipeWireZeroCopySrc {
             streaming.takes = takes;
         }
         if memory == OutputMemory::DmaBuf {
-            while query.allocation_pools().next().is_some() {
-                query.remove_nth_allocation_pool(0);
-            }
+            remove_pools(query);
             return Ok(());
         }
         if memory == OutputMemory::Cuda {
@@ -328,7 +352,7 @@ impl PipeWireZeroCopySrc {
             // One is kept for keepalives, one is being filled, one is downstream.
             let enough = max == 0 || max >= min + 2;
             let pool = pool.filter(|pool| enough && configure(pool, size, min, max))?;
-            Some((pool, size, min, max))
+            has_memory(&pool).then_some((pool, size, min, max))
         });
         let (pool, size, min, max) = if let Some(chosen) = chosen {
             chosen
@@ -347,6 +371,22 @@ impl PipeWireZeroCopySrc {
         }
         Ok(())
     }
+}
+
+fn remove_pools(query: &mut gst::query::Allocation) {
+    while query.allocation_pools().next().is_some() {
+        query.remove_nth_allocation_pool(0);
+    }
+}
+
+/// Whether a pool that downstream proposes has all the buffers that it must begin with. The base class would
+/// take one that has not for the end of the stream, without a word.
+pub(super) fn has_memory(pool: &gst::BufferPool) -> bool {
+    let active = pool.set_active(true).is_ok();
+    if !active {
+        gst::info!(CAT, "downstream's {} cannot be made active", pool.name());
+    }
+    active
 }
 
 /// Sends caps, where downstream has not got them yet. False where it refuses them.

@@ -208,6 +208,11 @@ impl Streaming {
         }
     }
 
+    /// Whether there was CUDA memory and is none any more: the producer's buffers may be imported for it still.
+    pub fn has_given_up_cuda(&self) -> bool {
+        self.cuda_device.is_some() && !self.can.cuda
+    }
+
     /// Whether the latch has a frame that can still leave.
     fn keeps_frame(&self) -> bool {
         self.latch.due().is_some() && self.negotiated.is_some()
@@ -357,6 +362,15 @@ impl PipeWireZeroCopySrc {
         }
         // Why not was told where it was found.
         agreed.then_some(()).ok_or(gst::FlowError::NotNegotiated)
+    }
+
+    /// Posts why nothing was agreed on: the base class would say no more than that it failed.
+    pub(super) fn tell_disagreement(&self, reason: &dyn std::fmt::Display) {
+        if !self.is_flushing() {
+            lock(&self.figures).errors += 1;
+            let reason = format!("{reason}{}", self.given_up());
+            gst::element_imp_error!(self, gst::CoreError::Negotiation, ["{reason}"]);
+        }
     }
 
     /// The format that frames have now is of no use any more; another is on its way.

@@ -146,6 +146,52 @@ fn memory_that_this_version_does_not_give_is_refused() {
     assert!(error.contains("what can leave here is"), "{error}");
 }
 
+mod pool {
+    use gst::glib;
+    use gst::subclass::prelude::*;
+
+    /// A pool that takes every setting, and then has no memory.
+    #[derive(Default)]
+    pub struct Empty;
+
+    #[glib::object_subclass]
+    impl ObjectSubclass for Empty {
+        const NAME: &'static str = "TestEmptyPool";
+        type Type = super::EmptyPool;
+        type ParentType = gst::BufferPool;
+    }
+
+    impl ObjectImpl for Empty {}
+    impl GstObjectImpl for Empty {}
+
+    impl BufferPoolImpl for Empty {
+        fn start(&self) -> bool {
+            false
+        }
+    }
+}
+
+gst::glib::wrapper! {
+    pub struct EmptyPool(ObjectSubclass<pool::Empty>) @extends gst::BufferPool, gst::Object;
+}
+
+#[test]
+fn a_pool_of_downstreams_that_has_no_memory_is_done_without() {
+    let desktop = desktop();
+    let caps = "format=BGRx,width=64,height=48";
+    let _producer = Painter::still(&desktop, "poor", caps);
+    let run = run_on(&desktop, "poor", "video/x-raw");
+    run.allocate(|query| {
+        let pool: EmptyPool = gst::glib::Object::new();
+        query.add_allocation_pool(Some(&pool), 64 * 48 * 4, 2, 0);
+    });
+    run.play();
+    let differs = |(index, (one, other)): (usize, (&u8, &u8))| one != other && index % 4 != 3;
+    let (expected, got) = (expected_pixels(caps), pixels(&run.frame()));
+    assert_eq!(expected.len(), got.len());
+    assert!(!expected.iter().zip(&got).enumerate().any(differs));
+}
+
 #[test]
 fn the_sink_of_pipewire_itself_is_a_producer_too() {
     // It streams from memory that the daemon has allocated. A process of its own, because its

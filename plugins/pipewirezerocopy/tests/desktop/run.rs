@@ -81,13 +81,18 @@ impl Run {
 
     /// Makes the sink answer allocation queries with this meta.
     pub fn propose<M: MetaAPI>(&self) {
+        self.allocate(|query| query.add_allocation_meta::<M>(None));
+    }
+
+    /// Makes the sink answer allocation queries so.
+    pub fn allocate(&self, answer: impl Fn(&mut gst::query::Allocation) + Send + Sync + 'static) {
         let pad = self.sink.static_pad("sink").unwrap();
-        pad.add_probe(gst::PadProbeType::QUERY_DOWNSTREAM, |_, info| {
+        pad.add_probe(gst::PadProbeType::QUERY_DOWNSTREAM, move |_, info| {
             let Some(query) = info.query_mut() else {
                 return gst::PadProbeReturn::Ok;
             };
             if let gst::QueryViewMut::Allocation(query) = query.view_mut() {
-                query.add_allocation_meta::<M>(None);
+                answer(query);
                 return gst::PadProbeReturn::Handled;
             }
             gst::PadProbeReturn::Ok

@@ -163,8 +163,9 @@ impl ElementImpl for QemuDisplaySrc {
         &TEMPLATES
     }
 
-    /// QEMU converts and sends what changes to whoever listens. QEMU 7.2 is listened to only while
-    /// frames can leave; a newer one keeps its listeners, so that one stays.
+    /// QEMU converts and sends what changes to whoever listens. So it is listened to from PLAYING on, and
+    /// QEMU 7.2 only while frames can leave. A newer one keeps each listener that it ever had: it goes on with
+    /// the same one in PAUSED too.
     fn change_state(
         &self,
         transition: gst::StateChange,

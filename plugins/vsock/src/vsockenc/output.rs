@@ -23,6 +23,10 @@ use crate::session::{AccessUnit, Client, Counts, REFUSALS, Way};
 const NOTABLE: u32 = 10;
 
 /// What the session's threads leave for the others.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each says one thing, and all combinations occur"
+)]
 #[derive(Default)]
 pub(super) struct Output {
     caps: H264Caps,

@@ -10,9 +10,9 @@ use crate::frames::Frames;
 use crate::memory::{self, Memory};
 
 /// Cycles before the count begins: the first ones fill GStreamer's own pools of threads and memory.
-const WARM_UP: u32 = 25;
+const WARM_UP: u32 = 15;
 /// Pixels. No other picture has this size, so that the host's trace of them is clear.
-const SIZE: (u32, u32) = (96, 80);
+const SIZE: (u32, u32) = (48, 32);
 /// For the end of the stream, on an emulated processor.
 const LIMIT: gst::ClockTime = gst::ClockTime::from_seconds(30);
 
@@ -43,13 +43,11 @@ pub fn show(options: &Options) -> Outcome<()> {
     }
     let leak = Usage::now().leak_since(&before);
     memory::mark(options.memory)?;
-    match leak {
-        Some(leak) => Err(format!("{} cycles left {leak}", options.count).into()),
-        None => {
-            println!("flat");
-            Ok(())
-        }
+    if let Some(leak) = leak {
+        return Err(format!("{} cycles left {leak}", options.count).into());
     }
+    println!("flat");
+    Ok(())
 }
 
 fn cycle(options: &Options, number: u32) -> Outcome<()> {
@@ -66,7 +64,7 @@ fn cycle(options: &Options, number: u32) -> Outcome<()> {
     let source = frames.pipeline.by_name("begin");
     let source = source.and_downcast::<gst_app::AppSrc>();
     let source = source.ok_or("no appsrc")?;
-    let runs_to_end = number % 2 == 0;
+    let runs_to_end = number.is_multiple_of(2);
     for number in 0..if runs_to_end { 1 } else { 2 } {
         let mut buffer = gst::Buffer::new();
         let writable = buffer.get_mut().ok_or("a new buffer is ours")?;

@@ -83,6 +83,7 @@ const SCENES: &[(&str, Scene)] = &[
     ("cuda-shared", cuda::shared),
     ("cuda-latch", cuda::latched),
     ("cuda-fence", cuda::fence),
+    ("cuda-stopped", cuda::late::stopped),
     ("cuda-lost", cuda::lost),
     ("cuda-refused", cuda::refused),
     ("cuda-exhausted", cuda::exhausted),
@@ -165,6 +166,9 @@ fn passed_on(node: &str, pixels: Pixels, style: Style) -> Outcome<()> {
     for number in 1..=8 {
         let (frame, shown) = stage.shown(number)?;
         expect_dmabuf(&frame, true)?;
+        // One DMA-BUF is one memory, however many planes are in it.
+        let dmabufs = if style.apart { "2" } else { "1" };
+        expect("memories", frame.memories().to_string(), dmabufs)?;
         if style.memory == Memory::Dumb && !style.apart && frame.resource()? == 0 {
             return Err("a resource without a number".into());
         }

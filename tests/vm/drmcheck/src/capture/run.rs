@@ -249,6 +249,11 @@ impl Frame {
         Ok(said)
     }
 
+    /// How many memories it is in.
+    pub fn memories(&self) -> usize {
+        self.sample.buffer().map_or(0, gst::BufferRef::n_memory)
+    }
+
     /// The host's number of its memory.
     pub fn resource(&self) -> Outcome<u32> {
         let buffer = self.sample.buffer().ok_or("a sample without a buffer")?;
