@@ -2,7 +2,7 @@
 """A guest's outputs through helix-host --qemu and scanoutsrc: switched on by clients, and seen by them.
 
 The guest knows nothing of this: `drmcheck output` looks at its connectors, and `drmcheck draw` shows a
-known picture on each, with a cursor on the first. Everything else runs on the host, as it would beside any
+known picture on each, at first with a cursor on the first. Everything else runs on the host, as it would beside any
 QEMU: helix-host is started before QEMU, and one scanoutsrc for each output asks for a size (ENABLE_SCANOUT)
 and decodes what it gets, which must be the picture of its output. Then one output is switched off, and on again as the guest's side does
 it: it waits for the answer, which names the connector, and only then uses that. All of it once with this
@@ -71,8 +71,8 @@ def look(stage, display, name, of_room):
             for console, size in SIZES.items():
                 clients[console] = Client(socket, console, size)
                 check_output(stage, guest, f"on-{console}-{name}", console, size)
-            drawing = draw(guest, f"draw-{name}", map(connector, SIZES))
-            check_pictures(stage, clients)
+            drawing = draw(guest, f"draw-{name}", ["--cursor", *map(connector, SIZES)])
+            check_pictures(stage, clients, cursor=True)
             # The kernel looks at connectors for nobody but who draws on them (drm_mode_getconnector()).
             drawing.kill()
             # DISABLE_SCANOUT, with which a client ends. The other output stays: Linux wants one.
@@ -83,7 +83,7 @@ def look(stage, display, name, of_room):
             check_output(stage, guest, f"again-{name}", 1, OTHER_SIZE)
             clients[1] = Client(socket, 1, OTHER_SIZE, enable=False)
             draw(guest, f"draw-again-{name}", [connector(0), answered])
-            check_pictures(stage, clients)
+            check_pictures(stage, clients, cursor=False)
     finally:
         for client in clients.values():
             client.stop()
@@ -107,17 +107,17 @@ def enable(socket, console, size):
     return answer.connector if answer.success else "success 0"
 
 
-def draw(guest, job, connectors):
+def draw(guest, job, arguments):
     """Has the guest show its pictures, and goes on showing them."""
-    drawing = guest.start(job, f"drmcheck draw --cursor {' '.join(connectors)}", 4 * LIMIT)
+    drawing = guest.start(job, f"drmcheck draw {' '.join(arguments)}", 4 * LIMIT)
     drawing.wait_for("drawn", LIMIT)
     return drawing
 
 
-def check_pictures(stage, clients):
-    """Each client must see what the guest draws on its output."""
+def check_pictures(stage, clients, cursor):
+    """Each client must see what the guest draws on its output, with a cursor on the first or without."""
     for console, client in clients.items():
-        psnr = client.wait_for_picture(console)
+        psnr = client.wait_for_picture(console, cursor)
         text = f"scanout {console} shows what the guest draws on {connector(console)}, {psnr:.1f} dB"
         stage.check(psnr >= MIN_PSNR, text)
 
@@ -131,7 +131,7 @@ def check_output(stage, guest, job, console, size):
     stage.check(status == 0, f"{name} is {state} in the guest")
 
 
-def picture(console, width, height):
+def picture(console, width, height, cursor):
     """What `drmcheck draw` shows on this output, as rows of red, green and blue."""
     pixels = numpy.empty((height, width, 3), numpy.uint8)
     pixels[:, :, 0] = numpy.arange(width) * 255 // (width - 1)
@@ -139,7 +139,7 @@ def picture(console, width, height):
     pixels[:, :, 2] = 64 + 128 * console
     # So that no mirrored or turned picture is taken for it.
     pixels[:64, :128] = 255
-    if console == 0:
+    if cursor and console == 0:
         opaque, half = numpy.hsplit(pixels[CURSOR], 2)
         opaque[:] = (255, 0, 0)
         half[:] = 128 + half // 2
@@ -161,9 +161,9 @@ class Client:
         self.shown = None
         self.pipeline.set_state(Gst.State.PLAYING)
 
-    def wait_for_picture(self, console):
+    def wait_for_picture(self, console, cursor):
         """Decodes until the known picture is there. Returns its PSNR in dB, or the best there was."""
-        known, best = picture(console, *self.size), 0.0
+        known, best = picture(console, *self.size, cursor), 0.0
         deadline = time.monotonic() + LIMIT
         # What is shown stays until another picture comes: the host sends none twice.
         sample = self.sink.try_pull_sample(0) or self.shown
