@@ -26,9 +26,6 @@ const RAW_TAIL: &str = "videoconvert ! \
 const ENCODED_TAIL: &str = "h264parse config-interval=-1 ! \
     video/x-h264,stream-format=byte-stream,alignment=au ! appsink name=helix-sink";
 
-/// All sources, when their pipelines end.
-const WHAT: &str = "a scanout's source";
-
 /// A gst-launch description that was found to be one.
 #[derive(Clone, Debug)]
 pub struct Description {
@@ -71,6 +68,11 @@ impl Description {
         self.kind
     }
 
+    /// What its pipelines are called when they end. One that hangs is nothing to other sources.
+    fn name(&self) -> String {
+        format!("the source '{}'", self.text)
+    }
+
     fn pipeline(&self) -> Result<(gst::Pipeline, gst_app::AppSink), String> {
         let tail = match self.kind {
             Kind::Raw => RAW_TAIL,
@@ -93,6 +95,7 @@ impl Description {
 pub struct Source {
     pipeline: gst::Pipeline,
     sink: gst_app::AppSink,
+    name: String,
     /// It has been dropped. One that hung may come to itself later.
     over: Arc<AtomicBool>,
 }
@@ -103,7 +106,8 @@ impl Source {
         description: &Description,
         event: impl Fn(Event) + Clone + Send + Sync + 'static,
     ) -> Result<Self, String> {
-        ending::allow(WHAT)?;
+        let name = description.name();
+        ending::allow(&name)?;
         let (pipeline, sink) = description.pipeline()?;
         let over = Arc::new(AtomicBool::new(false));
         let event = {
@@ -150,6 +154,7 @@ impl Source {
         let this = Self {
             pipeline,
             sink,
+            name,
             over,
         };
         // What is live comes when it comes; waiting for its time would only add latency. What is
@@ -179,7 +184,7 @@ impl Source {
 impl Drop for Source {
     fn drop(&mut self) {
         self.over.store(true, Ordering::Release);
-        ending::stop(&self.pipeline, WHAT);
+        ending::stop(&self.pipeline, &self.name);
     }
 }
 
