@@ -202,10 +202,6 @@ impl Subscription {
                 Ok(this)
             }
             Err(error) => {
-                if let SubscriptionError::Cancelled = error {
-                    // There is something to say once more; the caller is told all the same.
-                    waiter.waker().reset();
-                }
                 // A screen that nobody watches is not left on, nor one that the host is about to
                 // switch on.
                 this.end(waiter);
@@ -358,7 +354,8 @@ impl Subscription {
         )))
     }
 
-    /// Switches the scanout off, if it was switched on here, and closes.
+    /// Switches the scanout off, if it was switched on here, and closes. Waits that are cancelled are not any
+    /// more: this is what comes after that.
     pub fn end(mut self, waiter: &mut Waiter) {
         if self.target.enable.is_none() {
             return;
@@ -367,12 +364,14 @@ impl Subscription {
         self.connection.send(encode::disable_scanout(id as u16, id));
         // There is no reply. Of use only to a host that takes it now.
         let deadline = Deadline::after(Duration::from_millis(200));
-        while self.connection.queued() > 0
-            && matches!(
-                self.connection.next(waiter, deadline),
-                Ok(Event::Message(_) | Event::Woken)
-            )
-        {}
+        while self.connection.queued() > 0 {
+            match self.connection.next(waiter, deadline) {
+                Ok(Event::Message(_) | Event::Woken) => {}
+                // Again and again: on the way to NULL, a pause and the end cancel one after the other.
+                Err(ConnectionError::Cancelled) => waiter.waker().reset(),
+                _ => return,
+            }
+        }
     }
 
     fn refused(&self) -> SubscriptionError {

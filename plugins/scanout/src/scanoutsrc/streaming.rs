@@ -62,8 +62,6 @@ impl Streaming {
     /// Says what there is to say at the end, and closes.
     pub fn end(mut self) {
         if let Some(subscription) = self.subscription {
-            // The base class has unlocked, and now there is something to say once more.
-            self.waiter.waker().reset();
             subscription.end(&mut self.waiter);
         }
     }
