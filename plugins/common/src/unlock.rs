@@ -9,8 +9,8 @@
 //! in PAUSED, and that leaves when PLAYING is back, old by then and with a time that counts the pause.
 //!
 //! So here a pause ends the wait, with every version, and the thread stays in `create` until PLAYING is
-//! back, which is what `gst_base_src_wait_playing` is for. Nothing is taken in PAUSED. (A frame that is
-//! about to leave in that very moment is thrown away by newer base classes.)
+//! back, which is what `gst_base_src_wait_playing` is for. Nothing is taken in PAUSED, and what was under way
+//! leaves afterwards. (What leaves `create` in that very moment is thrown away by newer base classes.)
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
@@ -28,8 +28,10 @@ pub struct Unlock(Mutex<State>);
 struct State {
     /// The streaming thread's, while the source is started.
     waker: Option<Waker>,
-    /// From `unlock()` to `unlock_stop()`.
-    flushing: bool,
+    /// From `unlock()` to `unlock_stop()`: who has called the first.
+    flushing: Option<ThreadId>,
+    /// The one that is in `create`, or was last.
+    streaming: Option<ThreadId>,
     paused: bool,
     /// How often a pause has begun or ended.
     turns: u64,
@@ -63,14 +65,19 @@ impl Unlock {
         if state.pausing == Some(thread::current().id()) {
             return;
         }
-        state.flushing = true;
+        state.flushing = Some(thread::current().id());
         state.update();
     }
 
-    /// For `BaseSrcImpl::unlock_stop`.
+    /// For `BaseSrcImpl::unlock_stop`. Newer base classes say it for a pause on the streaming thread, late, when
+    /// another thread may have unlocked for something else, which that one ends.
     pub fn unlock_stop(&self) {
         let mut state = self.lock();
-        state.flushing = false;
+        let here = Some(thread::current().id());
+        if state.streaming == here && state.flushing != here {
+            return;
+        }
+        state.flushing = None;
         state.update();
     }
 
@@ -103,17 +110,31 @@ impl Unlock {
     ) -> Result<T, gst::FlowError> {
         let src = src.upcast_ref::<gst_base::BaseSrc>();
         loop {
-            // Not only by `unlock`: the `unlock_stop` with which newer base classes end a pause comes late,
-            // and may undo an `unlock` for what has begun meanwhile.
+            // Not only by `unlock`: at the very first `create` an `unlock_stop` may have undone it.
             if src.src_pad().pad_flags().contains(gst::PadFlags::FLUSHING) {
                 return Err(gst::FlowError::Flushing);
             }
-            let turns = self.lock().turns;
+            let turns = {
+                let mut state = self.lock();
+                state.streaming = Some(thread::current().id());
+                state.turns
+            };
             let result = next();
-            if !matches!(result, Err(gst::FlowError::Flushing)) || !self.lock().had_pause(turns) {
-                return result;
+            let (paused, had_pause) = {
+                let state = self.lock();
+                (state.paused, state.had_pause(turns))
+            };
+            match result {
+                Err(gst::FlowError::Flushing) if had_pause => {
+                    src.wait_playing()?;
+                }
+                // Newer base classes throw away what comes out in a pause.
+                Ok(_) if paused => {
+                    src.wait_playing()?;
+                    return result;
+                }
+                _ => return result,
             }
-            src.wait_playing()?;
         }
     }
 
@@ -127,7 +148,7 @@ impl Unlock {
     /// Whether waits are cancelled, or the source has stopped.
     pub fn is_cancelled(&self) -> bool {
         let state = self.lock();
-        state.flushing || state.paused || state.waker.is_none()
+        state.flushing.is_some() || state.paused || state.waker.is_none()
     }
 }
 
@@ -141,13 +162,13 @@ impl State {
     /// Whether waits that began after so many turns may have been cancelled for a pause, and for nothing else.
     /// Downstream may be what flushes.
     fn had_pause(&self, turns: u64) -> bool {
-        !self.flushing && (self.paused || self.turns != turns)
+        self.flushing.is_none() && (self.paused || self.turns != turns)
     }
 
     /// Lets the thread wait, or not.
     fn update(&self) {
         match &self.waker {
-            Some(waker) if self.flushing || self.paused => waker.cancel(),
+            Some(waker) if self.flushing.is_some() || self.paused => waker.cancel(),
             Some(waker) => waker.reset(),
             None => {}
         }
@@ -210,6 +231,21 @@ mod tests {
         });
         play(&unlock);
         assert!(waker.is_cancelled());
+    }
+
+    #[test]
+    fn the_streaming_threads_own_unlock_stop_ends_no_flush_of_others() {
+        let (unlock, waker) = started();
+        let on_another_thread = |work: fn(&Unlock)| {
+            thread::scope(|scope| scope.spawn(|| work(&unlock)).join().unwrap());
+        };
+        unlock.lock().streaming = Some(thread::current().id());
+        on_another_thread(Unlock::unlock);
+        // Of a pause that is over, as GStreamer 1.24 does before it calls `create`.
+        unlock.unlock_stop();
+        assert!(waker.is_cancelled() && unlock.is_cancelled());
+        on_another_thread(Unlock::unlock_stop);
+        assert!(!waker.is_cancelled() && !unlock.is_cancelled());
     }
 
     #[test]

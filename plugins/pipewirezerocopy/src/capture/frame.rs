@@ -493,6 +493,24 @@ pub(super) mod tests {
         frames
     }
 
+    /// A frame of NV12, 8x2 pixels, with a memory for each plane.
+    pub fn frame_in_two_memories(counters: &Arc<Counters>) -> Frame {
+        let [mut frame, other] = [0, 1].map(|_| frame_of(&[0; 64], (8, 2), 32, 8, counters));
+        let memories = [&frame, &other].map(|frame| match &frame.pixels {
+            Pixels::Blocks([memory, _]) => memory.clone(),
+            Pixels::DmaBuf(_) => None,
+        });
+        frame.pixels = Pixels::Blocks(memories);
+        let chunks = [16, 8].map(|size| Chunk {
+            mapped: 64,
+            offset: 0,
+            size,
+            stride: 8,
+        });
+        frame.layout = FrameLayout::new(PixelFormat::Nv12, 8, 2, &chunks).unwrap();
+        frame
+    }
+
     /// The same frame, which is not drawn before something is written to what is returned with it.
     pub fn undrawn(mut frame: Frame) -> (Frame, io::PipeWriter) {
         let (reader, writer) = io::pipe().unwrap();

@@ -304,7 +304,7 @@ impl Drop for Capture {
 #[cfg(test)]
 pub(crate) mod tests {
     pub use super::frame::tests::{
-        frames_in_dmabufs, frames_in_memory, tiled_and_cropped, undrawn,
+        frame_in_two_memories, frames_in_dmabufs, frames_in_memory, tiled_and_cropped, undrawn,
     };
 
     use std::os::fd::AsFd;

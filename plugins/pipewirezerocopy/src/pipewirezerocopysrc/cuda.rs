@@ -213,7 +213,8 @@ impl PipeWireZeroCopySrc {
                 }
                 copied
             }
-            Ok(false) => Ok(Ok(Copied::Corrupted)),
+            // Not this picture's fault: it is the newest one yet.
+            Ok(false) => Ok(Ok(Copied::Not)),
             Err(stopped) => Ok(Err(stopped)),
         };
         let way = importer.way();

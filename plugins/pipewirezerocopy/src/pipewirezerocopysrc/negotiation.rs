@@ -326,10 +326,13 @@ impl PipeWireZeroCopySrc {
                 .find_allocation_meta::<gst_video::VideoCropMeta>()
                 .is_some(),
         };
-        if let Some(streaming) = &mut *lock(&self.streaming) {
+        let agreed = lock(&self.streaming).as_mut().is_some_and(|streaming| {
             streaming.takes = takes;
-        }
-        if memory == OutputMemory::DmaBuf {
+            streaming.negotiated.is_some()
+        });
+        // While another format is waited for, the caps are those of the one before, for which nothing is
+        // ready any more.
+        if memory == OutputMemory::DmaBuf || !agreed {
             remove_pools(query);
             return Ok(());
         }

@@ -27,11 +27,12 @@ pub(super) fn can_leave_in_place(frame: &Frame, info: &gst_video::VideoInfo, tak
         && frame.is_mapped()
 }
 
-/// Whether rows and planes lie where those lie who do not know the GstVideoMeta.
+/// Whether rows and planes lie where those lie who do not know the GstVideoMeta: in one memory, as who maps
+/// several at once has them copied into one.
 fn has_default_layout(frame: &Frame, info: &gst_video::VideoInfo) -> bool {
     let offsets = frame.layout.offsets_in_extents();
-    let size: usize = frame.layout.extents().map(|extent| extent.len).sum();
-    size >= info.size()
+    let first = frame.layout.extents().next();
+    first.is_some_and(|extent| extent.len >= info.size())
         && frame
             .layout
             .planes()
@@ -222,7 +223,26 @@ mod tests {
     use std::sync::Arc;
 
     use crate::capture::Counters;
-    use crate::capture::tests::frame_with_stride;
+    use crate::capture::tests::{frame_in_two_memories, frame_with_stride};
+
+    #[test]
+    fn planes_in_memories_of_their_own_are_mapped_where_they_are() {
+        gst::init().unwrap();
+        let info = gst_video::VideoInfo::builder(gst_video::VideoFormat::Nv12, 8, 2);
+        let info = info.build().unwrap();
+        let frame = frame_in_two_memories(&Arc::new(Counters::default()));
+        assert_eq!(frame.layout.offsets_in_extents()[1], info.offset()[1]);
+        let buffer = in_place(frame, &info).unwrap();
+        assert_eq!(buffer.n_memory(), 2);
+        // Who knows no layout would have to copy them into one.
+        assert!(buffer.meta::<gst_video::VideoMeta>().is_some());
+        let frame = gst_video::VideoFrameRef::from_buffer_ref_readable(&buffer, &info).unwrap();
+        for plane in 0..2 {
+            let memory = buffer.peek_memory(plane).map_readable().unwrap();
+            let data = frame.plane_data(plane as u32).unwrap();
+            assert_eq!(data.as_ptr(), memory.as_ptr());
+        }
+    }
 
     #[test]
     fn a_layout_is_told_where_it_is_not_the_one_that_everybody_expects() {

@@ -391,9 +391,20 @@ pub fn lost(node: &str) -> Outcome<()> {
     let stage = start(node, Pixels::Bgrx, "auto", ALL)?;
     stage.shown(1)?;
     expect("the memory", stage.run.stat("memory"), "cuda")?;
+    let failing = Failing::now("cuEventSynchronize", LAUNCH_FAILED);
+    stage.shown(2)?;
+    fallen_back(&stage, "CUDA_ERROR_LAUNCH_FAILED")?;
+    drop((stage, failing));
+    // DMA-BUFs that nobody else can read: the producer is asked for shared memory.
+    fake().lend_gl(Some(with_gl), false);
+    let offer = offer(Pixels::Nv12, &[super::UNSAID], true);
+    let caps = "video/x-raw(memory:CUDAMemory); video/x-raw";
+    let stage = Stage::taking(node, offer, padded(Memory::Dumb), "auto", (caps, false))?;
+    stage.shown(1)?;
+    expect("the memory", stage.run.stat("memory"), "cuda")?;
     let _failing = Failing::now("cuEventSynchronize", LAUNCH_FAILED);
     stage.shown(2)?;
-    fallen_back(&stage, "CUDA_ERROR_LAUNCH_FAILED")
+    fallen_back_to("system", &stage, "CUDA_ERROR_LAUNCH_FAILED")
 }
 
 /// DMA-BUFs leave, and the message has this in its reason.
