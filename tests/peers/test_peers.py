@@ -88,6 +88,19 @@ class Host:
         with self.news:
             return [event for event in self.events if event.get("event") == name]
 
+    def answers(self, count):
+        """Its first FRAME_RESPONSEs, once it has said that it sent them: who has got them may be first."""
+
+        def sent():
+            found = [event for event in self.of("sent") if event["message"] == "FRAME_RESPONSE"]
+            return found[:count] if len(found) >= count else None
+
+        with self.news:
+            found = self.news.wait_for(sent, LIMIT)
+        if not found:
+            raise AssertionError(f"no {count} answers among {self.of('sent')}")
+        return found
+
     def run_client(self, *arguments, fails=False):
         """client.py against this host: its result; it must succeed, or fail where told.
 
@@ -175,8 +188,7 @@ class Normal(unittest.TestCase):
         self.assertEqual((result["peer"], result["replies"]), ("hello", 10))
         self.assertEqual(result["config"]["bitrate"], 4_000_000)
         self.assertEqual(host.of("violation"), [])
-        self.assertEqual([e["request_id"] for e in host.of("sent") if "request_id" in e],
-                         list(range(10)))
+        self.assertEqual([e["request_id"] for e in host.answers(10)], list(range(10)))
 
     @hosted("--hello", "--late", "20")
     def test_replies_of_an_older_epoch_are_told_from_others(self, host):
@@ -251,14 +263,14 @@ class Quirks(unittest.TestCase):
     @hosted("--dts", "min", "--pts", "micros")
     def test_3_rounded_pts_and_no_dts(self, host):
         host.run_client("encode", "--frames", "5", "--pts-start", str(10**18 + 999))
-        sent = [event for event in host.of("sent") if event["message"] == "FRAME_RESPONSE"]
+        sent = host.answers(5)
         self.assertEqual({event["dts"] for event in sent}, {wire.I64_MIN})
         self.assertEqual({event["pts"] % 1000 for event in sent}, {0})
 
     @hosted("--dts", "zero", "--pts", "double")
     def test_3_pts_through_double_seconds(self, host):
         host.run_client("encode", "--frames", "5", "--pts-start", str(10**18 + 999))
-        sent = [event for event in host.of("sent") if event["message"] == "FRAME_RESPONSE"]
+        sent = host.answers(5)
         self.assertEqual({event["dts"] for event in sent}, {0})
         self.assertNotEqual(sent[0]["pts"], 10**18 + 999)
 
