@@ -9,9 +9,12 @@ use std::fs;
 pub struct Usage {
     fds: usize,
     threads: usize,
-    /// Bytes.
+    /// Bytes on the heap.
     memory: u64,
 }
+
+/// Bytes more that are no leak. Seen are 10 to 30 kB after 200 starts and stops, 120 kB after 1000.
+const MOST_MORE: u64 = 256 << 10;
 
 impl Usage {
     /// Of this process.
@@ -19,7 +22,7 @@ impl Usage {
         Self {
             fds: open_fds(),
             threads: threads(),
-            memory: resident_memory(),
+            memory: heap(),
         }
     }
 
@@ -29,7 +32,7 @@ impl Usage {
         // GLib's pool may keep an idle thread more or less, and a peer close a socket a moment later.
         let has_leaked = self.fds > before.fds + 2
             || self.threads > before.threads + 2
-            || self.memory >= before.memory + (4 << 20);
+            || self.memory >= before.memory + MOST_MORE;
         has_leaked.then(|| format!("{self:?} of what was {before:?}"))
     }
 }
@@ -48,12 +51,9 @@ pub fn threads() -> usize {
         .count()
 }
 
-/// Bytes of memory of this process that are in RAM (proc_pid_status(5), `VmRSS`).
-fn resident_memory() -> u64 {
-    let status = fs::read_to_string("/proc/self/status").expect("Linux has it");
-    let kib = status
-        .lines()
-        .find_map(|line| line.strip_prefix("VmRSS:")?.split_whitespace().next())
-        .and_then(|number| number.parse::<u64>().ok());
-    kib.expect("Linux has it") * 1024
+/// Bytes on the heap that are in use. Not what is in RAM, of which allocators keep more or less.
+fn heap() -> u64 {
+    // SAFETY: it only reads the allocator's own figures, under its own locks.
+    let info = unsafe { nix::libc::mallinfo2() };
+    (info.uordblks + info.hblkhd) as u64
 }
