@@ -5,7 +5,7 @@
 //! A [`Waiter`] belongs to one thread. It waits for the socket registered with it, for somebody
 //! else's [`Waker`], or for a [`Deadline`], whichever comes first. Every wait is therefore bounded
 //! where its caller says so, and cancellable always: `unlock()`, a flush, a state change or a
-//! signal handler calls [`Waker::cancel`] and the wait returns at once, now and on each later
+//! thread that waits for signals (not a handler: it takes a lock) calls [`Waker::cancel`] and the wait returns at once, now and on each later
 //! call, until [`Waker::reset`].
 //!
 //! Readiness is edge-triggered: try the operation first, and wait only after it said
@@ -158,7 +158,7 @@ pub struct Waker(Arc<Shared>);
 impl Waker {
     /// Ends the current wait, or the next one if none is going on, once.
     ///
-    /// Several calls before that wait count as one and cost a system call only once.
+    /// Several calls before that wait count as one and cost one system call at most, and none where nobody waits.
     pub fn wake(&self) {
         self.0.tell(|state| state.woken = true);
     }
