@@ -75,10 +75,6 @@ gst_features() {
     fi
 }
 
-# Optimised builds of these scripts go without link-time optimisation: it would take most of the time,
-# and changes nothing that a test or a demonstration sees.
-export CARGO_PROFILE_RELEASE_LTO=${CARGO_PROFILE_RELEASE_LTO-off}
-
 # The plugins and helix-host in release mode, as ci/demo runs them.
 build_release() {
     say "Building the plugins and helix-host (release)"

@@ -18,6 +18,7 @@ prints says that all is up (or why not); then it answers each line it reads with
     {"cmd": "close-session", "session": "..."}            -> {"ok": true}
     {"cmd": "move-pointer", "session": "...", "x": 1, "y": 2}  -> {"ok": true}, for one with a pointer
     {"cmd": "client", "kind": "pattern", "fps": 30}       -> {"pid": 4711, "kind": "pattern"}
+    {"cmd": "client", "window": [640, 360]}              -> {"pid": 4711, "kind": "pattern"}
     {"cmd": "client", "kind": "simple-shm"}               -> {"pid": 4712, "kind": "simple-shm"}
     {"cmd": "stop-client", "pid": 4711}                   -> {"ok": true}
     {"cmd": "kill", "what": "compositor"}                 -> {"ok": true, "pid": 4709}
@@ -322,15 +323,18 @@ class Desktop:
         method = "NotifyPointerMotionAbsolute"
         self._call(cast.remote, ".Session", method, "(sdd)", *arguments, service=REMOTE_DESKTOP)
 
-    def start_client(self, kind="pattern", fps=30):
+    def start_client(self, kind="pattern", fps=30, window=None):
         """Start a client that moves and wait until it is on screen. Returns its process id.
+
+        The pattern fills the screen, or a window of so many pixels (width, height).
 
         Without a GPU mutter frees a client's old pictures only when a ScreenCast reads the screen.
         A moving client that nobody captures costs about 100 MB of memory a second at 720p30.
         """
         if kind == "pattern":
             argv = ["/usr/bin/python3", str(PATTERN_CLIENT)]
-            argv += [str(self.width), str(self.height), str(fps)]
+            width, height = window or (self.width, self.height)
+            argv += [str(width), str(height), str(fps)] + ["window"] * bool(window)
             client = self._spawn("pattern", argv, kept=False, stdout=subprocess.PIPE)
         elif kind == "simple-shm":
             client = self._spawn("simple-shm", ["weston-simple-shm"], kept=False)
@@ -519,7 +523,8 @@ def _command(desktop, request):
             return {"ok": True}
         case "client":
             kind = request.get("kind", "pattern")
-            return {"pid": desktop.start_client(kind, request.get("fps", 30)), "kind": kind}
+            fps, window = request.get("fps", 30), request.get("window")
+            return {"pid": desktop.start_client(kind, fps, window), "kind": kind}
         case "stop-client":
             desktop.stop_client(request["pid"])
             return {"ok": True}

@@ -1,9 +1,9 @@
 #!/usr/bin/python3
 # SPDX-License-Identifier: MIT OR Apache-2.0
-"""A fullscreen Wayland client that shows the known moving picture (see pattern.py).
+"""A Wayland client that shows the known moving picture (see pattern.py), fullscreen or in a window.
 
-Usage: pattern_client.py WIDTH HEIGHT FPS. Prints "shown" once the picture fills the screen, then
-plays until SIGTERM.
+Usage: pattern_client.py WIDTH HEIGHT FPS [window]. Prints "shown" once the picture is on the screen,
+then plays until SIGTERM.
 """
 
 import signal
@@ -24,12 +24,13 @@ SECONDS_BEFORE_SHOWN = 1
 
 def main():
     width, height, fps = (int(argument) for argument in sys.argv[1:4])
+    fullscreen = str("window" not in sys.argv[4:]).lower()
     Gst.init(None)
     # sync=true paces the picture; max-lateness=-1 and qos=false keep a busy machine from skipping
     # pictures here, so that what is missing later went missing in the pipeline under test.
     pipeline = Gst.parse_launch(
         f"{pattern.description(width, height, fps)}"
-        " ! waylandsink name=sink fullscreen=true max-lateness=-1 qos=false"
+        f" ! waylandsink name=sink fullscreen={fullscreen} max-lateness=-1 qos=false"
     )
     sink = pipeline.get_by_name("sink")
     loop = GLib.MainLoop()

@@ -49,7 +49,7 @@ class DesktopProgram(unittest.TestCase):
         cast = self.ask(cmd="screencast", mode="monitor")
         self.assertGreater(cast["node"], 0)
         self.assertEqual(self.ask(cmd="close-session", session=cast["session"]), {"ok": True})
-        client = self.ask(cmd="client", kind="pattern", fps=30)
+        client = self.ask(cmd="client", kind="pattern", fps=30, window=[64, 48])
         self.assertTrue(os.path.exists(f"/proc/{client['pid']}"))
         self.assertEqual(self.ask(cmd="stop-client", pid=client["pid"]), {"ok": True})
         self.assertFalse(os.path.exists(f"/proc/{client['pid']}"))

@@ -184,11 +184,19 @@ impl Desktop {
     /// waits until it is shown. Only while a screencast is running: without one, mutter keeps
     /// every picture in memory.
     pub fn moving_picture(&mut self, fps: u32) -> Client {
-        let command = json!({"cmd": "client", "kind": "pattern", "fps": fps});
+        self.client(&json!({"cmd": "client", "kind": "pattern", "fps": fps}))
+    }
+
+    /// The same in a window of so many pixels, as width and height.
+    pub fn moving_window(&mut self, fps: u32, size: (u32, u32)) -> Client {
+        self.client(&json!({"cmd": "client", "kind": "pattern", "fps": fps, "window": size}))
+    }
+
+    fn client(&mut self, command: &Value) -> Client {
         // Debian 12's waylandsink sometimes fails to make its window.
         let answer = (1..CLIENT_TRIES)
-            .find_map(|_| self.try_ask(&command).ok())
-            .unwrap_or_else(|| self.ask(&command));
+            .find_map(|_| self.try_ask(command).ok())
+            .unwrap_or_else(|| self.ask(command));
         Client(
             answer["pid"]
                 .as_u64()

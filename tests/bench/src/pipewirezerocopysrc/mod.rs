@@ -21,6 +21,13 @@ use Source::{Pipewiresrc, Pipewirezerocopysrc};
 use contender::{Contender, look};
 use rounds::{Pace, Pair, Places, Turn};
 
+/// Pixels of the window in which the picture moves. mutter, on the processor, draws a few whole pictures of 4K in a
+/// second: that would be what is measured.
+const MOVING: (u32, u32) = (640, 360);
+
+/// Pixels of the screen, and of the picture, where it is only to be seen that all works.
+const SMALL: (u32, u32) = (320, 240);
+
 /// CPU time of a frame, as a multiple of pipewiresrc's.
 const RATIO: f64 = 1.0;
 /// Microseconds that a frame may take longer than through pipewiresrc, 99th percentile.
@@ -32,8 +39,8 @@ const KEEPALIVE_OFF: f64 = 5.0;
 
 #[derive(Args)]
 pub struct Options {
-    /// How often each measurement is made; contenders take turns
-    #[arg(long, default_value_t = 3)]
+    /// How often each measurement is made; contenders take turns, so that an even number is fair
+    #[arg(long, default_value_t = 6)]
     rounds: u32,
     /// Seconds of a measurement
     #[arg(long, default_value_t = 5)]
@@ -103,6 +110,7 @@ struct Bench {
     rounds: u32,
     seconds: f64,
     fps: u32,
+    moving: (u32, u32),
     counter: PathBuf,
 }
 
@@ -122,6 +130,7 @@ pub fn bench(options: &Options) -> Result<(), Box<dyn Error>> {
             options.seconds.max(1) as f64
         },
         fps: options.fps,
+        moving: if options.smoke { SMALL } else { MOVING },
         counter: counter.unwrap_or(beside),
     };
     let mut report = Report {
@@ -135,7 +144,7 @@ pub fn bench(options: &Options) -> Result<(), Box<dyn Error>> {
     };
     println!("{}", report.machine);
     let sizes = if options.smoke {
-        vec![(320, 240)]
+        vec![SMALL]
     } else {
         vec![(1280, 720), (1920, 1080), (3840, 2160)]
     };
@@ -188,7 +197,7 @@ impl Bench {
             };
             // mutter keeps every picture of a client that nobody captures: one always does.
             let mut one = start(desktop, 0)?;
-            let client = desktop.moving_picture(self.fps);
+            let client = desktop.moving_window(self.fps, self.moving);
             let [seen] = look(self.seconds, [&mut one])?;
             let mut other = start(desktop, 1)?;
             drop(one);
@@ -245,7 +254,7 @@ impl Bench {
         let counter = Some(self.counter.as_path());
         let mut ours = Contender::start(desktop, &case(Pipewirezerocopysrc, 0), counter)?;
         let mut theirs = Contender::start(desktop, &case(Pipewiresrc, 1), counter)?;
-        let client = desktop.moving_picture(self.fps);
+        let client = desktop.moving_window(self.fps, self.moving);
         let seen = look(self.seconds.min(2.0), [&mut ours, &mut theirs])?;
         desktop.stop(client);
         let [ours, theirs] = seen.map(|seen| seen.usage.counts);
