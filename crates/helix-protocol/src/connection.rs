@@ -244,6 +244,11 @@ impl<B: Body> Connection<B> {
         (self.reading == Reading::All).then_some(self.received_at)
     }
 
+    /// When bytes last went either way, or there was a reason why they should.
+    pub fn last_moved(&self) -> Instant {
+        self.sent_at.max(self.received_at)
+    }
+
     /// Whether the peer owes the rest of a message that it has begun. To be asked when
     /// [`Connection::next`] had no message.
     pub fn is_inside_message(&self) -> bool {

@@ -218,7 +218,7 @@ impl From<io::Error> for Failure {
 /// wake-up on both sides. The kernel permits net.core.wmem_max of it, and then doubles that (socket(7),
 /// `SO_SNDBUF`); its usual limit, 212992, is little less. More makes the median frame faster by a tenth, and one
 /// in a hundred slower by milliseconds (docs/performance.md).
-const UNIX_SEND_BUFFER: usize = 1 << 18;
+pub const UNIX_SEND_BUFFER: usize = 1 << 18;
 
 fn connect_one(
     domain: Domain,

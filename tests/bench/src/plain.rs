@@ -8,7 +8,9 @@ use std::net::TcpStream;
 use std::os::unix::net::UnixStream;
 
 use helix_protocol::message::FrameRequest;
+use helix_protocol::transport::UNIX_SEND_BUFFER;
 use helix_protocol::{Address, encode};
+use nix::sys::socket::{setsockopt, sockopt::SndBuf};
 
 use crate::case::{Case, Contender, Pace, Picture};
 use crate::meter::{Meter, Outcome};
@@ -40,6 +42,7 @@ impl Plain {
             }
             Address::Unix(path) => {
                 let socket = UnixStream::connect(path)?;
+                setsockopt(&socket, SndBuf, &UNIX_SEND_BUFFER)?;
                 socket.set_read_timeout(Some(STUCK))?;
                 Box::new(socket)
             }

@@ -19,6 +19,10 @@ pub const PICTURES: usize = 4;
 /// Frames a second, of [`Pace::Paced`] and of the caps.
 pub const RATE: u32 = 60;
 
+/// Frames that the element carries before the bare socket carries as many: a second's. Each has its 60 frames a
+/// second that way, and both meet the same machine.
+const TURN: u32 = RATE;
+
 /// Longer than any frame takes: what is stuck is noticed.
 pub const STUCK: Duration = Duration::from_mins(1);
 
@@ -70,7 +74,8 @@ mod imp {
     use gst_base::subclass::prelude::*;
 
     use super::{
-        Arc, Case, Duration, Format, Instant, Meter, Neighbour, PICTURES, Pace, STUCK, due, glib,
+        Arc, Case, Duration, Format, Instant, Meter, Neighbour, PICTURES, Pace, STUCK, TURN, due,
+        glib,
     };
 
     pub struct Work {
@@ -95,23 +100,24 @@ mod imp {
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
         }
 
-        /// Has the neighbour carry a frame.
+        /// Has the neighbour carry its turn's frames.
         fn give_way(&mut self) -> Result<(), Box<dyn Error>> {
-            let number = self.sent_beside;
-            self.wait();
-            // It keeps the element waiting, so it is fair that it waits for it.
+            // Each has the machine to itself.
             self.meter.wait_until_empty(STUCK);
-            let Some(Neighbour { plain, meter }) = &mut self.neighbour else {
-                return Ok(());
-            };
-            // Not the one that the element carries next, which would be in the caches then.
-            let index = (number as usize + PICTURES / 2) % PICTURES;
-            let pixels = self.pictures[index].map_readable()?;
-            meter.enter();
-            plain.send(number, &pixels)?;
-            plain.read_reply()?;
-            meter.leave();
-            self.sent_beside += 1;
+            let end = self.case.total().min(self.sent + TURN);
+            while self.sent_beside < end {
+                let number = self.sent_beside;
+                self.wait();
+                let Some(Neighbour { plain, meter }) = &mut self.neighbour else {
+                    return Ok(());
+                };
+                let pixels = self.pictures[number as usize % PICTURES].map_readable()?;
+                meter.enter();
+                plain.send(number, &pixels)?;
+                plain.read_reply()?;
+                meter.leave();
+                self.sent_beside += 1;
+            }
             Ok(())
         }
     }
@@ -189,7 +195,9 @@ mod imp {
                 Pace::Flow => {}
                 Pace::Single => work.meter.wait_until_empty(STUCK),
                 Pace::Paced => {
-                    if let Err(error) = work.give_way() {
+                    if work.sent.is_multiple_of(TURN)
+                        && let Err(error) = work.give_way()
+                    {
                         let failed = gst::ResourceError::Failed;
                         gst::element_imp_error!(self, failed, ["a bare socket: {error}"]);
                         return Err(gst::FlowError::Error);

@@ -181,7 +181,8 @@ impl Conversation {
         }
         loop {
             self.send_queued(worker, connection)?;
-            let deadline = self.liveness.deadline(self.is_waiting_for_reply());
+            let waiting = self.is_waiting_for_reply();
+            let deadline = self.liveness.deadline(waiting, connection.unsent_since());
             let event = connection.next(&mut worker.waiter, deadline)?;
             self.count(worker, connection);
             match event {
@@ -455,7 +456,8 @@ impl Conversation {
             self.liveness.looked();
         }
         if bytes != self.bytes {
-            self.liveness.progress();
+            // Not now: since then, it may have been waited for more.
+            self.liveness.progress(connection.last_moved());
             let mut counts = worker.shared.counts();
             counts.bytes_sent += bytes.0 - self.bytes.0;
             counts.bytes_received += bytes.1 - self.bytes.1;
@@ -472,7 +474,7 @@ impl Conversation {
         connection: &mut Connection<Pixels>,
     ) -> Result<(), End> {
         let waiting = self.is_waiting_for_reply();
-        let due = self.liveness.due(waiting, connection.queued() > 0);
+        let due = self.liveness.due(waiting, connection.unsent_since());
         let waited = worker.timeout().unwrap_or_default().as_millis();
         match due {
             Due::Nothing => Ok(()),

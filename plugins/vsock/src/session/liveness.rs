@@ -4,7 +4,8 @@
 //!
 //! Something is waited for that must come: the reply to the oldest open request, or a PONG. After
 //! half of `timeout` a PING goes out, after all of it the host is dead, or alive and not
-//! answering. An idle connection says something now and then.
+//! answering. An idle connection says something now and then. While a picture is being sent there is no
+//! PING, which would come behind it: a host that takes nothing of it for all of `timeout` is dead.
 //!
 //! The thread that asks may have been kept from the connection for longer than that. So a PING has
 //! at least half of `timeout` from its own sending on, and nobody is given up before the socket
@@ -17,6 +18,10 @@ use helix_protocol::wait::Deadline;
 /// An idle connection says something this often: deployed hosts close one whose client has been
 /// silent for 60 s or more (quirk 10), and behind NAT nobody says when the host has gone (L25).
 pub const SIGN_OF_LIFE: Duration = Duration::from_secs(20);
+
+/// So often the socket is looked at before a host is given up that takes nothing: the first time may end, for a
+/// wake-up, before it comes to what can be sent.
+const LOOKS: u32 = 2;
 
 /// What is to be done now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -52,6 +57,8 @@ pub struct Liveness {
     ping: Option<Ping>,
     /// When this side last sent something.
     spoke: Instant,
+    /// How often it was asked since the host should have taken something.
+    doubts: u32,
 }
 
 impl Liveness {
@@ -65,6 +72,7 @@ impl Liveness {
             waiting_since: now,
             ping: None,
             spoke: now,
+            doubts: 0,
         }
     }
 
@@ -98,9 +106,10 @@ impl Liveness {
         }
     }
 
-    /// The host has sent or taken something.
-    pub fn progress(&mut self) {
-        self.progress = Instant::now();
+    /// The host has sent or taken something, the last of it at that time.
+    pub fn progress(&mut self, at: Instant) {
+        self.progress = at;
+        self.doubts = 0;
     }
 
     /// What is waited for is something else from now on.
@@ -109,16 +118,18 @@ impl Liveness {
         self.ping = None;
     }
 
-    /// When to ask [`Liveness::due`] again. `waiting`: a reply is.
-    pub fn deadline(&self, waiting: bool) -> Deadline {
+    /// When to ask [`Liveness::due`] again. `waiting`: a reply is; `unsent`: since when the host takes
+    /// nothing of what is to be sent, if not all is.
+    pub fn deadline(&self, waiting: bool, unsent: Option<Instant>) -> Deadline {
         let sign_of_life = Deadline::at(self.spoke + self.sign_of_life);
         let Some(limit) = self.timeout else {
             return sign_of_life;
         };
-        let due = match self.ping {
+        let due = match (unsent, self.ping) {
+            (Some(since), _) => since.max(self.progress) + limit,
             // First to ask whether the host is there, then to give up.
-            None if waiting => self.waiting_since + limit / 2,
-            Some(ping) if waiting || !ping.answered => {
+            (None, None) if waiting => self.waiting_since + limit / 2,
+            (None, Some(ping)) if waiting || !ping.answered => {
                 (self.waiting_since + limit).max(ping.sent + limit / 2)
             }
             _ => return sign_of_life,
@@ -126,8 +137,8 @@ impl Liveness {
         Deadline::at(due).min(sign_of_life)
     }
 
-    /// What is to be done. `waiting`: a reply is waited for; `sending`: not all is sent.
-    pub fn due(&mut self, waiting: bool, sending: bool) -> Due {
+    /// What is to be done; for `waiting` and `unsent` see [`Liveness::deadline`].
+    pub fn due(&mut self, waiting: bool, unsent: Option<Instant>) -> Due {
         if self.spoke.elapsed() >= self.sign_of_life {
             // An idle connection begins to wait with its PING, unless it waits for a PONG already.
             if !waiting && self.ping.is_none_or(|ping| ping.answered) {
@@ -135,16 +146,20 @@ impl Liveness {
             }
             return Due::Ping;
         }
-        let Some(limit) = self.timeout else {
-            return Due::Nothing;
-        };
-        if !self.deadline(waiting).has_passed() {
+        if let Some(since) = unsent {
+            // It can answer when it has all of it.
+            self.waiting_since = self.waiting_since.max(since).max(self.progress);
+        }
+        if self.timeout.is_none() || !self.deadline(waiting, unsent).has_passed() {
             return Due::Nothing;
         }
-        if sending && self.progress.elapsed() < limit {
-            // Still being sent, over a slow line.
-            self.waiting_since = self.progress;
-            return Due::Nothing;
+        if unsent.is_some() {
+            self.doubts += 1;
+            return if self.doubts > LOOKS {
+                Due::Dead
+            } else {
+                Due::Nothing
+            };
         }
         match self.ping {
             None => Due::Ping,
@@ -168,15 +183,15 @@ mod tests {
         let mut liveness = Liveness::new(Some(LIMIT), SIGN_OF_LIFE);
         // What kept this thread from the connection took longer than the host may.
         thread::sleep(2 * LIMIT);
-        assert_eq!(liveness.due(true, false), Due::Ping);
+        assert_eq!(liveness.due(true, None), Due::Ping);
         liveness.pinged();
-        assert_eq!(liveness.due(true, false), Due::Nothing);
+        assert_eq!(liveness.due(true, None), Due::Nothing);
         thread::sleep(2 * LIMIT);
-        assert_eq!(liveness.due(true, false), Due::Nothing);
+        assert_eq!(liveness.due(true, None), Due::Nothing);
         liveness.looked();
-        assert_eq!(liveness.due(true, false), Due::Dead);
+        assert_eq!(liveness.due(true, None), Due::Dead);
         liveness.pong();
-        assert_eq!(liveness.due(true, false), Due::Unanswered);
+        assert_eq!(liveness.due(true, None), Due::Unanswered);
     }
 
     #[test]
@@ -184,22 +199,54 @@ mod tests {
         let limit = Duration::from_secs(20);
         let mut liveness = Liveness::new(Some(limit), SIGN_OF_LIFE);
         liveness.waiting_since -= 2 * limit;
-        assert_eq!(liveness.due(true, false), Due::Ping);
+        assert_eq!(liveness.due(true, None), Due::Ping);
         liveness.pinged();
         liveness.looked();
-        assert_eq!(liveness.due(true, false), Due::Nothing);
+        assert_eq!(liveness.due(true, None), Due::Nothing);
     }
 
     #[test]
     fn pings_that_only_show_life_do_not_put_the_decision_off() {
         let mut liveness = Liveness::new(Some(LIMIT), SIGN_OF_LIFE);
         thread::sleep(LIMIT);
-        assert_eq!(liveness.due(true, false), Due::Ping);
+        assert_eq!(liveness.due(true, None), Due::Ping);
         liveness.pinged();
         liveness.pong();
         thread::sleep(LIMIT);
         liveness.pinged();
         liveness.looked();
-        assert_eq!(liveness.due(true, false), Due::Unanswered);
+        assert_eq!(liveness.due(true, None), Due::Unanswered);
+    }
+
+    #[test]
+    fn a_host_that_takes_nothing_is_waited_for_at_rest_and_lost_after_the_timeout() {
+        let limit = Duration::from_secs(20);
+        let mut liveness = Liveness::new(Some(limit), 2 * limit);
+        let past = |age| Instant::now().checked_sub(age).unwrap();
+        let mut ask = |unsent, progress| {
+            liveness.progress = past(progress);
+            let due = liveness.due(true, Some(past(unsent)));
+            let rests = !liveness.deadline(true, Some(past(unsent))).has_passed();
+            (due, rests)
+        };
+        // A PING would come behind what is not sent, and tell nothing.
+        assert_eq!(ask(limit * 3 / 4, limit), (Due::Nothing, true));
+        // It says something, if it takes nothing.
+        assert_eq!(ask(limit, limit / 4), (Due::Nothing, true));
+        // This thread may have been away: what can be sent now is tried first.
+        for _ in 0..LOOKS {
+            assert_eq!(ask(limit, limit), (Due::Nothing, false));
+        }
+        assert_eq!(ask(limit, limit).0, Due::Dead);
+    }
+
+    #[test]
+    fn a_host_has_its_time_when_it_has_all() {
+        let limit = Duration::from_secs(20);
+        let mut liveness = Liveness::new(Some(limit), 2 * limit);
+        liveness.waiting_since -= limit;
+        liveness.progress(Instant::now());
+        assert_eq!(liveness.due(true, Some(Instant::now())), Due::Nothing);
+        assert_eq!(liveness.due(true, None), Due::Nothing);
     }
 }

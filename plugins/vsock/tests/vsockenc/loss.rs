@@ -235,6 +235,26 @@ fn a_host_that_falls_silent_is_lost_within_the_timeout() {
 }
 
 #[test]
+fn a_host_that_stops_reading_in_a_picture_is_lost_within_the_timeout() {
+    let peer = Peer::new(|_, envelope| match envelope.message {
+        Message::ConfigReq(..) => Then::PlayDead,
+        _ => Then::GoOn,
+    });
+    let mut encoder = Encoder::new(peer.port(), "timeout=5000 reconnect-timeout=0");
+    // More than sockets hold: a PING would wait behind it, and then have time of its own.
+    encoder
+        .harness
+        .set_src_caps_str("video/x-raw,format=BGRx,width=4096,height=4096,framerate=60/1");
+    let picture = encoder.buffer(4096 * 4096 * 4, 1);
+    let start = Instant::now();
+    encoder.harness.push(picture).unwrap();
+    let error = encoder.error();
+    assert!(error.contains("no sign of life for 5000 ms"), "{error}");
+    let took = start.elapsed();
+    assert!(took < Duration::from_secs(7), "{took:?}");
+}
+
+#[test]
 fn garbage_from_a_host_is_an_error_that_says_what_is_wrong() {
     let peer = Peer::new(|link, envelope| {
         if let Message::FrameRequest(request, _) = &envelope.message {
