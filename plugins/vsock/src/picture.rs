@@ -68,7 +68,7 @@ pub struct Picture {
     pub width: u32,
     /// Pixels, after cropping.
     pub height: u32,
-    /// Whether there are pixels around it that nobody should see.
+    /// Whether there are pixels between its rows that nobody should see.
     pub is_cropped: bool,
 }
 
@@ -188,7 +188,7 @@ impl Picture {
             format,
             width,
             height,
-            is_cropped: (width, height) != full && crop.is_some(),
+            is_cropped: width != full.0,
             buffer,
         })
     }
@@ -337,6 +337,10 @@ mod tests {
         let picture = Picture::new(buffer, &info(V::Bgrx, 60, 20)).unwrap();
         assert_eq!((picture.width, picture.height), (60, 20));
         assert_eq!(picture.planes(), [plane(0, 256, 240, 20)]);
+        assert!(picture.is_cropped);
+        let buffer = described(64 * 32 * 4, V::Bgrx, (64, 32), &[0], &[256]);
+        let picture = Picture::new(buffer, &info(V::Bgrx, 64, 20)).unwrap();
+        assert!(!picture.is_cropped, "what is below it is not sent");
     }
 
     #[test]

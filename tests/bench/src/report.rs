@@ -31,7 +31,8 @@ impl Spread {
         let mut values: Vec<f64> = values.collect();
         values.sort_by(f64::total_cmp);
         Self {
-            median: quantile(&values, 0.5),
+            // Of an even number, between the two in the middle.
+            median: f64::midpoint(values[(values.len() - 1) / 2], values[values.len() / 2]),
             min: values[0],
             max: values[values.len() - 1],
         }

@@ -307,6 +307,14 @@ fn missed(report: &Report) -> Vec<String> {
         let edges = f64::from(report.rounds);
         check(&line.name, "frames less than pipewiresrc", lost, edges);
         check(&line.name, "copies", line.copies as f64, 0.0);
+        let counted = line.counts[&Pipewirezerocopysrc].get("large_copies");
+        let counted = counted.copied().unwrap_or(f64::INFINITY);
+        check(
+            &line.name,
+            "large copies a frame, by the library",
+            counted,
+            0.0,
+        );
     }
     for keepalives in &report.keepalives {
         let most = keepalives.most;
