@@ -85,6 +85,23 @@ fn a_node_that_comes_back_under_its_name_is_followed() {
 }
 
 #[test]
+fn a_namesake_that_came_before_the_node_went_is_followed() {
+    let desktop = desktop();
+    let old = painter(&desktop, "overlapping");
+    let run = playing(&desktop, "overlapping");
+    shown(&old, &run, &plain(1));
+    let new = painter(&desktop, "overlapping");
+    new.node();
+    // A picture later the element has seen it come.
+    while pixels(&shown(&old, &run, &plain(2)))[0] != 2 {}
+    drop(old);
+    let reason = run.capture_message("vanished");
+    assert!(reason.contains("has been removed"), "{reason}");
+    while pixels(&shown(&new, &run, &plain(3)))[0] != 3 {}
+    run.capture_message("returned");
+}
+
+#[test]
 fn a_killed_compositor_and_a_killed_daemon_are_errors_soon() {
     let mut desktop = own_desktop();
     let cast = desktop.screencast(Recording::Monitor);
