@@ -397,7 +397,7 @@ impl PipeWireZeroCopySrc {
             let Some(last) = streaming.last.clone() else {
                 return Ok(None);
             };
-            let moved = streaming.capture.inbox().has_cursor();
+            let moved = streaming.pointer_has_moved();
             let (now, interval) = (Instant::now(), settings.min_interval());
             if moved {
                 streaming.schedule.frame_left(now, interval);
@@ -453,7 +453,7 @@ impl PipeWireZeroCopySrc {
             let is_last = |last: &gst::Buffer| last.as_ptr() == picture.as_ptr();
             let keep = settings.keepalive_time > 0
                 || settings.resend_last
-                || pointer.overlay().is_some()
+                || pointer.is_known()
                 || last.as_ref().is_some_and(is_last);
             let before = std::mem::replace(last, keep.then(|| picture.clone()));
             let overlay = pointer.overlay().cloned();
