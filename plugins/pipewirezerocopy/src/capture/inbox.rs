@@ -174,9 +174,9 @@ impl Inbox {
         }
     }
 
-    /// Whether there is news of the pointer.
-    pub fn has_cursor(&self) -> bool {
-        self.lock().cursor.is_some()
+    /// The news of the pointer, which stays.
+    pub fn cursor(&self) -> Option<Cursor> {
+        self.lock().cursor.clone()
     }
 
     /// The pointer as it is now, if there is news of it.

@@ -392,11 +392,11 @@ impl Worker {
             return;
         }
         let (added, removed) = self.nodes.changes();
-        self.see_removal(&removed);
+        let gone = self.see_removal(&removed);
         self.see_trouble();
         if !self.listed && self.notes.done.get() == Some(self.first_sync) {
             self.listed = true;
-        } else if !(self.listed && (added || self.retry_due())) {
+        } else if !(self.listed && (added || gone || self.retry_due())) {
             return;
         }
         self.find_target();
@@ -443,20 +443,22 @@ impl Worker {
         }
     }
 
-    /// The target's node has left the registry: that is certain, and at once (L2).
-    fn see_removal(&mut self, removed: &[u32]) {
+    /// The target's node has left the registry: that is certain, and at once (L2). True where it has:
+    /// its successor may have come before, in a restart that overlaps.
+    fn see_removal(&mut self, removed: &[u32]) -> bool {
         let Some((id, node)) = self
             .past
             .node
             .as_ref()
             .filter(|(id, _)| removed.contains(id))
         else {
-            return;
+            return false;
         };
         let reason = format!("{} has been removed", node.describe(*id));
         self.vanish(reason, None);
         // Another one has buffers of its own.
         self.past.lost = false;
+        true
     }
 
     /// The stream reports an error, has no format, or its buffers have been gone for too long.

@@ -27,6 +27,10 @@ use crate::capture::meta::Transform;
 use crate::capture::{Inbox, Monotonic, StreamFormat};
 use crate::cuda::Error;
 
+/// How far the last timestamp may lie ahead of the running time: a nanosecond for each buffer since the
+/// clock has ticked.
+const AHEAD: gst::ClockTime = gst::ClockTime::from_mseconds(1);
+
 impl PipeWireZeroCopySrc {
     /// Gives a frame that nobody wants back to the producer.
     pub(super) fn discard(&self, format: &StreamFormat) {
@@ -397,7 +401,7 @@ impl PipeWireZeroCopySrc {
             let Some(last) = streaming.last.clone() else {
                 return Ok(None);
             };
-            let moved = streaming.capture.inbox().has_cursor();
+            let moved = streaming.pointer_has_moved();
             let (now, interval) = (Instant::now(), settings.min_interval());
             if moved {
                 streaming.schedule.frame_left(now, interval);
@@ -453,7 +457,7 @@ impl PipeWireZeroCopySrc {
             let is_last = |last: &gst::Buffer| last.as_ptr() == picture.as_ptr();
             let keep = settings.keepalive_time > 0
                 || settings.resend_last
-                || pointer.overlay().is_some()
+                || pointer.is_known()
                 || last.as_ref().is_some_and(is_last);
             let before = std::mem::replace(last, keep.then(|| picture.clone()));
             let overlay = pointer.overlay().cloned();
@@ -565,10 +569,12 @@ impl PipeWireZeroCopySrc {
         let age = gst::ClockTime::try_from(Monotonic::now().since(captured));
         let mut pts = now.map(|now| now.saturating_sub(age.unwrap_or_default()));
         if let Some(streaming) = &mut *lock(&self.streaming) {
-            // A capture time before a keepalive's is moved behind it.
-            let least = streaming
+            // One that lies ahead is from before a flush that has let the running time start again.
+            let before = streaming
                 .last_pts
-                .map(|last| last + gst::ClockTime::from_nseconds(1));
+                .filter(|last| now.is_none_or(|now| last.saturating_sub(now) < AHEAD));
+            // A capture time before a keepalive's is moved behind it.
+            let least = before.map(|last| last + gst::ClockTime::from_nseconds(1));
             pts = pts.max(least);
             streaming.last_pts = pts;
         }

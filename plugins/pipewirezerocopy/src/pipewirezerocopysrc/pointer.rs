@@ -23,6 +23,8 @@ pub(super) struct Pointer {
     /// What the last picture that left has of it.
     shown: Option<Region>,
     changed: bool,
+    /// See [`Self::is_known`].
+    known: bool,
 }
 
 impl Pointer {
@@ -33,7 +35,19 @@ impl Pointer {
         }
         self.cursor = cursor;
         self.changed = true;
+        self.known = true;
         self.overlay = self.draw();
+    }
+
+    /// Its producer is gone.
+    pub fn forget(&mut self) {
+        self.update(Cursor::default());
+        self.known = false;
+    }
+
+    /// Whether the producer has told of it. One that is hidden may show up at any time.
+    pub fn is_known(&self) -> bool {
+        self.known
     }
 
     /// The overlay that draws it, if it is to be seen.
@@ -187,6 +201,19 @@ mod tests {
         assert_eq!(pointer.leaves(16, 8), [region(0, 0, 1, 1)], "outside");
         pointer.update(Cursor::default());
         assert!(pointer.overlay().is_none());
+    }
+
+    #[test]
+    fn a_hidden_pointer_is_known_until_its_producer_is_gone() {
+        gst::init().unwrap();
+        let mut pointer = Pointer::default();
+        assert!(!pointer.is_known());
+        pointer.update(cursor(5, 3));
+        pointer.update(Cursor::default());
+        assert!(pointer.overlay().is_none() && pointer.is_known());
+        pointer.update(cursor(5, 3));
+        pointer.forget();
+        assert!(pointer.overlay().is_none() && !pointer.is_known());
     }
 
     #[test]

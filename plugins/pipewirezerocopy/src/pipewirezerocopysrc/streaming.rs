@@ -22,7 +22,7 @@ use super::pointer::Pointer;
 use super::schedule::Schedule;
 use super::settings::LiveSettings;
 use crate::capture::frame::Frame;
-use crate::capture::meta::{Cursor, Transform};
+use crate::capture::meta::Transform;
 use crate::capture::{Capture, Interest, Look, Offer, StreamFormat};
 use crate::egl::{Display, Reader};
 
@@ -191,7 +191,11 @@ impl Streaming {
                 Some(_) if self.keeps_frame() => Step::Flush,
                 _ => Step::Negotiate(format),
             },
-            (Look::Cursor, None) if self.last.is_some() && !self.vanished => Step::Resend,
+            (Look::Cursor, None)
+                if self.last.is_some() && !self.vanished && self.pointer_has_moved() =>
+            {
+                Step::Resend
+            }
             (Look::Vanished(reason), _) if self.keeps_frame() => {
                 self.gone = Some(reason);
                 Step::Flush
@@ -203,7 +207,7 @@ impl Streaming {
             }
             // Its return is waited for; look again for what else there is.
             (Look::Absent(_), _) => Step::Wait(Deadline::at(now)),
-            // Without a picture to draw it on, a pointer waits for the next one.
+            // A pointer that is hidden, or without a picture to draw it on, waits for the next one.
             (Look::Cursor | Look::Nothing, None) => self.idle_step(settings, now),
         }
     }
@@ -211,6 +215,12 @@ impl Streaming {
     /// Whether there was CUDA memory and is none any more: the producer's buffers may be imported for it still.
     pub fn has_given_up_cuda(&self) -> bool {
         self.cuda_device.is_some() && !self.can.cuda
+    }
+
+    /// Whether there is news of the pointer that makes another picture. Not of one that was and is hidden.
+    pub fn pointer_has_moved(&self) -> bool {
+        let news = self.capture.inbox().cursor();
+        news.is_some_and(|news| news.bitmap.is_some() || self.pointer.overlay().is_some())
     }
 
     /// Whether the latch has a frame that can still leave.
@@ -390,7 +400,7 @@ impl PipeWireZeroCopySrc {
         if let Some(streaming) = &mut *lock(&self.streaming) {
             streaming.vanished = true;
             streaming.latch.take();
-            streaming.pointer.update(Cursor::default());
+            streaming.pointer.forget();
         }
         match meaning {
             OnDisconnect::Error => self.fail(gst::error_msg!(

@@ -14,7 +14,7 @@ use super::content::run_on;
 use super::hostile::{SIZE, painter, plain, playing, shown};
 use super::lifecycle::gst_launch;
 use super::painter::{Painter, until};
-use super::run::{Run, expected_pixels, is_keepalive, pixels};
+use super::run::{LONG, Run, expected_pixels, is_keepalive, pixels};
 use super::{desktop, own_desktop};
 
 /// Within this a vanished producer must have been noticed, on however busy a machine. What is said
@@ -82,6 +82,23 @@ fn a_node_that_comes_back_under_its_name_is_followed() {
     assert!(!is_keepalive(&sample));
     run.capture_message("returned");
     assert_eq!(run.stat("reconnects"), 1);
+}
+
+#[test]
+fn a_namesake_that_came_before_the_node_went_is_followed() {
+    let desktop = desktop();
+    let old = painter(&desktop, "overlapping");
+    let run = playing(&desktop, "overlapping");
+    shown(&old, &run, &plain(1));
+    let new = painter(&desktop, "overlapping");
+    new.node();
+    // A picture later the element has seen it come.
+    while pixels(&shown(&old, &run, &plain(2)))[0] != 2 {}
+    drop(old);
+    let reason = run.capture_message("vanished");
+    assert!(reason.contains("has been removed"), "{reason}");
+    while pixels(&shown(&new, &run, &plain(3)))[0] != 3 {}
+    run.capture_message("returned");
 }
 
 #[test]
@@ -338,6 +355,28 @@ fn a_link_that_comes_back_finds_all_buffers_and_harms_no_picture() {
     }
     desktop.stop(client);
     desktop.close(&cast);
+}
+
+#[test]
+fn timestamps_start_again_where_a_flush_resets_the_running_time() {
+    let desktop = desktop();
+    let _producer = Painter::still(&desktop, "flushed", "format=BGRx,width=64,height=48");
+    let run = run_on(&desktop, "flushed", "video/x-raw");
+    run.src.set_property("keepalive-time", 10u32);
+    let (tell, pushed) = std::sync::mpsc::channel();
+    let pad = run.src.static_pad("src").unwrap();
+    pad.add_probe(gst::PadProbeType::BUFFER, move |_, info| {
+        let _ = tell.send(info.buffer().and_then(|buffer| buffer.pts()));
+        gst::PadProbeReturn::Ok
+    });
+    run.play();
+    let next = || pushed.recv_timeout(LONG).expect("a buffer").unwrap();
+    let late = gst::ClockTime::from_seconds(2);
+    until(|| next() >= late);
+    assert!(run.src.send_event(gst::event::FlushStart::new()));
+    let stop = gst::event::FlushStop::builder(true).build();
+    assert!(run.src.send_event(stop));
+    until(|| next() < late);
 }
 
 #[test]

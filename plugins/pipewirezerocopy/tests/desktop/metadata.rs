@@ -6,7 +6,7 @@ use gst::prelude::*;
 
 use super::content::run_on;
 use super::desktop;
-use super::hostile::{HEIGHT, SIZE, WIDTH, painter, plain, playing, shown};
+use super::hostile::{HEIGHT, SIZE, WIDTH, painter, plain, playing, show_until_counted, shown};
 use super::painter::{Cursor, Painter, Picture};
 use super::run::{Run, pixels};
 
@@ -53,7 +53,7 @@ fn damage_that_the_producer_reports_is_on_the_buffer() {
         chunk_flags: libspa::sys::SPA_CHUNK_FLAG_CORRUPTED as i32,
         ..damaged(&[(0, 0, 1, 1)])
     };
-    super::hostile::show_until_counted(&painter, &run, &corrupted, "corrupted");
+    show_until_counted(&painter, &run, &corrupted, "corrupted");
     assert_eq!(
         damage(&shown(&painter, &run, &damaged(&[(1, 2, 3, 4)]))),
         None
@@ -151,6 +151,32 @@ fn a_pointer_is_drawn_into_the_picture_for_who_takes_no_overlays() {
         ..pointer(9, 7)
     };
     assert_eq!(pixels(&moved(&painter, &run, hidden)), plain_pixels);
+}
+
+#[test]
+fn a_pointer_that_reappears_on_a_still_screen_is_shown() {
+    let desktop = desktop();
+    let painter = painter(&desktop, "reappearing");
+    let run = playing(&desktop, "reappearing");
+    shown(&painter, &run, &with_pointer(100, pointer(5, 3)));
+    let hidden = |x| Cursor {
+        bitmap: Some((0, 0, Vec::new())),
+        ..pointer(x, 3)
+    };
+    moved(&painter, &run, hidden(5));
+    // Somebody types.
+    let typed = pixels(&shown(&painter, &run, &plain(101)));
+    assert_eq!(typed, vec![101; SIZE as usize]);
+    // Where it cannot be seen it changes no picture.
+    let elsewhere = Picture {
+        size: 0,
+        ..with_pointer(66, hidden(9))
+    };
+    show_until_counted(&painter, &run, &elsewhere, "empty");
+    let sample = moved(&painter, &run, pointer(9, 3));
+    let at = (3 * WIDTH as usize + 8) * 4;
+    assert_eq!(pixels(&sample)[at..at + 3], [255, 0, 0]);
+    assert_eq!(damage(&sample), Some(vec![[8, 3, 2, 1]]));
 }
 
 #[test]

@@ -159,3 +159,22 @@ fn the_last_picture_makes_room_where_its_buffer_is_the_one_that_is_missing() {
         assert!(setup.has_last());
     }
 }
+
+#[test]
+fn timestamps_rise_until_the_running_time_starts_again() {
+    let setup = Setup::new(OutputMemory::System);
+    let clock = gst::SystemClock::obtain();
+    setup.element.set_clock(Some(&clock)).unwrap();
+    let stamped = |base_time: gst::ClockTime, captured: Monotonic| {
+        setup.element.set_base_time(base_time);
+        let mut buffer = gst::Buffer::new();
+        setup.element.imp().stamp(&mut buffer, captured);
+        buffer.pts().unwrap()
+    };
+    let early = Monotonic::now();
+    let first = stamped(gst::ClockTime::ZERO, Monotonic::now());
+    let second = stamped(gst::ClockTime::ZERO, early);
+    assert!(second > first);
+    let third = stamped(clock.time(), Monotonic::now());
+    assert!(third < first, "{third} after a reset, {first} before");
+}
