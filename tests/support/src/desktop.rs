@@ -37,6 +37,15 @@ pub enum Recording {
     Virtual,
 }
 
+impl Recording {
+    fn mode(self) -> &'static str {
+        match self {
+            Self::Monitor => "monitor",
+            Self::Virtual => "virtual",
+        }
+    }
+}
+
 /// A ScreenCast session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Screencast {
@@ -141,24 +150,26 @@ impl Desktop {
 
     /// Starts a ScreenCast session.
     pub fn screencast(&mut self, recording: Recording) -> Screencast {
-        let mode = match recording {
-            Recording::Monitor => "monitor",
-            Recording::Virtual => "virtual",
-        };
-        self.cast(&json!({"cmd": "screencast", "mode": mode}))
+        self.cast(&json!({"cmd": "screencast", "mode": recording.mode()}))
     }
 
-    /// Starts a ScreenCast session of the monitor with a pointer that can be moved.
-    pub fn screencast_with_pointer(&mut self, mode: CursorMode) -> Screencast {
-        let mode = match mode {
+    /// Starts a ScreenCast session with a pointer that can be moved.
+    pub fn screencast_with_pointer(
+        &mut self,
+        recording: Recording,
+        cursor: CursorMode,
+    ) -> Screencast {
+        let cursor = match cursor {
             CursorMode::Hidden => "hidden",
             CursorMode::Embedded => "embedded",
             CursorMode::Metadata => "metadata",
         };
-        self.cast(&json!({"cmd": "screencast", "cursor-mode": mode, "pointer": true}))
+        self.cast(&json!({
+            "cmd": "screencast", "mode": recording.mode(), "cursor-mode": cursor, "pointer": true,
+        }))
     }
 
-    /// Moves the pointer of such a session to this pixel.
+    /// Moves the pointer of such a session to this pixel. New windows open on the pointer's monitor.
     pub fn move_pointer(&mut self, screencast: &Screencast, x: u32, y: u32) {
         let session = &screencast.session;
         self.ask(&json!({"cmd": "move-pointer", "session": session, "x": x, "y": y}));

@@ -52,7 +52,7 @@ pub fn threads() -> usize {
 }
 
 /// Bytes on the heap that are in use. Not what is in RAM, of which allocators keep more or less.
-fn heap() -> u64 {
+pub fn heap() -> u64 {
     // SAFETY: it only reads the allocator's own figures, under its own locks.
     let info = unsafe { nix::libc::mallinfo2() };
     (info.uordblks + info.hblkhd) as u64

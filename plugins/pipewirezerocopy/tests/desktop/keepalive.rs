@@ -31,15 +31,16 @@ pub fn still(run: &Run, count: usize) -> (gst::Sample, Vec<gst::Sample>) {
     (frame, keepalives)
 }
 
-/// Whether these came no faster than at the period: each in its own, however late in it. How exact
-/// they are on a machine that does nothing else, `ci/bench` tells; that they keep to a grid, the
-/// unit tests of the schedule.
+/// Whether these came no faster than at the period, each in its own, however late in it, and not
+/// slower by far on a machine that may be busy. How exact they are on a machine that does nothing
+/// else, `ci/bench` tells; that they keep to a grid, the unit tests of the schedule.
 fn keep_to(period: gst::ClockTime, keepalives: &[gst::Sample]) -> bool {
     let (Some(first), Some(last)) = (keepalives.first(), keepalives.last()) else {
         return false;
     };
-    let periods = keepalives.len() as u64 - 2;
-    keepalives.is_sorted_by(|a, b| pts(a) < pts(b)) && pts(last) - pts(first) >= period * periods
+    let count = keepalives.len() as u64;
+    keepalives.is_sorted_by(|a, b| pts(a) < pts(b))
+        && (period * (count - 2)..period * count * 10).contains(&(pts(last) - pts(first)))
 }
 
 fn address(sample: &gst::Sample) -> *const u8 {

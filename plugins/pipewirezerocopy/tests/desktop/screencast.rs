@@ -5,18 +5,22 @@
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
-use zerocopy_test_support::desktop::{CursorMode, Recording};
+use zerocopy_test_support::desktop::{CursorMode, Desktop, Recording, Screencast};
 
 use super::desktop;
+use super::hostile::size;
 use super::run::{Run, init, is_keepalive, pixels, pts};
 
-/// Pictures that the moving client shows, in order (see `tests/pattern.py`).
-pub fn moving_pictures(count: u32) -> Vec<Vec<u8>> {
+/// Pictures that the moving client of this size shows, in order (see `tests/pattern.py`), without their
+/// padding: all there are.
+pub fn moving_pictures((width, height): (u32, u32)) -> Vec<Vec<u8>> {
     init();
+    // The picture repeats after its width, at 4 pixels a frame.
     let description = format!(
-        "videotestsrc pattern=colors horizontal-speed=4 num-buffers={count} ! \
-         video/x-raw,format=BGRx,width=640,height=480,framerate=30/1 ! \
-         appsink name=sink sync=false"
+        "videotestsrc pattern=colors horizontal-speed=4 num-buffers={} ! \
+         video/x-raw,format=BGRx,width={width},height={height},framerate=30/1 ! \
+         appsink name=sink sync=false",
+        width / 4
     );
     let pipeline = gst::parse::launch(&description)
         .unwrap()
@@ -29,7 +33,7 @@ pub fn moving_pictures(count: u32) -> Vec<Vec<u8>> {
         .downcast::<gst_app::AppSink>()
         .unwrap();
     let pictures = std::iter::from_fn(|| sink.pull_sample().ok())
-        .map(|sample| pixels(&sample))
+        .map(|sample| opaque(&pixels(&sample)))
         .collect();
     pipeline.set_state(gst::State::Null).unwrap();
     pictures
@@ -41,6 +45,22 @@ pub fn opaque(pixels: &[u8]) -> Vec<u8> {
         .chunks(4)
         .flat_map(|pixel| [pixel[0], pixel[1], pixel[2], 255])
         .collect()
+}
+
+/// Checks that each frame is one of these pictures in each colour of each pixel, and that they move.
+pub fn assert_drawn(frames: &[gst::Sample], pictures: &[Vec<u8>]) {
+    let mut shown: Vec<_> = frames
+        .iter()
+        .map(|frame| {
+            let got = opaque(&pixels(frame));
+            let found = pictures.iter().position(|picture| *picture == got);
+            found.expect("the frame is none of the client's pictures")
+        })
+        .collect();
+    shown.sort_unstable();
+    shown.dedup();
+    // A picture may be captured twice.
+    assert!(shown.len() > frames.len() / 2, "only pictures {shown:?}");
 }
 
 #[test]
@@ -59,17 +79,7 @@ fn a_moving_desktop_gives_its_frames_with_the_right_colours() {
     desktop.stop(client);
     assert!(samples.is_sorted_by(|a, b| pts(a) < pts(b)));
 
-    // The last picture is one of those that the client drew, in each colour of each pixel.
-    let got = pixels(samples.last().unwrap());
-    let got = opaque(&got);
-    // The picture repeats after its width: 640 / 4 frames.
-    let found = moving_pictures(161)
-        .iter()
-        .position(|picture| opaque(picture) == got);
-    assert!(
-        found.is_some(),
-        "the frame is none of the client's pictures"
-    );
+    assert_drawn(&samples, &moving_pictures((640, 480)));
     desktop.close(&cast);
 }
 
@@ -136,48 +146,69 @@ fn two_sources_on_one_node_both_have_its_pictures() {
     let mut desktop = desktop();
     let cast = desktop.screencast(Recording::Monitor);
     let runs = [0; 2].map(|_| Run::on_node(&desktop, cast.node));
-    runs[0].play();
-    runs[0].frame();
-    // mutter draws nothing for the second one's sake alone.
-    let client = desktop.moving_picture(30);
-    runs[1].play();
-    for _ in 0..20 {
-        for run in &runs {
-            assert_eq!(pixels(&run.frame()).len(), 640 * 480 * 4);
-        }
-    }
-    desktop.stop(client);
-    // The second one goes; the first one stays.
-    let [first, second] = runs;
-    second.stop();
-    for _ in 0..3 {
-        first.frame();
-    }
+    assert_both_have_the_pictures(&mut desktop, &runs);
     desktop.close(&cast);
+}
+
+/// Checks what two on one node get, and what the first one gets when the second one has gone.
+pub fn assert_both_have_the_pictures(desktop: &mut Desktop, [first, second]: &[Run; 2]) {
+    for run in [first, second] {
+        // What comes is new.
+        run.src.set_property("keepalive-time", 0u32);
+    }
+    first.play();
+    first.frame();
+    // A compositor draws nothing for the second one's sake alone.
+    let client = desktop.moving_picture(30);
+    // What has piled up shows the client's window as it grew.
+    while first.frame_within(Duration::ZERO).is_some() {}
+    second.play();
+    let (one, other): (Vec<_>, Vec<_>) = (0..20).map(|_| (first.frame(), second.frame())).unzip();
+    second.stop();
+    let gone = first.pipeline.current_running_time().unwrap();
+    let after: Vec<_> = std::iter::repeat_with(|| first.frame())
+        .filter(|frame| pts(frame) > gone)
+        .take(10)
+        .collect();
+    desktop.stop(client);
+    let pictures = moving_pictures((640, 480));
+    for frames in [one, other, after] {
+        assert_drawn(&frames, &pictures);
+    }
 }
 
 #[test]
 fn another_size_that_downstream_asks_for_while_playing_is_negotiated() {
     let mut desktop = desktop();
-    let cast = desktop.screencast(Recording::Virtual);
+    let cast = desktop.screencast_with_pointer(Recording::Virtual, CursorMode::Hidden);
     let run = Run::new(&desktop, "video/x-raw,width=320,height=200");
     run.src.set_property("pipewire-node-id", cast.node);
     run.play();
-    let size = |sample: &gst::Sample| {
-        let caps = sample.caps().unwrap().structure(0).unwrap();
-        (caps.get::<i32>("width"), caps.get::<i32>("height"))
-    };
-    assert_eq!(size(&run.frame()), (Ok(320), Ok(200)));
+    assert_eq!(size(&run.frame()), (320, 200));
+    assert_shows_a_client(&mut desktop, &cast, &run, (320, 200));
     run.set_caps("video/x-raw,width=400,height=300");
     // What is under way still has the old size.
-    while size(&run.frame()) != (Ok(400), Ok(300)) {}
+    while size(&run.frame()) != (400, 300) {}
     // Frames and keepalives keep it.
     for _ in 0..5 {
-        let sample = run.frame();
-        assert_eq!(size(&sample), (Ok(400), Ok(300)));
-        assert_eq!(pixels(&sample).len(), 400 * 300 * 4);
+        assert_eq!(size(&run.frame()), (400, 300));
     }
+    assert_shows_a_client(&mut desktop, &cast, &run, (400, 300));
     desktop.close(&cast);
+}
+
+/// Checks the pictures of a client that fills a virtual monitor of this size.
+fn assert_shows_a_client(desktop: &mut Desktop, cast: &Screencast, run: &Run, size: (u32, u32)) {
+    desktop.move_pointer(cast, 20, 20);
+    let client = desktop.moving_window(30, size);
+    // What has piled up shows the client's window as it grew.
+    while run.frame_within(Duration::ZERO).is_some() {}
+    let frames: Vec<_> = std::iter::repeat_with(|| run.frame())
+        .filter(|sample| !is_keepalive(sample))
+        .take(10)
+        .collect();
+    desktop.stop(client);
+    assert_drawn(&frames, &moving_pictures(size));
 }
 
 #[test]
@@ -282,7 +313,7 @@ fn mutters_pointer_is_hidden_in_the_picture_or_beside_it_as_the_session_asks() {
         CursorMode::Embedded,
         CursorMode::Metadata,
     ] {
-        let cast = desktop.screencast_with_pointer(mode);
+        let cast = desktop.screencast_with_pointer(Recording::Monitor, mode);
         desktop.move_pointer(&cast, 300, 200);
         let run = Run::on_node(&desktop, cast.node);
         run.src.set_property("keepalive-time", 20u32);
