@@ -244,10 +244,12 @@ class Desktop:
         self._started = True
 
     def _start_mutter(self):
-        names = []
-        Gio.bus_watch_name_on_connection(
-            self.bus, SCREENCAST, 0, lambda *_: names.append(SCREENCAST), None
-        )
+        # mutter takes one after the other.
+        missing = {SCREENCAST, REMOTE_DESKTOP}
+        for name in (SCREENCAST, REMOTE_DESKTOP):
+            Gio.bus_watch_name_on_connection(
+                self.bus, name, 0, lambda _bus, name, _owner: missing.discard(name), None
+            )
         monitor_size = f"{self.width}x{self.height}"
         compositor = self._spawn(
             "compositor",
@@ -255,7 +257,8 @@ class Desktop:
             + [f"--wayland-display={WAYLAND_DISPLAY}", f"--virtual-monitor={monitor_size}"],
         )
         self._await_socket(WAYLAND_DISPLAY, compositor)
-        self._await(f"D-Bus name {SCREENCAST}", lambda: names, START_TIMEOUT, compositor)
+        names = f"D-Bus names {SCREENCAST} and {REMOTE_DESKTOP}"
+        self._await(names, lambda: not missing, START_TIMEOUT, compositor)
 
     def _start_weston(self):
         options = subprocess.run(["weston", "--help"], capture_output=True, text=True, check=False)
