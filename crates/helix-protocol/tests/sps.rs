@@ -167,6 +167,31 @@ fn cropping_is_rounded_up_to_what_can_be_said() {
 }
 
 #[test]
+fn cropping_that_says_nothing_is_left_when_it_is_right() {
+    let mut sps = oracle::read(&bytes(REAL[9].2)).unwrap();
+    sps.frame_cropping = Some(FrameCropping::default());
+    let nal = oracle::write(0x67, &sps);
+    let size = Sps::parse(&nal).unwrap().info();
+    let changes = Changes {
+        low_delay: true,
+        ..visible(size.width, size.height)
+    };
+    assert_eq!(
+        oracle::check(&nal, changes),
+        oracle::check(&nal, LOW_DELAY),
+        "nothing was to be cropped"
+    );
+    // Found by the fuzz target sps: the same, and a change behind it.
+    let found =
+        bytes("27464158aeeff7008eef8b2df32a0000030240f771710130000004009e4a8e8ebd007175717171");
+    let changes = Changes {
+        low_delay: true,
+        ..visible(15, 16)
+    };
+    assert!(oracle::check(&found, changes).is_some());
+}
+
+#[test]
 fn only_the_parameter_sets_of_an_access_unit_are_patched() {
     let sps = bytes(REAL[9].2);
     let with_b = bytes(REAL[2].2);

@@ -57,16 +57,22 @@ pub fn check(nal: &[u8], changes: Changes) -> Option<Vec<u8>> {
 /// What the changes mean, said with the other crate's words.
 fn changed(mut sps: SeqParameterSet, changes: Changes) -> SeqParameterSet {
     if let Some((width, height)) = changes.visible {
-        let before = sps.frame_cropping.take().unwrap_or_default();
+        let said = sps.frame_cropping.take();
+        let before = said.clone().unwrap_or_default();
         // One step of cropping is what one step takes away.
         let (whole, smaller) = (dimensions(&sps, 0), dimensions(&sps, 1));
         let unit = (whole.0 - smaller.0, whole.1 - smaller.1);
         let crop = FrameCropping {
             right_offset: (whole.0 - before.left_offset * unit.0 - width) / unit.0,
             bottom_offset: (whole.1 - before.top_offset * unit.1 - height) / unit.1,
-            ..before
+            ..before.clone()
         };
-        sps.frame_cropping = (crop != FrameCropping::default()).then_some(crop);
+        sps.frame_cropping = if crop == before {
+            // Left as it was said, even if at length: offsets that are all 0.
+            said
+        } else {
+            (crop != FrameCropping::default()).then_some(crop)
+        };
     }
     if changes.low_delay {
         let buffering = sps.max_num_ref_frames;
