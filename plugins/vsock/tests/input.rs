@@ -31,9 +31,19 @@ fn encoder(peer: &Peer, caps: &str) -> Harness {
 
 /// The next request that the peer sees, with its pixels.
 fn request(peer: &Peer) -> (FrameRequest, Payload) {
+    request_and_size(peer, &mut (0, 0))
+}
+
+/// The next request that the peer sees, with its pixels; `configured` becomes what the last
+/// CONFIG_REQ before it said of the size.
+fn request_and_size(peer: &Peer, configured: &mut (u32, u32)) -> (FrameRequest, Payload) {
     peer.wait_for(|seen| match seen {
         Seen::Message(envelope) => match envelope.message {
             Message::FrameRequest(request, pixels) => Some((request, pixels.expect("pixels"))),
+            Message::ConfigReq(config) => {
+                *configured = (config.width, config.height);
+                None
+            }
             _ => None,
         },
         _ => None,
@@ -94,6 +104,7 @@ fn every_size_and_format_arrives_as_it_is() {
         peer.port()
     ));
     let formats = ["BGRx", "BGRA", "RGBx", "RGBA", "NV12"];
+    let mut configured = (0, 0);
     for (format, (width, height)) in formats
         .into_iter()
         .flat_map(|format| SIZES.map(|size| (format, size)))
@@ -106,7 +117,7 @@ fn every_size_and_format_arrives_as_it_is() {
         harness
             .push(timed(gst::Buffer::from_slice(all.clone())))
             .unwrap();
-        let (request, pixels) = request(&peer);
+        let (request, pixels) = request_and_size(&peer, &mut configured);
         let (width, height) = (width as usize, height as usize);
         let (sent, fourcc, wanted) = if format == "NV12" {
             let (wide, high) = (width.next_multiple_of(2), height.next_multiple_of(2));
@@ -134,6 +145,7 @@ fn every_size_and_format_arrives_as_it_is() {
             ((width, height), fourcc, all.clone())
         };
         let what = format!("{format} {width}x{height}");
+        assert_eq!(configured, (request.width, request.height), "{what}");
         let seen = (request.width as usize, request.height as usize);
         assert_eq!((seen, request.format), (sent, fourcc), "{what}");
         let bytes_per_pixel = if format == "NV12" { 1 } else { 4 };

@@ -36,6 +36,7 @@ use helix_protocol::wait::{Waiter, Waker};
 
 use super::Transfer;
 use super::formats;
+use super::input::sent_size;
 use super::latency::Latency;
 use super::metas;
 use super::output::{Handle, Output, leaving};
@@ -122,8 +123,10 @@ impl ObjectImpl for VsockEnc {
 
     fn set_property(&self, _id: usize, value: &glib::Value, pspec: &glib::ParamSpec) {
         lock(&self.settings).set(value, pspec);
-        if pspec.name() == "bitrate" {
-            self.change_bitrate();
+        match pspec.name() {
+            "bitrate" => self.change_bitrate(),
+            "max-in-flight" => self.report_latency(),
+            _ => {}
         }
     }
 
@@ -273,14 +276,15 @@ impl VideoEncoderImpl for VsockEnc {
         // this wait, or the next one, that is no error: upstream would take it for one.
         self.drain();
         let (num, den) = framerate(state);
+        let (width, height) = sent_size(&info);
         let config = Config {
-            width: info.width(),
-            height: info.height(),
+            width,
+            height,
             bitrate: lock(&self.settings).bitrate,
             framerate_num: num,
             framerate_den: den,
             profile: self.wanted_profile(),
-            level: level(info.width(), info.height(), num, den),
+            level: level(width, height, num, den),
             realtime: true,
         };
         let pixels = self.pixels_of(&info);
@@ -289,10 +293,8 @@ impl VideoEncoderImpl for VsockEnc {
         let duration = gst::ClockTime::SECOND
             .mul_div_ceil(den.into(), num.into())
             .unwrap_or(gst::ClockTime::ZERO);
-        let latency = Latency::new(duration.into());
-        let least = gst::ClockTime::from_nseconds(latency.reported().as_nanos() as u64);
-        self.obj().set_latency(least, gst::ClockTime::NONE);
-        lock(&self.output).input_changed(latency);
+        lock(&self.output).input_changed(Latency::new(duration.into()));
+        self.report_latency();
         if let Some(streaming) = &mut *lock(&self.streaming) {
             // The host was waited for since it was read, and change_bitrate() found no input.
             format.config.bitrate = lock(&self.settings).bitrate;

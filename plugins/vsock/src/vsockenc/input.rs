@@ -155,7 +155,7 @@ impl VsockEnc {
             return 0;
         }
         match pixel_format(info.format()) {
-            Some(PixelFormat::Nv12) => nv12_size(info),
+            Some(PixelFormat::Nv12) => nv12_bytes(info),
             _ => info.width() as usize * info.height() as usize * 4,
         }
     }
@@ -173,15 +173,29 @@ impl VsockEnc {
         let Some(mut reason) = format.refused_by(&host) else {
             return Ok(());
         };
-        if format.pixels > nv12_size(info) && nv12_size(info) <= host.max_pixels() as usize {
+        if format.pixels > nv12_bytes(info) && nv12_bytes(info) <= host.max_pixels() as usize {
             reason.push_str(", or send NV12");
         }
         Err(reason)
     }
 }
 
-/// Odd sizes of NV12 are sent as the next even ones.
-fn nv12_size(info: &gst_video::VideoInfo) -> usize {
-    let even = |side: u32| side.next_multiple_of(2) as usize;
-    even(info.width()) * even(info.height()) * 3 / 2
+/// Width and height of frames as they are sent. Odd sides of NV12 cannot be said (docs/protocol.md,
+/// "Pixels"): the next even ones are sent.
+pub(super) fn sent_size(info: &gst_video::VideoInfo) -> (u32, u32) {
+    match pixel_format(info.format()) {
+        Some(PixelFormat::Nv12) => even_size(info),
+        _ => (info.width(), info.height()),
+    }
+}
+
+fn even_size(info: &gst_video::VideoInfo) -> (u32, u32) {
+    let even = |side: u32| side.next_multiple_of(2);
+    (even(info.width()), even(info.height()))
+}
+
+/// Bytes of a frame, were it sent as NV12.
+fn nv12_bytes(info: &gst_video::VideoInfo) -> usize {
+    let (width, height) = even_size(info);
+    width as usize * height as usize * 3 / 2
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! The latency that is reported: one frame's duration at first, or less where frames are rare, and
-//! more when the host turns out to take longer. It has no upper limit: a host may take as long as
-//! it likes for a frame.
+//! more when the host turns out to take longer. At most it is what the frames last that the element
+//! takes before it lets upstream wait.
 
 use std::time::Duration;
 
@@ -18,6 +18,8 @@ const LARGEST_STEP: Duration = Duration::from_nanos(33_333_334);
 /// What was reported, and what is true.
 #[derive(Debug)]
 pub struct Latency {
+    /// From one frame to the next.
+    frame: Duration,
     /// What is reported is a multiple of it.
     step: Duration,
     reported: Duration,
@@ -38,6 +40,7 @@ impl Latency {
     pub fn new(duration: Duration) -> Self {
         let step = duration.min(LARGEST_STEP);
         Self {
+            frame: duration,
             step,
             reported: step,
             took: [Duration::ZERO; WINDOW],
@@ -48,6 +51,12 @@ impl Latency {
     /// What is to be reported.
     pub fn reported(&self) -> Duration {
         self.reported
+    }
+
+    /// How long a frame may stay while upstream need not wait: until so many are in flight. No
+    /// less than what is reported.
+    pub fn most(&self, in_flight: u32) -> Duration {
+        self.reported.max(self.frame.saturating_mul(in_flight))
     }
 
     /// A frame took this long, from its sending to its reply; whether something else is to be
@@ -73,7 +82,7 @@ impl Latency {
             .unwrap_or(u32::MAX);
         *self = Self {
             reported: self.step * steps,
-            ..Self::new(self.step)
+            ..Self::new(self.frame)
         };
         true
     }
@@ -141,5 +150,16 @@ mod tests {
     fn rare_frames_are_not_slow_ones() {
         let latency = Latency::new(Duration::from_secs(1));
         assert_eq!(latency.reported(), LARGEST_STEP);
+        assert_eq!(latency.most(2), Duration::from_secs(2));
+    }
+
+    #[test]
+    fn at_most_it_is_what_the_frames_in_flight_last() {
+        let mut latency = Latency::new(FRAME);
+        assert_eq!(latency.most(1), FRAME);
+        assert_eq!(latency.most(3), FRAME * 3);
+        assert_eq!(rises(&mut latency, [FRAME * 7; LATE].into_iter()), 1);
+        assert_eq!(latency.most(3), FRAME * 7);
+        assert_eq!(latency.most(8), FRAME * 8);
     }
 }

@@ -285,17 +285,26 @@ impl VsockEnc {
 
     /// Reports more latency where a host takes longer than was reported.
     fn see_latency(&self, took: Duration) {
-        let latency = {
-            let mut output = lock(&self.output);
-            if !output.latency.took(took) {
-                return;
-            }
-            output.latency.reported()
+        if lock(&self.output).latency.took(took) {
+            self.report_latency();
+        }
+    }
+
+    /// Tells the base class what the latency is now; it posts a latency message where that is
+    /// something else than before.
+    pub(super) fn report_latency(&self) {
+        let in_flight = lock(&self.settings).max_in_flight;
+        let (least, most) = {
+            let latency = &lock(&self.output).latency;
+            (latency.reported(), latency.most(in_flight))
         };
-        gst::info!(CAT, imp = self, "latency is {latency:?} now");
-        let latency = gst::ClockTime::from_nseconds(latency.as_nanos() as u64);
-        // Posts a latency message, too.
-        self.obj().set_latency(latency, gst::ClockTime::NONE);
+        gst::info!(
+            CAT,
+            imp = self,
+            "latency is {least:?} now, at most {most:?}"
+        );
+        let time = |duration: Duration| gst::ClockTime::from_nseconds(duration.as_nanos() as u64);
+        self.obj().set_latency(time(least), time(most));
     }
 
     /// Finishes the frames that were dropped before there were caps.
