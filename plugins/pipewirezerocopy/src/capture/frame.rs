@@ -203,7 +203,8 @@ impl Drop for Lease {
     }
 }
 
-/// A frame that the producer drew.
+/// A frame that the producer drew. It lies in a box from the beginning: it has some hundred bytes, and
+/// would be moved half a dozen times, into memory that is cold.
 #[derive(Debug)]
 pub struct Frame {
     /// Where its pixels are, checked against the memory.
@@ -321,12 +322,12 @@ impl Frame {
     }
 
     /// What keeps the buffer from the producer, for whoever has its DMA-BUFs already.
-    pub fn into_lease(self) -> Lease {
+    pub fn into_lease(self: Box<Self>) -> Lease {
         self.lease
     }
 
     /// Gives the frame's memory as it lies, a part for each of the layout's extents.
-    pub fn into_parts(self, mut give: impl FnMut(Part)) {
+    pub fn into_parts(self: Box<Self>, mut give: impl FnMut(Part)) {
         let Pixels::Blocks(mut memory) = self.pixels else {
             return;
         };
@@ -416,7 +417,7 @@ pub(super) mod tests {
         stride: i32,
         buffers: usize,
         counters: &Arc<Counters>,
-    ) -> Frame {
+    ) -> Box<Frame> {
         // SAFETY: The name is a C string; the result is checked and owned by the File.
         let file = unsafe {
             let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
@@ -439,7 +440,7 @@ pub(super) mod tests {
             pool.add();
         }
         let (sender, _receiver) = pipewire::channel::channel();
-        Frame {
+        Box::new(Frame {
             layout: FrameLayout::new(PixelFormat::Bgrx, width, height, &[chunk]).unwrap(),
             format: StreamFormat {
                 format: PixelFormat::Bgrx,
@@ -462,11 +463,16 @@ pub(super) mod tests {
                 Arc::new(Returns::new(sender)),
                 counters.clone(),
             ),
-        }
+        })
     }
 
     /// Frames in DMA-BUFs of one pool of `buffers`.
-    pub fn frames_in_dmabufs(count: usize, buffers: usize, counters: &Arc<Counters>) -> Vec<Frame> {
+    #[expect(clippy::vec_box, reason = "as they are handed on")]
+    pub fn frames_in_dmabufs(
+        count: usize,
+        buffers: usize,
+        counters: &Arc<Counters>,
+    ) -> Vec<Box<Frame>> {
         let pool = Arc::new(Pool::default());
         for _ in 0..buffers {
             pool.add();
@@ -485,7 +491,12 @@ pub(super) mod tests {
     }
 
     /// Frames of 2x2 pixels in sealed memory, of one pool of `buffers`.
-    pub fn frames_in_memory(count: usize, buffers: usize, counters: &Arc<Counters>) -> Vec<Frame> {
+    #[expect(clippy::vec_box, reason = "as they are handed on")]
+    pub fn frames_in_memory(
+        count: usize,
+        buffers: usize,
+        counters: &Arc<Counters>,
+    ) -> Vec<Box<Frame>> {
         let mut frames = frames_in_dmabufs(count, buffers, counters);
         for frame in &mut frames {
             frame.pixels = frame_of(&[0; 64], (2, 2), 8, 0, counters).pixels;
@@ -494,7 +505,7 @@ pub(super) mod tests {
     }
 
     /// A frame of NV12, 8x2 pixels, with a memory for each plane.
-    pub fn frame_in_two_memories(counters: &Arc<Counters>) -> Frame {
+    pub fn frame_in_two_memories(counters: &Arc<Counters>) -> Box<Frame> {
         let [mut frame, other] = [0, 1].map(|_| frame_of(&[0; 64], (8, 2), 32, 8, counters));
         let memories = [&frame, &other].map(|frame| match &frame.pixels {
             Pixels::Blocks([memory, _]) => memory.clone(),
@@ -512,7 +523,7 @@ pub(super) mod tests {
     }
 
     /// The same frame, which is not drawn before something is written to what is returned with it.
-    pub fn undrawn(mut frame: Frame) -> (Frame, io::PipeWriter) {
+    pub fn undrawn(mut frame: Box<Frame>) -> (Box<Frame>, io::PipeWriter) {
         let (reader, writer) = io::pipe().unwrap();
         let buffer = dmabuf::tests::drawn_when(reader).into();
         let plane = dmabuf::Plane::default();
@@ -522,7 +533,7 @@ pub(super) mod tests {
     }
 
     /// The lower row of the same frame, of whose layout only the driver knows.
-    pub fn tiled_and_cropped(mut frame: Frame) -> Frame {
+    pub fn tiled_and_cropped(mut frame: Box<Frame>) -> Box<Frame> {
         let layout = FrameLayout::without_planes(PixelFormat::Bgrx, 2, 2).unwrap();
         frame.layout = layout.crop(Region {
             x: 0,
@@ -533,7 +544,7 @@ pub(super) mod tests {
         frame
     }
 
-    fn frame(bytes: &[u8], width: u32, height: u32, stride: i32) -> (Frame, Arc<Counters>) {
+    fn frame(bytes: &[u8], width: u32, height: u32, stride: i32) -> (Box<Frame>, Arc<Counters>) {
         let counters = Arc::new(Counters::default());
         let frame = frame_of(bytes, (width, height), stride, 8, &counters);
         (frame, counters)

@@ -49,7 +49,7 @@ pub enum Interest {
 
 #[derive(Debug, Default)]
 struct Contents {
-    frame: Option<Frame>,
+    frame: Option<Box<Frame>>,
     cursor: Option<Cursor>,
     /// A frame was dropped whose damage the next one lacks.
     missed: bool,
@@ -105,7 +105,7 @@ impl Inbox {
     pub fn look(&self, interest: Interest) -> Look {
         let mut contents = self.lock();
         contents.waiting = None;
-        let stuck = interest == Interest::Buffer && contents.frame.as_ref().is_some_and(is_stuck);
+        let stuck = interest == Interest::Buffer && contents.frame.as_deref().is_some_and(is_stuck);
         if (contents.frame.is_none() || contents.frame_is_newer || stuck)
             && let Some(reason) = contents.vanished.take()
         {
@@ -144,7 +144,7 @@ impl Inbox {
         &self,
         expected: &StreamFormat,
         wanted: impl FnOnce(&mut Frame) -> bool,
-    ) -> Option<Frame> {
+    ) -> Option<Box<Frame>> {
         let mut contents = self.lock();
         let frame = contents.frame.as_mut()?;
         if frame.format != *expected || !wanted(frame) {
@@ -160,7 +160,7 @@ impl Inbox {
 
     /// Gives a frame back which could not leave as was agreed, and may in another way: on a still screen no
     /// other comes. A newer one goes before it.
-    pub fn put_back(&self, frame: Frame) {
+    pub fn put_back(&self, frame: Box<Frame>) {
         let dropped = {
             let mut contents = self.lock();
             contents.missed = true;
@@ -223,7 +223,7 @@ impl Inbox {
         }
     }
 
-    pub(super) fn put_frame(&self, mut frame: Frame) {
+    pub(super) fn put_frame(&self, mut frame: Box<Frame>) {
         let (replaced, wake) = {
             let mut contents = self.lock();
             contents.frame_is_newer = contents.vanished.is_some();
@@ -271,7 +271,7 @@ impl Inbox {
     pub(super) fn put_returned(&self) {
         let wake = {
             let mut contents = self.lock();
-            let stuck = contents.frame.as_ref().is_some_and(is_stuck);
+            let stuck = contents.frame.as_deref().is_some_and(is_stuck);
             let buffer = |interest: &mut Interest| *interest == Interest::Buffer && !stuck;
             contents.waiting.take_if(buffer).is_some()
         };
@@ -344,7 +344,7 @@ mod tests {
         }
     }
 
-    fn frame(width: u32, counters: &Arc<Counters>) -> Frame {
+    fn frame(width: u32, counters: &Arc<Counters>) -> Box<Frame> {
         frame_of(&[0; 64], (width, 1), 0, 8, counters)
     }
 

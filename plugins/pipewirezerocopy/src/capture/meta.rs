@@ -158,6 +158,7 @@ fn region(meta: spa_sys::spa_meta_region) -> Region {
 }
 
 /// The picture at `at` of a cursor's metadata; none where it is invisible, or cannot be.
+#[inline(never)]
 fn bitmap(bytes: Bytes, at: usize, hotspot: (i32, i32)) -> Option<CursorBitmap> {
     // SAFETY: A structure of integers.
     let meta: spa_sys::spa_meta_bitmap = unsafe { bytes.read(at) }?;

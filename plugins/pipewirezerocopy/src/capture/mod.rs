@@ -323,16 +323,16 @@ pub(crate) mod tests {
     }
 
     /// A frame of BGRx, one pixel high.
-    pub fn frame(width: u32, counters: &Arc<Counters>) -> Frame {
+    pub fn frame(width: u32, counters: &Arc<Counters>) -> Box<Frame> {
         frame_of(&[0; 64], (width, 1), 0, 8, counters)
     }
 
     /// A frame of BGRx, 2x2 pixels in rows of `stride` bytes.
-    pub fn frame_with_stride(stride: i32, counters: &Arc<Counters>) -> Frame {
+    pub fn frame_with_stride(stride: i32, counters: &Arc<Counters>) -> Box<Frame> {
         frame_of(&[0; 64], (2, 2), stride, 8, counters)
     }
 
-    pub fn put_frame(capture: &Capture, frame: Frame) {
+    pub fn put_frame(capture: &Capture, frame: Box<Frame>) {
         capture.inbox.put_frame(frame);
         capture.inbox.tell();
     }

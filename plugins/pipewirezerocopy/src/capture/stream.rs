@@ -439,20 +439,7 @@ impl State {
                     self.link.inbox.put_frame(frame);
                     continue;
                 }
-                Err(Skip::Empty) => {
-                    self.link.counters.empty.fetch_add(1, Ordering::Relaxed);
-                }
-                Err(Skip::Corrupted(why)) => {
-                    self.link.counters.corrupted.fetch_add(1, Ordering::Relaxed);
-                    self.missed.set(true);
-                    let why = why.unwrap_or_else(|| "marked as corrupted".into());
-                    let level = if self.complained.replace(true) {
-                        Level::Trace
-                    } else {
-                        Level::Warning
-                    };
-                    self.log(level, format_args!("frame skipped: {why}"));
-                }
+                Err(skip) => self.see_skipped(skip),
             }
             // SAFETY: It was dequeued above, and no frame was made of it.
             unsafe {
@@ -462,6 +449,40 @@ impl State {
                 }
             }
         }
+    }
+
+    /// Counts a buffer that no frame was made of.
+    #[cold]
+    fn see_skipped(&self, skip: Skip) {
+        let Skip::Corrupted(why) = skip else {
+            self.link.counters.empty.fetch_add(1, Ordering::Relaxed);
+            return;
+        };
+        self.link.counters.corrupted.fetch_add(1, Ordering::Relaxed);
+        self.missed.set(true);
+        let why = why.unwrap_or_else(|| "marked as corrupted".into());
+        let level = if self.complained.replace(true) {
+            Level::Trace
+        } else {
+            Level::Warning
+        };
+        self.log(level, format_args!("frame skipped: {why}"));
+    }
+
+    /// The pointer has changed. A frame that came with it may follow.
+    #[cold]
+    fn see_cursor(&self, cursor: Cursor, frame_follows: bool) {
+        let shown = if cursor.bitmap.is_some() {
+            "visible"
+        } else {
+            "hidden"
+        };
+        self.log(
+            Level::Trace,
+            format_args!("pointer at {:?}, {shown}", cursor.position),
+        );
+        self.cursor.replace(cursor.clone());
+        self.link.inbox.put_cursor(cursor, frame_follows);
     }
 
     /// Gives the buffers back that have returned, but for those that were removed meanwhile.
@@ -504,7 +525,7 @@ impl State {
     }
 
     /// The frame in a buffer that has just been dequeued.
-    fn frame(&self, raw: *mut pw_buffer) -> Result<Frame, Skip> {
+    fn frame(&self, raw: *mut pw_buffer) -> Result<Box<Frame>, Skip> {
         let received = Monotonic::now();
         let mut buffers = self.buffers.borrow_mut();
         // SAFETY: PipeWire has added what it lets us dequeue.
@@ -527,20 +548,7 @@ impl State {
         let empty = chunks.are_empty(&format);
         let cursor = metas.cursor(&self.cursor.borrow());
         if let Some(cursor) = cursor {
-            self.log(
-                Level::Trace,
-                format_args!(
-                    "pointer at {:?}, {}",
-                    cursor.position,
-                    if cursor.bitmap.is_some() {
-                        "visible"
-                    } else {
-                        "hidden"
-                    }
-                ),
-            );
-            self.cursor.replace(cursor.clone());
-            self.link.inbox.put_cursor(cursor, !empty);
+            self.see_cursor(cursor, !empty);
         }
         if empty {
             return Err(Skip::Empty);
@@ -563,7 +571,7 @@ impl State {
             Damage::of_buffer(metas.damage(), &layout)
         };
         buffer.out = true;
-        Ok(Frame {
+        Ok(Box::new(Frame {
             layout,
             format: StreamFormat {
                 width: layout.width,
@@ -582,7 +590,7 @@ impl State {
                 self.link.counters.clone(),
             ),
             acquire,
-        })
+        }))
     }
 }
 

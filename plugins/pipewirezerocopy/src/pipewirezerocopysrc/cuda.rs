@@ -40,6 +40,7 @@ pub(super) struct CudaOutput {
 
 /// Ends the import of a frame's buffer: where there is no CUDA memory any more, it would keep the context, and
 /// with it memory of the GPU, until the producer takes its buffer away.
+#[cold]
 pub(super) fn forget_import(frame: &Frame) {
     if let Some(picture) = frame.dmabuf() {
         picture.buffer.forget::<Imported>();
@@ -177,6 +178,7 @@ impl PipeWireZeroCopySrc {
 
     /// Copies a frame into a buffer of the pool, once it is drawn. When this returns, the producer may
     /// have its buffer back. Where it cannot be done with this frame, it will not be tried again so.
+    #[inline(never)]
     pub(super) fn copy_to_cuda(
         &self,
         frame: &Frame,
@@ -240,6 +242,7 @@ impl PipeWireZeroCopySrc {
 
     /// Does without CUDA memory for a frame that cannot come into it. An error, which is told, where it
     /// was asked for by name, and nothing else may take its place.
+    #[cold]
     pub(super) fn give_up_cuda(
         &self,
         format: &StreamFormat,

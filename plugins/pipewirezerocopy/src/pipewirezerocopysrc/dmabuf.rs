@@ -30,6 +30,7 @@ impl PipeWireZeroCopySrc {
     /// Waits, cancellably, until what a frame needs has happened. Off the loop thread: the
     /// compositor goes on meanwhile (lesson L20). False where it has not happened in time: whoever
     /// looked at such a frame would see it half drawn, or wait in the kernel, without a limit.
+    #[inline(never)]
     pub(super) fn wait_for(
         &self,
         fence: &Fence,
@@ -58,6 +59,7 @@ impl PipeWireZeroCopySrc {
     }
 
     /// Does without DMA-BUFs of that kind from now on, and negotiates again.
+    #[cold]
     pub(super) fn refuse(&self, format: &StreamFormat, what: Use, reason: &str) {
         let Some(modifier) = format.modifier else {
             return;
@@ -84,6 +86,7 @@ impl PipeWireZeroCopySrc {
     }
 
     /// Copies a frame that only the GPU can read. The error says why it cannot either.
+    #[inline(never)]
     pub(super) fn read_by_gpu(
         &self,
         frame: &Frame,
@@ -227,6 +230,7 @@ impl AsRef<[u8]> for Ticket {
 }
 
 /// Has the PipeWire buffer whose memory a picture is in go back when the last copy of the picture is gone.
+#[inline(never)]
 pub(super) fn lend(picture: &mut gst::Buffer, lease: Lease) {
     if let Some(picture) = picture.get_mut() {
         let ticket = gst::Buffer::from_slice(Ticket(lease));
@@ -236,6 +240,7 @@ pub(super) fn lend(picture: &mut gst::Buffer, lease: Lease) {
 
 /// A frame's DMA-BUFs as a buffer, for which the frame's lease is to be [lent](lend). The error says why it
 /// cannot leave so.
+#[inline(never)]
 pub(super) fn pass_on(
     frame: &Frame,
     info: &gst_video::VideoInfo,

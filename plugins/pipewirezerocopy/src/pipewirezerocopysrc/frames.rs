@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: MIT OR Apache-2.0
 
 //! From the frame that is there to the buffer that leaves, and the same once more.
+//!
+//! What a frame costs is mostly cold code and cold memory (docs/performance.md). So what not every frame needs
+//! is kept out of what every frame runs through, by `#[cold]` and `#[inline(never)]`.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -33,6 +36,7 @@ const AHEAD: gst::ClockTime = gst::ClockTime::from_mseconds(1);
 
 impl PipeWireZeroCopySrc {
     /// Gives a frame that nobody wants back to the producer.
+    #[cold]
     pub(super) fn discard(&self, format: &StreamFormat) {
         let inbox = match &*lock(&self.streaming) {
             Some(streaming) => streaming.capture.inbox().clone(),
@@ -138,6 +142,7 @@ impl PipeWireZeroCopySrc {
     }
 
     /// The frame that was kept, when no other has come in its time.
+    #[inline(never)]
     pub(super) fn flush_latch(
         &self,
         settings: &LiveSettings,
@@ -168,6 +173,7 @@ impl PipeWireZeroCopySrc {
     }
 
     /// Gives the memory of the last picture back. There is none to be resent until the next one leaves.
+    #[cold]
     fn let_go_last(&self) {
         let last = lock(&self.streaming)
             .as_mut()
@@ -178,7 +184,8 @@ impl PipeWireZeroCopySrc {
 
     /// Lets another attempt find the newest picture, which did not leave as was agreed or was not waited
     /// for to the end: this one, or the one that is kept after it.
-    fn hand_back(&self, inbox: &Inbox, frame: Frame) {
+    #[cold]
+    fn hand_back(&self, inbox: &Inbox, frame: Box<Frame>) {
         let kept = lock(&self.streaming)
             .as_mut()
             .and_then(|streaming| streaming.latch.take());
@@ -190,6 +197,7 @@ impl PipeWireZeroCopySrc {
 
     /// Looks whether frames must be kept because nothing says when they are drawn. Tells when that
     /// changes: it is a frame's time of latency.
+    #[inline(never)]
     fn look_at_sync(&self, frame: &Frame, memory: OutputMemory) {
         let sync = match frame.dmabuf() {
             _ if frame.has_acquire_point() => Sync::Explicit,
@@ -212,7 +220,7 @@ impl PipeWireZeroCopySrc {
     /// A frame as a buffer, and all that is to be remembered of it.
     fn finish(
         &self,
-        mut frame: Frame,
+        mut frame: Box<Frame>,
         pooled: Option<gst::Buffer>,
         negotiated: &Negotiated,
         settings: &LiveSettings,
@@ -342,6 +350,7 @@ impl PipeWireZeroCopySrc {
     }
 
     /// Nothing leaves: what draws the frame has not ended in time, or its memory is gone.
+    #[cold]
     fn corrupted(&self, inbox: &Inbox) -> Option<gst::Buffer> {
         inbox.miss();
         let figures = lock(&self.figures);
@@ -351,6 +360,7 @@ impl PipeWireZeroCopySrc {
 
     /// Copies a frame, for which `waited` have waited, into a buffer. Where it cannot be read, no such frame
     /// will be again.
+    #[inline(never)]
     fn copy(
         &self,
         frame: &Frame,
@@ -377,6 +387,7 @@ impl PipeWireZeroCopySrc {
         }
     }
 
+    #[cold]
     fn does_not_fit<T>(&self, info: &gst_video::VideoInfo) -> Result<T, gst::FlowError> {
         self.fail(gst::error_msg!(
             gst::StreamError::Failed,
@@ -389,6 +400,7 @@ impl PipeWireZeroCopySrc {
     }
 
     /// The last frame once more, with the pointer where it is now: the same memory, a new timestamp.
+    #[inline(never)]
     pub(super) fn resend(
         &self,
         settings: &LiveSettings,
@@ -507,6 +519,7 @@ impl PipeWireZeroCopySrc {
     }
 
     /// A buffer of the pool that was negotiated with downstream; waits for one.
+    #[inline(never)]
     fn pooled_buffer(&self) -> Result<gst::Buffer, gst::FlowError> {
         let pool = self.obj().buffer_pool();
         pool.ok_or(gst::FlowError::NotNegotiated)?
@@ -515,6 +528,7 @@ impl PipeWireZeroCopySrc {
 
     /// The same for a new frame. The last picture makes room where there is no other buffer. None where the
     /// GPU has no memory left, and other memory is to be agreed on.
+    #[inline(never)]
     fn pooled_buffer_of(
         &self,
         negotiated: &Negotiated,
@@ -544,6 +558,7 @@ impl PipeWireZeroCopySrc {
     }
 
     /// Says downstream how the frames from now on are turned.
+    #[cold]
     fn turn(&self, transform: Transform) {
         if let Some(streaming) = &mut *lock(&self.streaming) {
             streaming.transform = transform;

@@ -46,7 +46,7 @@ fn has_default_layout(frame: &Frame, info: &gst_video::VideoInfo) -> bool {
 
 /// A frame as it lies, in read-only memory. Its PipeWire buffer goes back when the last reference to
 /// that memory is gone. A layout that everybody expects is not told.
-pub(super) fn in_place(frame: Frame, info: &gst_video::VideoInfo) -> Option<gst::Buffer> {
+pub(super) fn in_place(frame: Box<Frame>, info: &gst_video::VideoInfo) -> Option<gst::Buffer> {
     let mut buffer = gst::Buffer::new();
     let writable = buffer.get_mut()?;
     if !has_default_layout(&frame, info) {
@@ -57,6 +57,7 @@ pub(super) fn in_place(frame: Frame, info: &gst_video::VideoInfo) -> Option<gst:
 }
 
 /// Adds the meta that says where a frame's planes lie; none where that cannot be said.
+#[inline(never)]
 fn tell_layout(
     frame: &Frame,
     buffer: &mut gst::BufferRef,
@@ -139,6 +140,7 @@ pub(super) fn write_rgba(
 }
 
 /// Copies a picture into `buffer` and draws `overlay` on it.
+#[inline(never)]
 pub(super) fn draw(
     picture: &gst::BufferRef,
     overlay: &gst_video::VideoOverlayCompositionRef,

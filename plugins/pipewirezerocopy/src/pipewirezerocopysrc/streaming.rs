@@ -65,7 +65,7 @@ pub(super) struct Streaming {
     pub fallback: Option<String>,
     pub offer: Offer,
     /// Frames of a driver that has no fences, and of a producer that does not say when they are drawn.
-    pub latch: Latch<Frame>,
+    pub latch: Latch<Box<Frame>>,
     /// What the frame that is there needs.
     pub wanted: Option<StreamFormat>,
     pub negotiated: Option<Arc<Negotiated>>,
@@ -234,6 +234,7 @@ impl Streaming {
     }
 
     /// What was given up before, for messages about what that may have led to.
+    #[cold]
     fn given_up(&self) -> String {
         let fallback = self.fallback.as_ref();
         fallback.map_or_else(String::new, |text| format!("; before that: {text}"))
@@ -365,6 +366,7 @@ impl PipeWireZeroCopySrc {
     }
 
     /// Agrees with downstream and the producer anew, as far as the producer's format is known.
+    #[cold]
     fn renegotiate(&self) -> Result<(), gst::FlowError> {
         let agreed = self.obj().negotiate();
         if self.is_flushing() {
@@ -395,6 +397,7 @@ impl PipeWireZeroCopySrc {
         }
     }
 
+    #[cold]
     fn see_vanished(&self, reason: &str, meaning: OnDisconnect) -> Result<(), gst::FlowError> {
         self.announce("vanished", Some(reason));
         if let Some(streaming) = &mut *lock(&self.streaming) {
@@ -441,12 +444,14 @@ impl PipeWireZeroCopySrc {
     }
 
     /// Posts an error and ends the stream.
+    #[cold]
     pub(super) fn fail<T>(&self, message: gst::ErrorMessage) -> Result<T, gst::FlowError> {
         lock(&self.figures).errors += 1;
         self.post_error_message(message);
         Err(gst::FlowError::Error)
     }
 
+    #[cold]
     pub(super) fn announce(&self, state: &str, reason: Option<&str>) {
         let memory = match &*lock(&self.streaming) {
             Some(Streaming {

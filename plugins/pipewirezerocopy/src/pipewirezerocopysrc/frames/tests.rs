@@ -52,7 +52,7 @@ impl Setup {
         look(lock(&self.element.imp().streaming).as_mut().unwrap())
     }
 
-    fn put(&self, frame: Frame) {
+    fn put(&self, frame: Box<Frame>) {
         self.with(|streaming| put_frame(&streaming.capture, frame));
     }
 
