@@ -5,7 +5,7 @@
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
-use zerocopy_test_support::desktop::{CursorMode, Recording};
+use zerocopy_test_support::desktop::{CursorMode, Desktop, Recording};
 
 use super::desktop;
 use super::run::{Run, init, is_keepalive, pixels, pts};
@@ -148,32 +148,36 @@ fn two_sources_on_one_node_both_have_its_pictures() {
     let mut desktop = desktop();
     let cast = desktop.screencast(Recording::Monitor);
     let runs = [0; 2].map(|_| Run::on_node(&desktop, cast.node));
-    runs[0].play();
-    runs[0].frame();
-    // mutter draws nothing for the second one's sake alone.
-    let client = desktop.moving_picture(30);
-    runs[1].play();
-    assert_both_show_the_client(&runs);
-    desktop.stop(client);
-    // The second one goes; the first one stays.
-    let [first, second] = runs;
-    second.stop();
-    for _ in 0..3 {
-        first.frame();
-    }
+    assert_both_show_the_client(&mut desktop, &runs);
     desktop.close(&cast);
 }
 
-/// Checks the frames of two on one node, keepalives too, while a client of 640x480 fills the screen.
-pub fn assert_both_show_the_client(runs: &[Run; 2]) {
-    // What has piled up is older, or shows the client's window as it grew.
-    for run in runs {
-        while run.frame_within(Duration::ZERO).is_some() {}
+/// Checks what two on one node of 640x480 get from a client that fills the screen, and what the first
+/// one gets when the second one has gone.
+pub fn assert_both_show_the_client(desktop: &mut Desktop, [first, second]: &[Run; 2]) {
+    for run in [first, second] {
+        // What comes is new.
+        run.src.set_property("keepalive-time", 0u32);
     }
-    let frames: Vec<_> = (0..20)
-        .map(|_| [0, 1].map(|which| runs[which].frame()))
+    first.play();
+    first.frame();
+    // A compositor draws nothing for the second one's sake alone.
+    let client = desktop.moving_picture(30);
+    // What has piled up shows the client's window as it grew.
+    while first.frame_within(Duration::ZERO).is_some() {}
+    second.play();
+    let (one, other): (Vec<_>, Vec<_>) = (0..20).map(|_| (first.frame(), second.frame())).unzip();
+    second.stop();
+    let gone = first.pipeline.current_running_time().unwrap();
+    let after: Vec<_> = std::iter::repeat_with(|| first.frame())
+        .filter(|frame| pts(frame) > gone)
+        .take(10)
         .collect();
-    shown(frames.as_flattened(), &moving_pictures((640, 480)));
+    desktop.stop(client);
+    let pictures = moving_pictures((640, 480));
+    for frames in [one, other, after] {
+        assert_drawn(&frames, &pictures);
+    }
 }
 
 #[test]
