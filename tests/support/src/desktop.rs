@@ -92,8 +92,8 @@ impl Desktop {
         Self::of(&["--no-monitor"]).unwrap_or_else(|error| panic!("starting the desktop: {error}"))
     }
 
-    /// The same with weston, whose node is called "weston.pipewire". Says why where that has no such
-    /// backend.
+    /// The same as [`start`](Self::start) with weston, whose node is called "weston.pipewire". Says
+    /// why where that has no such backend.
     pub fn weston(width: u32, height: u32) -> Result<Self, String> {
         let size = format!("{width}x{height}");
         Self::of(&["--size", &size, "--compositor", "weston"])
