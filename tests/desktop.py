@@ -19,6 +19,7 @@ prints says that all is up (or why not); then it answers each line it reads with
     {"cmd": "move-pointer", "session": "...", "x": 1, "y": 2}  -> {"ok": true}, for one with a pointer
     {"cmd": "client", "kind": "pattern", "fps": 30}       -> {"pid": 4711, "kind": "pattern"}
     {"cmd": "client", "window": [640, 360]}              -> {"pid": 4711, "kind": "pattern"}
+    {"cmd": "client", "screen": [640, 360]}              -> {"pid": 4711, "kind": "pattern"}
     {"cmd": "client", "kind": "simple-shm"}               -> {"pid": 4712, "kind": "simple-shm"}
     {"cmd": "stop-client", "pid": 4711}                   -> {"ok": true}
     {"cmd": "kill", "what": "compositor"}                 -> {"ok": true, "pid": 4709}
@@ -154,14 +155,19 @@ def _die_with_parent():
 class Desktop:
     """D-Bus, PipeWire, WirePlumber and a compositor with one monitor of `width` x `height`.
 
+    A mutter without `monitor` has those only that its ScreenCast sessions make, virtual ones.
+
     Logs go to `log_dir`, or else lie in the runtime folder and vanish with it. Not thread-safe: use
     one from one thread, whose default GLib main context it iterates while it waits.
     """
 
-    def __init__(self, width=1280, height=720, log_dir=None, compositor="mutter"):
+    def __init__(
+        self, width=1280, height=720, log_dir=None, compositor="mutter", *, monitor=True
+    ):
         self.width = width
         self.height = height
         self.compositor = compositor
+        self.monitor = monitor
         self.children = []
         self.casts = {}
         self.clients = {}
@@ -250,11 +256,12 @@ class Desktop:
             Gio.bus_watch_name_on_connection(
                 self.bus, name, 0, lambda _bus, name, _owner: missing.discard(name), None
             )
-        monitor_size = f"{self.width}x{self.height}"
+        monitor = [f"--virtual-monitor={self.width}x{self.height}"] if self.monitor else []
         compositor = self._spawn(
             "compositor",
             ["mutter", "--headless", "--wayland", "--no-x11"]
-            + [f"--wayland-display={WAYLAND_DISPLAY}", f"--virtual-monitor={monitor_size}"],
+            + [f"--wayland-display={WAYLAND_DISPLAY}"]
+            + monitor,
         )
         self._await_socket(WAYLAND_DISPLAY, compositor)
         names = f"D-Bus names {SCREENCAST} and {REMOTE_DESKTOP}"
@@ -326,17 +333,18 @@ class Desktop:
         method = "NotifyPointerMotionAbsolute"
         self._call(cast.remote, ".Session", method, "(sdd)", *arguments, service=REMOTE_DESKTOP)
 
-    def start_client(self, kind="pattern", fps=30, window=None):
+    def start_client(self, kind="pattern", fps=30, window=None, screen=None):
         """Start a client that moves and wait until it is on screen. Returns its process id.
 
-        The pattern fills the screen, or a window of so many pixels (width, height).
+        The pattern fills the screen, which is `screen` pixels (width, height) where it is not the
+        desktop's own monitor, or a `window` of so many pixels.
 
         Without a GPU mutter frees a client's old pictures only when a ScreenCast reads the screen.
         A moving client that nobody captures costs about 100 MB of memory a second at 720p30.
         """
         if kind == "pattern":
             argv = ["/usr/bin/python3", str(PATTERN_CLIENT)]
-            width, height = window or (self.width, self.height)
+            width, height = window or screen or (self.width, self.height)
             argv += [str(width), str(height), str(fps)] + ["window"] * bool(window)
             client = self._spawn("pattern", argv, kept=False, stdout=subprocess.PIPE)
         elif kind == "simple-shm":
@@ -526,8 +534,8 @@ def _command(desktop, request):
             return {"ok": True}
         case "client":
             kind = request.get("kind", "pattern")
-            fps, window = request.get("fps", 30), request.get("window")
-            return {"pid": desktop.start_client(kind, fps, window), "kind": kind}
+            sizes = request.get("window"), request.get("screen")
+            return {"pid": desktop.start_client(kind, request.get("fps", 30), *sizes), "kind": kind}
         case "stop-client":
             desktop.stop_client(request["pid"])
             return {"ok": True}
@@ -551,13 +559,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--size", default="1280x720", help="of the monitor, in pixels")
     parser.add_argument("--compositor", choices=COMPOSITORS, default="mutter")
+    parser.add_argument("--no-monitor", action="store_true", help="but for sessions' virtual ones")
     parser.add_argument("--log-dir", help="where the logs stay; without it they are removed")
     options = parser.parse_args()
     width, height = (int(side) for side in options.size.split("x"))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     signal.signal(signal.SIGINT, lambda *_: sys.exit(0))
+    monitor = not options.no_monitor
     try:
-        with Desktop(width, height, options.log_dir, options.compositor) as desktop:
+        with Desktop(
+            width, height, options.log_dir, options.compositor, monitor=monitor
+        ) as desktop:
             _say(
                 {
                     "event": "ready",

@@ -15,10 +15,10 @@ END_TIMEOUT = 20
 
 
 class DesktopProgram(unittest.TestCase):
-    def start(self, **env):
+    def start(self, *options, **env):
         """Starts a small desktop and returns what it said first."""
         self.program = subprocess.Popen(
-            [sys.executable, str(PROGRAM), "--size", "320x240"],
+            [sys.executable, str(PROGRAM), "--size", "320x240", *options],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | env,
@@ -42,6 +42,11 @@ class DesktopProgram(unittest.TestCase):
         self.assertFalse(os.path.exists(ready["runtime_dir"]))
         for name, pid in ready["pids"].items():
             self.assertFalse(os.path.exists(f"/proc/{pid}"), f"{name} still runs")
+
+    def test_without_a_monitor_there_are_virtual_ones_only(self):
+        self.start("--no-monitor")
+        self.assertIn("error", self.ask(cmd="screencast", mode="monitor"))
+        self.assertGreater(self.ask(cmd="screencast", mode="virtual")["node"], 0)
 
     def test_answers_each_line_and_ends_with_its_input(self):
         ready = self.start()

@@ -83,25 +83,30 @@ pub enum Victim {
 impl Desktop {
     /// Starts a desktop with a monitor of `width` x `height` pixels.
     pub fn start(width: u32, height: u32) -> Self {
-        Self::of("mutter", width, height)
-            .unwrap_or_else(|error| panic!("starting the desktop: {error}"))
+        let size = format!("{width}x{height}");
+        Self::of(&["--size", &size]).unwrap_or_else(|error| panic!("starting the desktop: {error}"))
     }
 
-    /// The same with weston, whose node is called "weston.pipewire". Says why where that has no such
-    /// backend.
+    /// Starts a desktop that has no monitor until a screencast makes a virtual one.
+    pub fn without_monitor() -> Self {
+        Self::of(&["--no-monitor"]).unwrap_or_else(|error| panic!("starting the desktop: {error}"))
+    }
+
+    /// The same as [`start`](Self::start) with weston, whose node is called "weston.pipewire". Says
+    /// why where that has no such backend.
     pub fn weston(width: u32, height: u32) -> Result<Self, String> {
-        Self::of("weston", width, height)
+        let size = format!("{width}x{height}");
+        Self::of(&["--size", &size, "--compositor", "weston"])
             .inspect_err(|error| assert!(error.contains("no PipeWire backend"), "{error}"))
     }
 
-    fn of(compositor: &str, width: u32, height: u32) -> Result<Self, String> {
+    /// With these options of the program.
+    fn of(options: &[&str]) -> Result<Self, String> {
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../desktop.py");
         // Debian's own interpreter: the one that has the GObject bindings.
         let mut process = Command::new("/usr/bin/python3")
             .arg(&script)
-            .arg("--size")
-            .arg(format!("{width}x{height}"))
-            .args(["--compositor", compositor])
+            .args(options)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -196,6 +201,12 @@ impl Desktop {
     /// every picture in memory.
     pub fn moving_picture(&mut self, fps: u32) -> Client {
         self.client(&json!({"cmd": "client", "kind": "pattern", "fps": fps}))
+    }
+
+    /// The same on a screen that has so many pixels, as width and height, other than the desktop's
+    /// own monitor.
+    pub fn moving_picture_of(&mut self, fps: u32, size: (u32, u32)) -> Client {
+        self.client(&json!({"cmd": "client", "kind": "pattern", "fps": fps, "screen": size}))
     }
 
     /// The same in a window of so many pixels, as width and height.

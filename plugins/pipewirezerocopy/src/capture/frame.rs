@@ -6,7 +6,8 @@
 //! [`Frame`] has a [`Lease`]: dropping it, anywhere, on any thread, sends the buffer back through
 //! the loop thread: at once where the producer may need it or waits to be told, else with the next
 //! frame, for which that thread wakes anyhow. It is copied, or it is passed on as it lies, but only as long as its
-//! [`Pool`] has buffers to spare.
+//! [`Pool`] has buffers to spare. Other consumers of the node have the same buffers, and the producer
+//! draws only into those that nobody has: PipeWire counts that in each buffer's metadata.
 
 use std::collections::VecDeque;
 use std::io;
@@ -32,6 +33,10 @@ const KEPT_BACK_OF_DMABUFS: usize = 3;
 /// comes: none would come if one alone may be out.
 const LEAST_OF_DMABUFS: usize = 2;
 
+/// Buffers that nobody has taken and that are marked as in use all the same: the one that the producer
+/// draws into.
+const DRAWN: usize = 1;
+
 /// Buffers that the producer has at least while others wait to be given back; it also has half of
 /// all.
 const ENOUGH: usize = 2;
@@ -46,6 +51,8 @@ pub struct Pool {
     passed: AtomicUsize,
     /// Those that the producer has not.
     out: AtomicUsize,
+    /// Those that the producer has not because other consumers of its node have them.
+    elsewhere: AtomicUsize,
 }
 
 impl Pool {
@@ -71,10 +78,22 @@ impl Pool {
         self.out.fetch_sub(1, Ordering::Relaxed);
     }
 
+    /// Notes how many buffers are in use that are not out.
+    pub(super) fn others_use(&self, buffers: usize) {
+        let taken = buffers.saturating_sub(DRAWN);
+        self.elsewhere.store(taken, Ordering::Relaxed);
+    }
+
+    /// How many buffers no other consumer has.
+    fn ours(&self) -> usize {
+        let buffers = self.buffers.load(Ordering::Relaxed);
+        buffers.saturating_sub(self.elsewhere.load(Ordering::Relaxed))
+    }
+
     /// Whether the producer should not wait for the next frame to get a buffer back.
     fn is_short(&self) -> bool {
         let buffers = self.buffers.load(Ordering::Relaxed);
-        let left = buffers.saturating_sub(self.out.load(Ordering::Relaxed));
+        let left = self.ours().saturating_sub(self.out.load(Ordering::Relaxed));
         left < ENOUGH.max(buffers / 2)
     }
 
@@ -85,10 +104,10 @@ impl Pool {
         if dmabufs && buffers == 0 {
             usize::MAX
         } else if dmabufs {
-            let spared = buffers.saturating_sub(KEPT_BACK_OF_DMABUFS);
+            let spared = self.ours().saturating_sub(KEPT_BACK_OF_DMABUFS);
             spared.max(LEAST_OF_DMABUFS).min(buffers)
         } else {
-            buffers.saturating_sub(KEPT_BACK)
+            self.ours().saturating_sub(KEPT_BACK)
         }
     }
 
@@ -647,6 +666,30 @@ pub(super) mod tests {
             }
             assert_eq!((0..32).filter(|_| pool.pass_one(false)).count(), most);
         }
+    }
+
+    #[test]
+    fn what_other_consumers_of_the_node_have_cannot_be_passed_on() {
+        // One is what the producer draws into.
+        for (in_use, most) in [(0, 4), (1, 4), (2, 3), (5, 0), (8, 0)] {
+            let pool = Pool::default();
+            for _ in 0..8 {
+                pool.add();
+            }
+            pool.others_use(in_use);
+            assert_eq!((0..32).filter(|_| pool.pass_one(false)).count(), most);
+        }
+        let pool = Pool::default();
+        for _ in 0..8 {
+            pool.add();
+        }
+        pool.out.store(2, Ordering::Relaxed);
+        assert!(!pool.is_short(), "six are left");
+        pool.others_use(4);
+        assert!(pool.is_short(), "three");
+        pool.others_use(8);
+        let dmabufs = (0..32).filter(|_| pool.pass_one(true)).count();
+        assert_eq!(dmabufs, LEAST_OF_DMABUFS, "a sink keeps one");
     }
 
     #[test]

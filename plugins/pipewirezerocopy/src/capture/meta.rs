@@ -78,6 +78,15 @@ impl<'a> Metas<'a> {
         unsafe { self.find(spa_sys::SPA_META_Header)?.read(0) }
     }
 
+    /// How many have the buffer now: consumers, or the producer that draws into it. PipeWire counts, and
+    /// gives the producer none that somebody has.
+    pub fn users(&self) -> u32 {
+        let bytes = self.find(spa_sys::SPA_META_Busy);
+        // SAFETY: A structure of integers.
+        let busy: Option<spa_sys::spa_meta_busy> = bytes.and_then(|bytes| unsafe { bytes.read(0) });
+        busy.map_or(0, |busy| busy.count)
+    }
+
     /// When the buffer may be read and drawn into, where that is said by timelines.
     pub fn sync_timeline(&self) -> Option<SyncTimelineMeta> {
         // SAFETY: A structure of integers.

@@ -524,9 +524,21 @@ impl State {
         }
     }
 
+    /// How many of the buffers are in use by others alone. `dequeued` is in use by us.
+    fn used_elsewhere(&self, dequeued: *mut pw_buffer) -> usize {
+        let buffers = self.buffers.borrow();
+        let elsewhere = buffers.values().filter(|(raw, buffer)| {
+            // SAFETY: The buffer is in our list, so PipeWire has added and not yet removed it.
+            let users = || unsafe { Metas::new(metas(*raw)) }.users();
+            !buffer.out && *raw != dequeued && users() > 0
+        });
+        elsewhere.count()
+    }
+
     /// The frame in a buffer that has just been dequeued.
     fn frame(&self, raw: *mut pw_buffer) -> Result<Box<Frame>, Skip> {
         let received = Monotonic::now();
+        self.pool.borrow().others_use(self.used_elsewhere(raw));
         let mut buffers = self.buffers.borrow_mut();
         // SAFETY: PipeWire has added what it lets us dequeue.
         let Some((_, buffer)) = buffers.get_mut(&unsafe { number(raw) }) else {

@@ -83,3 +83,12 @@ fn own_desktop() -> Own {
         _turn: turn,
     }
 }
+
+/// The same where the only monitors are those that screencasts make.
+fn own_desktop_without_monitor() -> Own {
+    let turn = turn();
+    Own {
+        desktop: Desktop::without_monitor(),
+        _turn: turn,
+    }
+}

@@ -132,6 +132,16 @@ impl Run {
         self.sink.try_pull_sample(limit)
     }
 
+    /// The next `count` buffers that are `wanted`; panics where they do not come in time.
+    pub fn frames(&self, count: usize, wanted: impl Fn(&gst::Sample) -> bool) -> Vec<gst::Sample> {
+        let end = Instant::now() + LONG;
+        std::iter::repeat_with(|| self.frame())
+            .inspect(|_| assert!(Instant::now() < end, "frames come, but not those"))
+            .filter(wanted)
+            .take(count)
+            .collect()
+    }
+
     /// What comes until the moment `limit` from now.
     pub fn frames_for(&self, limit: Duration) -> Vec<gst::Sample> {
         let end = Instant::now() + limit;

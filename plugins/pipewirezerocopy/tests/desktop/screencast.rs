@@ -5,10 +5,11 @@
 use std::time::{Duration, Instant};
 
 use gst::prelude::*;
-use zerocopy_test_support::desktop::{CursorMode, Recording};
+use zerocopy_test_support::desktop::{CursorMode, Desktop, Recording};
 
-use super::desktop;
-use super::run::{Run, init, is_keepalive, pixels, pts};
+use super::hostile::size;
+use super::run::{LONG, Run, init, is_keepalive, pixels, pts};
+use super::{desktop, own_desktop_without_monitor};
 
 /// Pictures that the moving client of this size shows, in order (see `tests/pattern.py`), without their
 /// padding: all there are.
@@ -49,6 +50,9 @@ pub fn opaque(pixels: &[u8]) -> Vec<u8> {
 /// Which of these pictures each frame is, in each colour of each pixel.
 fn shown(frames: &[gst::Sample], pictures: &[Vec<u8>]) -> Vec<usize> {
     let shown = frames.iter().map(|frame| {
+        let info = gst_video::VideoInfo::from_caps(frame.caps().unwrap()).unwrap();
+        let blue_first = [gst_video::VideoFormat::Bgrx, gst_video::VideoFormat::Bgra];
+        assert!(blue_first.contains(&info.format()), "{:?}", info.format());
         let got = opaque(&pixels(frame));
         let found = pictures.iter().position(|picture| *picture == got);
         found.expect("the frame is none of the client's pictures")
@@ -74,10 +78,7 @@ fn a_moving_desktop_gives_its_frames_with_the_right_colours() {
     let client = desktop.moving_picture(30);
     // What has piled up shows the client's window as it grew.
     while run.frame_within(Duration::ZERO).is_some() {}
-    let samples: Vec<_> = std::iter::repeat_with(|| run.frame())
-        .filter(|sample| !is_keepalive(sample))
-        .take(10)
-        .collect();
+    let samples = run.frames(10, |sample| !is_keepalive(sample));
     desktop.stop(client);
     assert!(samples.is_sorted_by(|a, b| pts(a) < pts(b)));
 
@@ -148,56 +149,65 @@ fn two_sources_on_one_node_both_have_its_pictures() {
     let mut desktop = desktop();
     let cast = desktop.screencast(Recording::Monitor);
     let runs = [0; 2].map(|_| Run::on_node(&desktop, cast.node));
-    runs[0].play();
-    runs[0].frame();
-    // mutter draws nothing for the second one's sake alone.
-    let client = desktop.moving_picture(30);
-    runs[1].play();
-    assert_both_show_the_client(&runs);
-    desktop.stop(client);
-    // The second one goes; the first one stays.
-    let [first, second] = runs;
-    second.stop();
-    for _ in 0..3 {
-        first.frame();
-    }
+    assert_both_show_the_client(&mut desktop, &runs);
     desktop.close(&cast);
 }
 
-/// Checks the frames of two on one node, keepalives too, while a client of 640x480 fills the screen.
-pub fn assert_both_show_the_client(runs: &[Run; 2]) {
-    // What has piled up is older, or shows the client's window as it grew.
-    for run in runs {
-        while run.frame_within(Duration::ZERO).is_some() {}
+/// Checks what two on one node of 640x480 get from a client that fills the screen, and what the first
+/// one gets when the second one has gone.
+pub fn assert_both_show_the_client(desktop: &mut Desktop, [first, second]: &[Run; 2]) {
+    for run in [first, second] {
+        // What comes is new.
+        run.src.set_property("keepalive-time", 0u32);
     }
-    let frames: Vec<_> = (0..20)
-        .map(|_| [0, 1].map(|which| runs[which].frame()))
-        .collect();
-    shown(frames.as_flattened(), &moving_pictures((640, 480)));
+    first.play();
+    first.frame();
+    // A compositor draws nothing for the second one's sake alone.
+    let client = desktop.moving_picture(30);
+    // What has piled up shows the client's window as it grew.
+    while first.frame_within(Duration::ZERO).is_some() {}
+    second.play();
+    let (one, other): (Vec<_>, Vec<_>) = (0..20).map(|_| (first.frame(), second.frame())).unzip();
+    second.stop();
+    let gone = first.pipeline.current_running_time().unwrap();
+    let after = first.frames(10, |frame| pts(frame) > gone);
+    desktop.stop(client);
+    let pictures = moving_pictures((640, 480));
+    for frames in [one, other, after] {
+        assert_drawn(&frames, &pictures);
+    }
 }
 
 #[test]
-fn another_size_that_downstream_asks_for_while_playing_is_negotiated() {
-    let mut desktop = desktop();
+fn another_size_that_downstream_asks_for_while_playing_is_negotiated_and_filled() {
+    // The virtual monitor is the only one: whatever a client shows is on it.
+    let mut desktop = own_desktop_without_monitor();
     let cast = desktop.screencast(Recording::Virtual);
     let run = Run::new(&desktop, "video/x-raw,width=320,height=200");
     run.src.set_property("pipewire-node-id", cast.node);
     run.play();
-    let size = |sample: &gst::Sample| {
-        let caps = sample.caps().unwrap().structure(0).unwrap();
-        (caps.get::<i32>("width"), caps.get::<i32>("height"))
-    };
-    assert_eq!(size(&run.frame()), (Ok(320), Ok(200)));
+    assert_eq!(size(&run.frame()), (320, 200));
+    assert_fills_a_monitor_of(&mut desktop, &run, (320, 200));
     run.set_caps("video/x-raw,width=400,height=300");
     // What is under way still has the old size.
-    while size(&run.frame()) != (Ok(400), Ok(300)) {}
+    run.frames(1, |frame| size(frame) == (400, 300));
     // Frames and keepalives keep it.
     for _ in 0..5 {
-        let sample = run.frame();
-        assert_eq!(size(&sample), (Ok(400), Ok(300)));
-        assert_eq!(pixels(&sample).len(), 400 * 300 * 4);
+        assert_eq!(size(&run.frame()), (400, 300));
     }
+    assert_fills_a_monitor_of(&mut desktop, &run, (400, 300));
+    run.stop();
     desktop.close(&cast);
+}
+
+/// Checks what comes from a virtual monitor of this size while a client fills it.
+fn assert_fills_a_monitor_of(desktop: &mut Desktop, run: &Run, size: (u32, u32)) {
+    let client = desktop.moving_picture_of(30, size);
+    // What has piled up shows the client's window as it grew.
+    while run.frame_within(Duration::ZERO).is_some() {}
+    let frames = run.frames(10, |frame| !is_keepalive(frame));
+    desktop.stop(client);
+    assert_drawn(&frames, &moving_pictures(size));
 }
 
 #[test]
@@ -212,7 +222,7 @@ fn a_slow_consumer_gets_the_newest_picture_and_does_not_stall_capture() {
     let dropped = |count| {
         let start = Instant::now();
         while run.stat("dropped") < count {
-            assert!(start.elapsed() < super::run::LONG, "capture stalled");
+            assert!(start.elapsed() < LONG, "capture stalled");
             // Nothing tells when a frame was dropped.
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -248,7 +258,7 @@ fn target_fps_limits_the_rate_and_shows_the_last_change() {
     assert!(took >= Duration::from_millis(8 * 200), "10 in {took:?}");
     // While playing: no limit any more. Three come within the time of one before.
     run.src.set_property("target-fps", 0u32);
-    let end = Instant::now() + super::run::LONG;
+    let end = Instant::now() + LONG;
     let mut left = [Instant::now(); 3];
     loop {
         assert!(left[0] < end, "still limited");
@@ -310,7 +320,7 @@ fn mutters_pointer_is_hidden_in_the_picture_or_beside_it_as_the_session_asks() {
         run.play();
         let before = run.frame();
         // Nothing tells when a movement is on the screen.
-        let end = Instant::now() + super::run::LONG;
+        let end = Instant::now() + LONG;
         let mut moves = 0;
         for step in 0.. {
             assert!(Instant::now() < end, "{mode:?}: no pointer is seen");

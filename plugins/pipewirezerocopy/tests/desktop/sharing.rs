@@ -104,6 +104,25 @@ fn a_full_queue_does_not_stall_a_compositor() {
 }
 
 #[test]
+fn two_consumers_of_a_node_that_sit_on_pictures_leave_the_producer_buffers() {
+    let desktop = desktop();
+    let painter = painter(&desktop, "sat-on-by-two");
+    let mut kept = Vec::new();
+    // As many as one alone may keep, then other ones.
+    let first = playing(&desktop, "sat-on-by-two");
+    for colour in 0..8 {
+        kept.push((colour, shown(&painter, &first, &plain(colour))));
+    }
+    let second = playing(&desktop, "sat-on-by-two");
+    for colour in 8..40 {
+        kept.push((colour, shown(&painter, &second, &plain(colour))));
+    }
+    for (colour, sample) in kept {
+        assert_eq!(pixels(&sample), vec![colour; SIZE as usize]);
+    }
+}
+
+#[test]
 fn pictures_keep_their_content_when_the_stream_is_gone() {
     let desktop = desktop();
     let painter = painter(&desktop, "outlived");
