@@ -78,10 +78,12 @@ impl Pool {
         self.out.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// Notes how many buffers are in use that are not out.
-    pub(super) fn others_use(&self, buffers: usize) {
-        let taken = buffers.saturating_sub(DRAWN);
-        self.elsewhere.store(taken, Ordering::Relaxed);
+    /// Notes how many buffers somebody has, when one has come that is not out yet. All that are out are
+    /// among them.
+    pub(super) fn see_in_use(&self, buffers: usize) {
+        let ours = self.out.load(Ordering::Relaxed) + 1;
+        let others = buffers.saturating_sub(ours + DRAWN);
+        self.elsewhere.store(others, Ordering::Relaxed);
     }
 
     /// How many buffers no other consumer has.
@@ -670,13 +672,13 @@ pub(super) mod tests {
 
     #[test]
     fn what_other_consumers_of_the_node_have_cannot_be_passed_on() {
-        // One is what the producer draws into.
-        for (in_use, most) in [(0, 4), (1, 4), (2, 3), (5, 0), (8, 0)] {
+        // One is the buffer that has come, and one what the producer draws into.
+        for (in_use, most) in [(0, 4), (1, 4), (2, 4), (3, 3), (6, 0), (9, 0)] {
             let pool = Pool::default();
             for _ in 0..8 {
                 pool.add();
             }
-            pool.others_use(in_use);
+            pool.see_in_use(in_use);
             assert_eq!((0..32).filter(|_| pool.pass_one(false)).count(), most);
         }
         let pool = Pool::default();
@@ -685,9 +687,9 @@ pub(super) mod tests {
         }
         pool.out.store(2, Ordering::Relaxed);
         assert!(!pool.is_short(), "six are left");
-        pool.others_use(4);
+        pool.see_in_use(2 + 1 + 4);
         assert!(pool.is_short(), "three");
-        pool.others_use(8);
+        pool.see_in_use(2 + 1 + 8);
         let dmabufs = (0..32).filter(|_| pool.pass_one(true)).count();
         assert_eq!(dmabufs, LEAST_OF_DMABUFS, "a sink keeps one");
     }

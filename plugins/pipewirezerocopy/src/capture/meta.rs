@@ -78,13 +78,11 @@ impl<'a> Metas<'a> {
         unsafe { self.find(spa_sys::SPA_META_Header)?.read(0) }
     }
 
-    /// How many have the buffer now: consumers, or the producer that draws into it. PipeWire counts, and
-    /// gives the producer none that somebody has.
-    pub fn users(&self) -> u32 {
-        let bytes = self.find(spa_sys::SPA_META_Busy);
-        // SAFETY: A structure of integers.
-        let busy: Option<spa_sys::spa_meta_busy> = bytes.and_then(|bytes| unsafe { bytes.read(0) });
-        busy.map_or(0, |busy| busy.count)
+    /// Where is counted how many have the buffer; none where that is not.
+    pub fn users(&self) -> Option<Users> {
+        let bytes = self.find(spa_sys::SPA_META_Busy)?;
+        let fits = bytes.len >= size_of::<spa_sys::spa_meta_busy>();
+        fits.then_some(Users(bytes.address.cast()))
     }
 
     /// When the buffer may be read and drawn into, where that is said by timelines.
@@ -154,6 +152,25 @@ impl<'a> Metas<'a> {
             bitmap,
         };
         (cursor != *before).then_some(cursor)
+    }
+}
+
+/// PipeWire's count of those who have a buffer now: consumers, and the producer that draws into it. The
+/// producer gets none that somebody has. Kept by itself, so that a look at all buffers touches no more
+/// of each.
+#[derive(Clone, Copy)]
+pub(super) struct Users(*const spa_sys::spa_meta_busy);
+
+impl Users {
+    /// Whether somebody has the buffer.
+    ///
+    /// # Safety
+    /// The buffer must not be removed yet.
+    pub unsafe fn any(self) -> bool {
+        // SAFETY: `Metas::users` has seen that it fits in the bytes, which are mapped for as long as the
+        // buffer is there. Every process with the buffer writes there, so it is read once; nothing
+        // depends on when.
+        unsafe { (&raw const (*self.0).count).read_unaligned() > 0 }
     }
 }
 

@@ -25,7 +25,7 @@ use pipewire::sys::pw_buffer;
 use super::buffers::Buffer;
 use super::damage::Damage;
 use super::frame::{Frame, Lease, Pool};
-use super::meta::{Cursor, Metas};
+use super::meta::{Cursor, Metas, Users};
 use super::negotiate::{self, Fixed, PodBytes, StreamFormat};
 use super::offer::Offer;
 use super::raw::{Chunks, datas, metas};
@@ -55,6 +55,8 @@ struct State {
     offer: RefCell<Offer>,
     /// By our number for them, with the address that PipeWire knows them by.
     buffers: RefCell<BTreeMap<u64, (*mut pw_buffer, Buffer)>>,
+    /// Who has them, as far as that is counted.
+    users: RefCell<Vec<(u64, Users)>>,
     /// Counts the buffers of this generation.
     pool: RefCell<Arc<Pool>>,
     /// The producer lacks buffers that were out when they were taken away.
@@ -288,6 +290,7 @@ impl State {
             open: Cell::default(),
             offer: RefCell::new(offer),
             buffers: RefCell::default(),
+            users: RefCell::default(),
             pool: RefCell::default(),
             lost: Cell::default(),
             lost_before: Cell::default(),
@@ -402,6 +405,11 @@ impl State {
         self.pool.borrow().add();
         // SAFETY: It is PipeWire's own structure, valid as above, and the field is ours.
         unsafe { (*raw).user_data = std::ptr::without_provenance_mut(id as usize) };
+        // SAFETY: As above; it is forgotten in remove_buffer.
+        let users = unsafe { Metas::new(metas(raw)) }.users();
+        self.users
+            .borrow_mut()
+            .extend(users.map(|users| (id, users)));
         buffers.insert(id, (raw, buffer));
     }
 
@@ -409,6 +417,7 @@ impl State {
         let mut buffers = self.buffers.borrow_mut();
         // SAFETY: PipeWire passes a buffer that is valid until this returns.
         if let Some((_, mut buffer)) = buffers.remove(&unsafe { number(raw) }) {
+            self.users.borrow_mut().retain(|(id, _)| *id != buffer.id);
             self.pool.borrow().remove();
             self.lost.set(self.lost.get() || buffer.out);
             self.end_loan(&mut buffer);
@@ -524,21 +533,18 @@ impl State {
         }
     }
 
-    /// How many of the buffers are in use by others alone. `dequeued` is in use by us.
-    fn used_elsewhere(&self, dequeued: *mut pw_buffer) -> usize {
-        let buffers = self.buffers.borrow();
-        let elsewhere = buffers.values().filter(|(raw, buffer)| {
-            // SAFETY: The buffer is in our list, so PipeWire has added and not yet removed it.
-            let users = || unsafe { Metas::new(metas(*raw)) }.users();
-            !buffer.out && *raw != dequeued && users() > 0
-        });
-        elsewhere.count()
+    /// How many of the buffers somebody has.
+    fn in_use(&self) -> usize {
+        let users = self.users.borrow();
+        // SAFETY: The buffer is in our list, so PipeWire has added and not yet removed it.
+        let used = users.iter().filter(|(_, users)| unsafe { users.any() });
+        used.count()
     }
 
     /// The frame in a buffer that has just been dequeued.
     fn frame(&self, raw: *mut pw_buffer) -> Result<Box<Frame>, Skip> {
         let received = Monotonic::now();
-        self.pool.borrow().others_use(self.used_elsewhere(raw));
+        self.pool.borrow().see_in_use(self.in_use());
         let mut buffers = self.buffers.borrow_mut();
         // SAFETY: PipeWire has added what it lets us dequeue.
         let Some((_, buffer)) = buffers.get_mut(&unsafe { number(raw) }) else {
