@@ -15,13 +15,18 @@ pub struct Usage {
     memory: u64,
 }
 
-/// Bytes more that are no leak, where there are no caches. Seen are less than 1 kB, and once 5 kB.
+/// Bytes more that are no leak, where there are no caches. Seen are less than 1 kB, and 3 kB more where
+/// one more thread than before ran at once: glibc keeps what it made for its thread-local variables.
 const MOST_MORE: u64 = 10 << 10;
 
 /// Keeps glibc from putting freed memory by for the thread that freed it, and GLib (before 2.76) for
-/// all: both count as in use, 120 kB after 1000 starts and stops that leave nothing.
+/// all: both count as in use, 60 to 120 kB after 1000 starts and stops that leave nothing. One arena
+/// for all threads, as the second has a size of its own.
 const WITHOUT_CACHES: [(&str, &str); 2] = [
-    ("GLIBC_TUNABLES", "glibc.malloc.tcache_count=0"),
+    (
+        "GLIBC_TUNABLES",
+        "glibc.malloc.tcache_count=0:glibc.malloc.arena_max=1",
+    ),
     ("G_SLICE", "always-malloc"),
 ];
 
