@@ -39,8 +39,9 @@ pub(super) struct Output {
     /// Frames with events that were dropped before there were caps; the base class still holds
     /// them.
     unfinished: Vec<u32>,
-    /// The next access unit that leaves follows a loss.
-    discont: bool,
+    /// The next access unit that leaves follows the one before it: not the first one, nor after a
+    /// flush or a loss. The base class marks only the picture it got first, which may be lost.
+    continues: bool,
     /// Access units that came while there were no caps.
     useless: u32,
     /// A picture that was to be a keyframe was not sent: the next one is to be one.
@@ -91,6 +92,7 @@ impl Output {
     pub fn flush(&mut self) {
         self.flow = None;
         self.unfinished.clear();
+        self.continues = false;
     }
 }
 
@@ -235,12 +237,12 @@ impl VsockEnc {
         } = access_unit;
         let obj = self.obj();
         // Kept until one really leaves.
-        lock(&self.output).discont |= after_loss;
+        lock(&self.output).continues &= !after_loss;
         // None after a flush. Holds the stream lock.
         let Some(mut frame) = obj.frame(number as i32) else {
             return;
         };
-        let discont;
+        let continues;
         let caps = {
             let mut output = lock(&self.output);
             let caps = output.caps_before(response.is_keyframe, &data);
@@ -256,7 +258,7 @@ impl VsockEnc {
                 return;
             }
             output.frames += 1;
-            discont = std::mem::take(&mut output.discont);
+            continues = std::mem::replace(&mut output.continues, true);
             caps
         };
         let result = caps
@@ -271,7 +273,7 @@ impl VsockEnc {
                 // The hosts do not reorder, and some say nonsense here.
                 frame.set_dts(frame.pts());
                 let mut buffer = gst::Buffer::from_mut_slice(data);
-                if discont {
+                if !continues {
                     buffer.make_mut().set_flags(gst::BufferFlags::DISCONT);
                 }
                 frame.set_output_buffer(buffer);

@@ -209,6 +209,34 @@ fn encoding_goes_on_after_a_flush() {
 }
 
 #[test]
+fn a_beginning_is_marked_though_its_first_frame_is_lost() {
+    let mut frames = 0;
+    let peer = Peer::new(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            frames += 1;
+            if frames % 3 == 1 {
+                link.respond(1, request.pts, true, &[]);
+            } else {
+                link.answer(request);
+            }
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=1");
+    for beginning in ["the start", "a flush"] {
+        encoder.push().unwrap();
+        for is_first in [true, false] {
+            encoder.push().unwrap();
+            let flags = encoder.pull().flags();
+            let is_marked = flags.contains(gst::BufferFlags::DISCONT);
+            assert_eq!(is_marked, is_first, "{beginning}");
+        }
+        encoder.flush();
+    }
+}
+
+#[test]
 fn a_failure_downstream_is_told_though_no_frame_follows() {
     let error = negotiation::with_filter(1, "identity error-after=1").expect("an error");
     assert!(error.contains("Failed after"), "{error}");

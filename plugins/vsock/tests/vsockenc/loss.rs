@@ -164,6 +164,50 @@ fn nothing_leaves_after_a_loss_before_a_keyframe() {
 }
 
 #[test]
+fn a_loss_is_marked_though_a_flush_takes_the_frame_that_would_say_so() {
+    let mut frames = 0;
+    let peer = Peer::new(move |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            frames += 1;
+            match frames {
+                2 => return Then::Close,
+                // The base class would mark this one.
+                4 => refuse(link, ErrorCode::ENCODE_FAILED, "not this one"),
+                _ => link.answer(request),
+            }
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=4");
+    encoder.push().unwrap();
+    encoder.pull();
+    let pad = encoder.element().static_pad("src").unwrap();
+    {
+        // Frames leave under this lock: the second one's loss cannot be told, nor what comes after it.
+        let _held = pad.stream_lock();
+        encoder.push().unwrap();
+        peer.wait_for(|seen| matches!(seen, Seen::Closed).then_some(()));
+        peer.wait_for(|seen| matches!(seen, Seen::Connected).then_some(()));
+        // Those that find no host are dropped at once.
+        let dropped = loop {
+            let dropped = encoder.stat("dropped");
+            encoder.push().unwrap();
+            if encoder.stat("dropped") == dropped {
+                break dropped;
+            }
+        };
+        encoder.wait_for_answers();
+        encoder.flush();
+        assert_eq!(encoder.stat("dropped"), dropped);
+    }
+    encoder.push().unwrap();
+    encoder.wait_for_answers();
+    encoder.push().unwrap();
+    assert!(encoder.pull().flags().contains(gst::BufferFlags::DISCONT));
+}
+
+#[test]
 fn a_host_that_stays_away_is_an_error_after_the_reconnect_timeout() {
     let peer = Peer::answering();
     let mut encoder = Encoder::new(peer.port(), "reconnect-timeout=300");

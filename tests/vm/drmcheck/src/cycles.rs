@@ -3,7 +3,7 @@
 //! `vsockenc` started and stopped again and again, each time with another DMA-BUF.
 
 use gst::prelude::*;
-use zerocopy_test_support::process::Usage;
+use zerocopy_test_support::process::{Usage, without_caches};
 
 use crate::Outcome;
 use crate::frames::Frames;
@@ -33,6 +33,7 @@ pub struct Options {
 /// "marker ID" of a resource that is made after them, and "flat" where no descriptor, thread or memory
 /// is left.
 pub fn show(options: &Options) -> Outcome<()> {
+    without_caches();
     gst::init()?;
     for number in 0..WARM_UP {
         cycle(options, number)?;
