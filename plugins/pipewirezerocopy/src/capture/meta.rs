@@ -7,6 +7,7 @@
 
 use std::mem::offset_of;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use libspa::param::video::VideoFormat;
 use libspa::sys as spa_sys;
@@ -82,7 +83,8 @@ impl<'a> Metas<'a> {
     pub fn users(&self) -> Option<Users> {
         let bytes = self.find(spa_sys::SPA_META_Busy)?;
         let fits = bytes.len >= size_of::<spa_sys::spa_meta_busy>();
-        fits.then_some(Users(bytes.address.cast()))
+        let busy: *mut spa_sys::spa_meta_busy = bytes.address.cast();
+        (fits && busy.is_aligned()).then_some(Users(busy))
     }
 
     /// When the buffer may be read and drawn into, where that is said by timelines.
@@ -159,18 +161,18 @@ impl<'a> Metas<'a> {
 /// producer gets none that somebody has. Kept by itself, so that a look at all buffers touches no more
 /// of each.
 #[derive(Clone, Copy)]
-pub(super) struct Users(*const spa_sys::spa_meta_busy);
+pub(super) struct Users(*mut spa_sys::spa_meta_busy);
 
 impl Users {
-    /// Whether somebody has the buffer.
+    /// How many have the buffer.
     ///
     /// # Safety
     /// The buffer must not be removed yet.
-    pub unsafe fn any(self) -> bool {
-        // SAFETY: `Metas::users` has seen that it fits in the bytes, which are mapped for as long as the
-        // buffer is there. Every process with the buffer writes there, so it is read once; nothing
-        // depends on when.
-        unsafe { (&raw const (*self.0).count).read_unaligned() > 0 }
+    pub unsafe fn count(self) -> u32 {
+        // SAFETY: `Metas::users` has seen that it is aligned and fits in the bytes, which are mapped for as
+        // long as the buffer is there. PipeWire, too, changes it as an atomic, here and in other processes.
+        let count = unsafe { AtomicU32::from_ptr(&raw mut (*self.0).count) };
+        count.load(Ordering::Relaxed)
     }
 }
 

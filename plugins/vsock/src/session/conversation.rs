@@ -49,6 +49,8 @@ pub(super) struct Open {
     pub forced: bool,
     /// The session's, when the frame was submitted.
     pub epoch: u32,
+    /// When its frame was submitted.
+    pub submitted: Instant,
     /// When its request was first handed to the connection.
     pub sent: Instant,
     pub wait: Wait,
@@ -239,7 +241,7 @@ impl Conversation {
                     worker.format = Some(format);
                     self.send_format(worker, connection, format)?;
                 }
-                Item::Frame(request, epoch) => {
+                Item::Frame(request, epoch, submitted) => {
                     let interval = worker.settings.keyframe_interval;
                     let due = interval > 0 && worker.since_keyframe >= interval;
                     // After a flush nobody has what this frame could refer to.
@@ -261,6 +263,7 @@ impl Conversation {
                         pixels: 0,
                         forced,
                         epoch,
+                        submitted,
                         sent: Instant::now(),
                         wait: Wait::ForFrame,
                         tag: RequestTag::default(),

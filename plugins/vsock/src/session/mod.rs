@@ -22,7 +22,7 @@ use std::io;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use helix_protocol::message::{Config, FrameResponse};
 use helix_protocol::wait::{Deadline, Waiter, Wake, Waker};
@@ -78,7 +78,9 @@ pub struct AccessUnit {
     pub data: Payload,
     /// The first one of a connection that followed another, a keyframe.
     pub after_loss: bool,
-    /// Time from the request's sending to this.
+    /// Its request asked for a keyframe.
+    pub forced: bool,
+    /// Time from the request's submission to this.
     pub took: Duration,
 }
 
@@ -178,8 +180,8 @@ enum Status {
 
 enum Item {
     Format(Format),
-    /// With [`State::epoch`] at the time when it was submitted.
-    Frame(Request, u32),
+    /// With [`State::epoch`] at the time when it was submitted, and that time.
+    Frame(Request, u32, Instant),
 }
 
 struct State {
@@ -375,7 +377,9 @@ impl Session {
                 state.open += 1;
                 state.limit = limit(&state);
                 let epoch = state.epoch;
-                state.queue.push_back(Item::Frame(request, epoch));
+                state
+                    .queue
+                    .push_back(Item::Frame(request, epoch, Instant::now()));
                 drop(state);
                 self.waker.wake();
                 Submission::Accepted

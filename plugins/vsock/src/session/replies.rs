@@ -175,14 +175,14 @@ impl Conversation {
             worker.report_dropped(open.frame, open.epoch, reason);
         } else {
             self.passed_over = None;
-            let took = open.sent.elapsed();
             let access_unit = AccessUnit {
                 response,
                 data,
                 after_loss: std::mem::take(&mut self.after_loss),
-                took,
+                forced: open.forced,
+                took: open.submitted.elapsed(),
             };
-            worker.shared.counts().reply.add(took);
+            worker.shared.counts().reply.add(open.sent.elapsed());
             worker.shared.deliver(Delivery {
                 frame: open.frame,
                 epoch: open.epoch,

@@ -261,7 +261,7 @@ impl Worker {
         for item in queue {
             match item {
                 Item::Format(format) => self.format = Some(format),
-                Item::Frame(request, epoch) => {
+                Item::Frame(request, epoch, _) => {
                     self.drop_frame(request.frame, epoch, "the host was lost");
                 }
             }

@@ -313,69 +313,26 @@ impl VideoEncoderImpl for VsockEnc {
         &self,
         frame: gst_video::VideoCodecFrame,
     ) -> Result<gst::FlowSuccess, gst::FlowError> {
-        let needs_keyframe = {
-            let mut output = lock(&self.output);
-            output.take_flow()?;
-            output.needs_keyframe()
-        };
         let number = frame.system_frame_number();
-        let buffer = frame.input_buffer_owned().ok_or(gst::FlowError::Error)?;
-        let nanos = |time: gst::ClockTime| time.nseconds() as i64;
-        // Legacy hosts say by the PTS which picture they answer (quirk 3 of docs/protocol.md).
-        let pts = frame
-            .pts()
-            .map_or_else(|| i64::from(number) * NO_PTS_STEP_NS, nanos);
-        let duration = frame.duration().map_or(0, nanos);
         let flags = frame.flags();
-        let force_keyframe =
-            needs_keyframe || flags.contains(gst_video::VideoCodecFrameFlags::FORCE_KEYFRAME);
-        let is_late = self.obj().is_qos_enabled() && self.obj().max_encode_time(&frame) < 0;
-        // It holds the stream lock (L24); its number finds it again.
-        drop(frame);
-        if is_late && !force_keyframe {
-            // Raw frames may go, encoded ones may not (L26).
-            return self.pass_over(number, false, "it is too late for the sink (qos)");
-        }
-
-        let (info, resources) = lock(&self.streaming)
-            .as_ref()
-            .and_then(|streaming| {
-                let input = streaming.input.as_ref()?;
-                Some((input.info.clone(), streaming.resources.clone()))
-            })
-            .ok_or(gst::FlowError::NotNegotiated)?;
-        let picture = Picture::new(buffer, &info).map_err(|reason| {
-            gst::element_imp_error!(
-                self,
-                gst::StreamError::Encode,
-                ["a buffer cannot be read as a frame: {reason}"]
-            );
-            gst::FlowError::Error
-        })?;
-        if !self.wait_for_writers(&picture)? {
-            return self.pass_over(number, force_keyframe, "what draws it is not done");
-        }
-        let request = Request {
-            frame: number,
-            pts,
-            duration,
-            force_keyframe,
-            resource: self.resource(&picture, resources.as_deref())?,
-            picture,
-        };
-        let max_in_flight = lock(&self.settings).max_in_flight;
-        let submission =
-            self.wait(|session, waiter| session.submit(waiter, max_in_flight, request));
-        match submission.unwrap_or(Submission::Cancelled) {
-            Submission::Accepted => {
-                lock(&self.output).keyframe_due = false;
-                Ok(gst::FlowSuccess::Ok)
+        let is_forced = flags.contains(gst_video::VideoCodecFrameFlags::FORCE_KEYFRAME);
+        let flow = lock(&self.output).take_flow();
+        let result = match flow {
+            Ok(_) => match self.submit(frame) {
+                // A flush or a state change, in which the base class forgets all frames.
+                Err(gst::FlowError::Flushing) => return Err(gst::FlowError::Flushing),
+                result => result,
+            },
+            Err(error) => {
+                drop(frame);
+                Err(error)
             }
-            Submission::NoHost => self.pass_over(number, force_keyframe, "no host"),
-            Submission::Cancelled => Err(gst::FlowError::Flushing),
-            Submission::Failed => Err(gst::FlowError::Error),
-            Submission::CannotWait(reason) => Err(self.cannot_wait(reason)),
+        };
+        if let Err(error) = result {
+            // It keeps this one until it is finished, whatever is said of it here.
+            self.pass_over(number, is_forced, &format!("{error}"))?;
         }
+        result
     }
 
     fn finish(&self) -> Result<gst::FlowSuccess, gst::FlowError> {
@@ -478,6 +435,72 @@ impl VsockEnc {
         }
         self.finish_without_output(number, reason);
         Ok(gst::FlowSuccess::Ok)
+    }
+
+    /// Gives a frame to the session.
+    fn submit(
+        &self,
+        frame: gst_video::VideoCodecFrame,
+    ) -> Result<gst::FlowSuccess, gst::FlowError> {
+        let number = frame.system_frame_number();
+        let buffer = frame.input_buffer_owned().ok_or(gst::FlowError::Error)?;
+        let nanos = |time: gst::ClockTime| time.nseconds() as i64;
+        // Legacy hosts say by the PTS which picture they answer (quirk 3 of docs/protocol.md).
+        let pts = frame
+            .pts()
+            .map_or_else(|| i64::from(number) * NO_PTS_STEP_NS, nanos);
+        let duration = frame.duration().map_or(0, nanos);
+        let flags = frame.flags();
+        let linked = self.obj().src_pad().is_linked();
+        let force_keyframe = lock(&self.output).needs_keyframe(linked)
+            || flags.contains(gst_video::VideoCodecFrameFlags::FORCE_KEYFRAME);
+        let is_late = self.obj().is_qos_enabled() && self.obj().max_encode_time(&frame) < 0;
+        // It holds the stream lock (L24); its number finds it again.
+        drop(frame);
+        if is_late && !force_keyframe {
+            // Raw frames may go, encoded ones may not (L26).
+            return self.pass_over(number, false, "it is too late for the sink (qos)");
+        }
+
+        let (info, resources) = lock(&self.streaming)
+            .as_ref()
+            .and_then(|streaming| {
+                let input = streaming.input.as_ref()?;
+                Some((input.info.clone(), streaming.resources.clone()))
+            })
+            .ok_or(gst::FlowError::NotNegotiated)?;
+        let picture = Picture::new(buffer, &info).map_err(|reason| {
+            gst::element_imp_error!(
+                self,
+                gst::StreamError::Encode,
+                ["a buffer cannot be read as a frame: {reason}"]
+            );
+            gst::FlowError::Error
+        })?;
+        if !self.wait_for_writers(&picture)? {
+            return self.pass_over(number, force_keyframe, "what draws it is not done");
+        }
+        let request = Request {
+            frame: number,
+            pts,
+            duration,
+            force_keyframe,
+            resource: self.resource(&picture, resources.as_deref())?,
+            picture,
+        };
+        let max_in_flight = lock(&self.settings).max_in_flight;
+        let submission =
+            self.wait(|session, waiter| session.submit(waiter, max_in_flight, request));
+        match submission.unwrap_or(Submission::Cancelled) {
+            Submission::Accepted => {
+                lock(&self.output).keyframe_due = false;
+                Ok(gst::FlowSuccess::Ok)
+            }
+            Submission::NoHost => self.pass_over(number, force_keyframe, "no host"),
+            Submission::Cancelled => Err(gst::FlowError::Flushing),
+            Submission::Failed => Err(gst::FlowError::Error),
+            Submission::CannotWait(reason) => Err(self.cannot_wait(reason)),
+        }
     }
 
     /// Waits, on the streaming thread, until every frame is finished.

@@ -173,14 +173,18 @@ impl VsockEnc {
         let Some(mut reason) = format.refused_by(&host) else {
             return Ok(());
         };
-        if format.pixels > nv12_bytes(info) && nv12_bytes(info) <= host.max_pixels() as usize {
+        let as_nv12 = Format {
+            pixels: nv12_bytes(info),
+            ..*format
+        };
+        if format.pixels > as_nv12.pixels && as_nv12.refused_by(&host).is_none() {
             reason.push_str(", or send NV12");
         }
         Err(reason)
     }
 }
 
-/// Width and height of frames as they are sent. Odd sides of NV12 cannot be said (docs/protocol.md,
+/// Width and height of frames as they are sent, unless they are cropped. Odd sides of NV12 cannot be said (docs/protocol.md,
 /// "Pixels"): the next even ones are sent.
 pub(super) fn sent_size(info: &gst_video::VideoInfo) -> (u32, u32) {
     match pixel_format(info.format()) {

@@ -59,7 +59,7 @@ impl Latency {
         self.reported.max(self.frame.saturating_mul(in_flight))
     }
 
-    /// A frame took this long, from its sending to its reply; whether something else is to be
+    /// A frame took this long, from its submission to its reply; whether something else is to be
     /// reported from now on. Each time everybody in the pipeline is asked anew, so it is seldom:
     /// at most once in [`LATE`] replies, and only more than before.
     pub fn took(&mut self, took: Duration) -> bool {

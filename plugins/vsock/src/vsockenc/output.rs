@@ -40,9 +40,12 @@ pub(super) struct Output {
     /// them.
     unfinished: Vec<u32>,
     /// The next access unit that leaves follows the one before it: not the first one, nor after a
-    /// flush or a loss. The base class marks only the picture it got first, which may be lost.
+    /// flush or a loss, nor where downstream did not take that one. Else it is a keyframe, and marked:
+    /// the base class marks only the picture it got first, which may be lost.
     continues: bool,
-    /// Access units that came while there were no caps.
+    /// Downstream did not take what the next ones refer to. A keyframe is to be asked for once it may.
+    refused: bool,
+    /// Access units in a row with which no stream can begin, though a keyframe was asked for.
     useless: u32,
     /// A picture that was to be a keyframe was not sent: the next one is to be one.
     pub keyframe_due: bool,
@@ -53,6 +56,8 @@ pub(super) struct Output {
     /// What the session counts. It stays, as all of this, until the element is started again.
     pub counts: Arc<Mutex<Counts>>,
     latency: Latency,
+    /// Frames that the host takes at once; none while that is not known.
+    host_in_flight: Option<u32>,
 }
 
 impl Output {
@@ -73,8 +78,9 @@ impl Output {
     }
 
     /// Whether a keyframe is to be asked for that nobody else asks for: the last one was of no use, or
-    /// was not sent.
-    pub fn needs_keyframe(&self) -> bool {
+    /// was not sent, or downstream, if it is `linked` again, lacks what comes before.
+    pub fn needs_keyframe(&mut self, linked: bool) -> bool {
+        self.keyframe_due |= linked && std::mem::take(&mut self.refused);
         self.keyframe_due || (self.stream_caps.is_none() && self.useless > 0)
     }
 
@@ -93,6 +99,8 @@ impl Output {
         self.flow = None;
         self.unfinished.clear();
         self.continues = false;
+        // What comes after a flush begins with a keyframe anyhow.
+        self.refused = false;
     }
 }
 
@@ -129,9 +137,10 @@ impl Client for Handle {
                 "connected to {} ({peer}), {host:?}",
                 self.address
             );
-            element
-                .imp()
-                .set_resolves(host.can(Capabilities::RESOURCE_IDS));
+            let imp = element.imp();
+            imp.set_resolves(host.can(Capabilities::RESOURCE_IDS));
+            lock(&imp.output).host_in_flight = Some(host.max_in_flight.into());
+            imp.report_latency();
         }
         self.post(ConnectionState::Connected, peer, way, "");
     }
@@ -233,9 +242,11 @@ impl VsockEnc {
             response,
             data,
             after_loss,
+            forced,
             ..
         } = access_unit;
         let obj = self.obj();
+        let linked = obj.src_pad().is_linked();
         // Kept until one really leaves.
         lock(&self.output).continues &= !after_loss;
         // None after a flush. Holds the stream lock.
@@ -246,41 +257,48 @@ impl VsockEnc {
         let caps = {
             let mut output = lock(&self.output);
             let caps = output.caps_before(response.is_keyframe, &data);
-            if output.stream_caps.is_none() {
-                output.useless += 1;
-                let useless = output.useless;
+            let has_caps = output.stream_caps.is_some();
+            if !has_caps || (!output.continues && !response.is_keyframe) {
+                // Else it was on its way before downstream was seen not to take what it refers to.
+                let in_vain = !has_caps || forced;
+                output.useless += u32::from(in_vain);
+                output.refused |= in_vain;
+                let is_hopeless = in_vain && output.useless == REFUSALS;
                 drop(output);
                 drop(frame);
                 self.finish_without_output(number, "no keyframe with parameter sets came yet");
-                if useless == REFUSALS {
+                if is_hopeless {
                     self.see_useless();
+                } else if has_caps && !linked {
+                    self.see_flow(gst::FlowError::NotLinked);
                 }
                 return;
             }
+            output.useless = 0;
             output.frames += 1;
             continues = std::mem::replace(&mut output.continues, true);
             caps
         };
-        let result = caps
-            .map_or(Ok(()), |caps| {
-                self.set_output_caps(caps)?;
-                self.finish_unfinished()
-            })
-            .and_then(|()| {
-                if response.is_keyframe {
-                    frame.set_flags(gst_video::VideoCodecFrameFlags::SYNC_POINT);
-                }
-                // The hosts do not reorder, and some say nonsense here.
-                frame.set_dts(frame.pts());
-                let mut buffer = gst::Buffer::from_mut_slice(data);
-                if !continues {
-                    buffer.make_mut().set_flags(gst::BufferFlags::DISCONT);
-                }
-                frame.set_output_buffer(buffer);
-                gst::trace!(CAT, imp = self, "frame {number} is encoded");
-                obj.finish_frame(frame).map(|_| ())
-            });
-        if let Err(error) = result {
+        if let Some(caps) = caps
+            && let Err(error) = self.set_output_caps(caps)
+        {
+            drop(frame);
+            self.finish_without_output(number, "its caps are not taken");
+            return self.see_flow(error);
+        }
+        self.finish_unfinished();
+        if response.is_keyframe {
+            frame.set_flags(gst_video::VideoCodecFrameFlags::SYNC_POINT);
+        }
+        // The hosts do not reorder, and some say nonsense here.
+        frame.set_dts(frame.pts());
+        let mut buffer = gst::Buffer::from_mut_slice(data);
+        if !continues {
+            buffer.make_mut().set_flags(gst::BufferFlags::DISCONT);
+        }
+        frame.set_output_buffer(buffer);
+        gst::trace!(CAT, imp = self, "frame {number} is encoded");
+        if let Err(error) = obj.finish_frame(frame) {
             self.see_flow(error);
         }
     }
@@ -295,29 +313,35 @@ impl VsockEnc {
     /// Tells the base class what the latency is now; it posts a latency message where that is
     /// something else than before.
     pub(super) fn report_latency(&self) {
-        let in_flight = lock(&self.settings).max_in_flight;
-        let (least, most) = {
-            let latency = &lock(&self.output).latency;
-            (latency.reported(), latency.most(in_flight))
-        };
-        gst::info!(
-            CAT,
-            imp = self,
-            "latency is {least:?} now, at most {most:?}"
-        );
-        let time = |duration: Duration| gst::ClockTime::from_nseconds(duration.as_nanos() as u64);
-        self.obj().set_latency(time(least), time(most));
+        let mut told = None;
+        loop {
+            let in_flight = lock(&self.settings).max_in_flight;
+            let now = {
+                let output = lock(&self.output);
+                let in_flight = in_flight.min(output.host_in_flight.unwrap_or(in_flight));
+                let latency = &output.latency;
+                (latency.reported(), latency.most(in_flight))
+            };
+            // Another thread may have told what was true before.
+            if told.replace(now) == Some(now) {
+                return;
+            }
+            let [least, most] = [now.0, now.1]
+                .map(|time| gst::ClockTime::try_from(time).unwrap_or(gst::ClockTime::MAX));
+            gst::info!(CAT, imp = self, "latency is {least} now, at most {most}");
+            self.obj().set_latency(least, most);
+        }
     }
 
     /// Finishes the frames that were dropped before there were caps.
-    fn finish_unfinished(&self) -> Result<(), gst::FlowError> {
+    fn finish_unfinished(&self) {
         let unfinished = std::mem::take(&mut lock(&self.output).unfinished);
         for number in unfinished {
             if let Some(frame) = self.obj().frame(number as i32) {
-                self.obj().finish_frame(frame)?;
+                // What downstream thinks of it, it says of the next one, too.
+                let _ = self.obj().finish_frame(frame);
             }
         }
-        Ok(())
     }
 
     /// Downstream takes no more: upstream learns it with its next frame, or at the end; whoever
@@ -325,7 +349,12 @@ impl VsockEnc {
     fn see_flow(&self, error: gst::FlowError) {
         use gst::FlowError::{Eos, Flushing, NotLinked};
         gst::debug!(CAT, imp = self, "downstream says {error:?}");
-        let first = lock(&self.output).flow.replace(error).is_none();
+        let first = {
+            let mut output = lock(&self.output);
+            output.continues = false;
+            output.refused = true;
+            output.flow.replace(error).is_none()
+        };
         if first && !matches!(error, Flushing | Eos | NotLinked) {
             gst::element_imp_error!(
                 self,

@@ -50,16 +50,27 @@ fn flow(encoder: &mut Encoder) -> Option<gst::FlowError> {
     (0..100).find_map(|_| encoder.push().err())
 }
 
-/// Expects that a buffer leaves, and that there was no error.
+/// Expects that buffers leave, of which the first can be decoded and says that some were lost, and
+/// that there was no error.
 fn goes_on(encoder: &mut Encoder) {
-    let left = (0..100).any(|_| {
+    let left = (0..100).find_map(|_| {
         // What was under way may have failed.
         let _ = encoder.push();
-        encoder.harness.try_pull().is_some()
+        encoder.harness.try_pull()
     });
-    assert!(left, "no frame leaves");
+    let flags = left.expect("no frame leaves").flags();
+    assert!(!flags.contains(gst::BufferFlags::DELTA_UNIT), "{flags:?}");
+    assert!(flags.contains(gst::BufferFlags::DISCONT), "{flags:?}");
     let error = encoder.message(gst::MessageType::Error, Duration::ZERO);
     assert!(error.is_none(), "{error:?}");
+}
+
+/// Expects that the base class waits for no frame once all have left.
+fn nothing_is_left(encoder: &mut Encoder) {
+    assert!(encoder.harness.push_event(gst::event::Eos::new()));
+    let element = encoder.element();
+    let element = element.downcast_ref::<gst_video::VideoEncoder>().unwrap();
+    assert_eq!(element.frames().len(), 0);
 }
 
 fn relink(encoder: &mut Encoder) {
@@ -74,26 +85,28 @@ fn relink(encoder: &mut Encoder) {
 #[test]
 fn encoding_goes_on_when_downstream_is_linked_again() {
     let peer = Peer::answering();
-    let mut encoder = Encoder::new(peer.port(), "max-in-flight=1");
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=1 keyframe-interval=0");
     encoder.push().unwrap();
     encoder.pull();
     relink(&mut encoder);
     relink(&mut encoder);
+    nothing_is_left(&mut encoder);
 }
 
 #[test]
 fn a_stream_may_begin_unlinked() {
     let peer = Peer::answering();
-    let mut encoder = Encoder::new(peer.port(), "max-in-flight=1");
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=1 keyframe-interval=0");
     relink(&mut encoder);
     let caps = encoder.harness.sinkpad().unwrap().current_caps().unwrap();
     assert!(caps.to_string().contains("level"), "{caps}");
+    nothing_is_left(&mut encoder);
 }
 
 #[test]
 fn encoding_goes_on_when_downstream_has_flushed_on_its_own() {
     let peer = Peer::answering();
-    let mut encoder = Encoder::new(peer.port(), "max-in-flight=1");
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=1 keyframe-interval=0");
     let pad = encoder.element().static_pad("src").unwrap();
     let probe = pad.add_probe(gst::PadProbeType::BUFFER, |_, info| {
         info.flow_res = Err(gst::FlowError::Flushing);
@@ -102,4 +115,5 @@ fn encoding_goes_on_when_downstream_has_flushed_on_its_own() {
     assert_eq!(flow(&mut encoder), Some(gst::FlowError::Flushing));
     pad.remove_probe(probe.unwrap());
     goes_on(&mut encoder);
+    nothing_is_left(&mut encoder);
 }
