@@ -10,7 +10,7 @@ use gst::prelude::*;
 use gst_check::Harness;
 use helix_protocol::Message;
 use helix_protocol::message::{Capabilities, FrameRequest};
-use zerocopy_test_support::peer::{Greets, KEYFRAME, LONG, Peer, Seen, Then, hello};
+use zerocopy_test_support::peer::{Greets, Hello, KEYFRAME, LONG, Peer, Seen, Then, hello};
 
 use super::*;
 
@@ -445,6 +445,25 @@ fn latency_is_a_frame_at_first_and_then_what_the_host_takes() {
     let (least, most) = latency(&encoder);
     assert!(least > gst::ClockTime::from_useconds(1), "{least}");
     assert_eq!(most, Some(least));
+}
+
+#[test]
+fn latency_is_at_most_what_the_host_takes_at_once() {
+    let one = Hello {
+        max_in_flight: 1,
+        ..hello(Capabilities::REQUEST_IDS)
+    };
+    let peer = Peer::greeting(Greets::With(one), |link, envelope| {
+        if let Message::FrameRequest(request, _) = &envelope.message {
+            link.answer(request);
+        }
+        link.pong(envelope);
+        Then::GoOn
+    });
+    let mut encoder = Encoder::new(peer.port(), "max-in-flight=16");
+    encoder.push().unwrap();
+    encoder.pull();
+    assert_eq!(latency(&encoder), (FRAME, Some(FRAME)));
 }
 
 #[test]

@@ -29,6 +29,7 @@ enum Told {
         frame: u32,
         data: Vec<u8>,
         after_loss: bool,
+        took: Duration,
     },
     Dropped(u32),
     Refused,
@@ -60,6 +61,7 @@ impl Client for Recorder {
             frame,
             data: access_unit.data.to_vec(),
             after_loss: access_unit.after_loss,
+            took: access_unit.took,
         });
     }
 
