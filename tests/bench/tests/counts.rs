@@ -84,7 +84,8 @@ fn picture(width: u32, height: u32, format: &str, padding: u32) -> Value {
     json!({ "width": width, "height": height, "format": format, "padding": padding })
 }
 
-/// Every layout that is sent in another way: tight, padded, and padded by more than the pixels.
+/// Every layout that is sent in another way: tight, padded, padded by more than the pixels, and with
+/// rows that are sent longer than they are.
 fn layouts(width: u32, height: u32) -> Vec<Value> {
     vec![
         picture(width, height, "BGRA", 0),
@@ -93,6 +94,7 @@ fn layouts(width: u32, height: u32) -> Vec<Value> {
         picture(width, height, "NV12", 0),
         picture(width, height, "NV12", 64),
         picture(width, height, "NV12", 2 * width),
+        picture(width - 1, height, "NV12", 1),
     ]
 }
 
