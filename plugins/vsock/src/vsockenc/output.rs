@@ -275,6 +275,7 @@ impl VsockEnc {
                 return;
             }
             output.useless = 0;
+            output.refused = false;
             output.frames += 1;
             continues = std::mem::replace(&mut output.continues, true);
             caps
