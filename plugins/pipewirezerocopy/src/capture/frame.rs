@@ -11,7 +11,7 @@
 
 use std::collections::VecDeque;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::damage::Damage;
@@ -53,8 +53,6 @@ pub struct Pool {
     out: AtomicUsize,
     /// Those that the producer has not because other consumers of its node have them.
     elsewhere: AtomicUsize,
-    /// There are such: a buffer was seen that two have.
-    shared: AtomicBool,
 }
 
 impl Pool {
@@ -80,21 +78,11 @@ impl Pool {
         self.out.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// Notes how many have each buffer, when one has come that is not out yet. All that are out are
-    /// in use, and so may be all others: there are producers that take every buffer that they can draw into.
-    /// But what one consumer has the producer has not, so two are two consumers.
-    pub(super) fn see_users(&self, users: impl Iterator<Item = u32>) {
-        let (mut in_use, mut shared) = (0_usize, false);
-        for count in users {
-            in_use += usize::from(count > 0);
-            shared |= count > 1;
-        }
+    /// Notes how many buffers somebody has, when one has come that is not out yet. All that are out are
+    /// among them. A producer that takes every buffer that it can draw into looks like another consumer.
+    pub(super) fn see_in_use(&self, buffers: usize) {
         let ours = self.out.load(Ordering::Relaxed) + 1;
-        let others = in_use.saturating_sub(ours + DRAWN);
-        // Others are known for as long as they have any.
-        let shared = shared || (others > 0 && self.shared.load(Ordering::Relaxed));
-        self.shared.store(shared, Ordering::Relaxed);
-        let others = if shared { others } else { 0 };
+        let others = buffers.saturating_sub(ours + DRAWN);
         self.elsewhere.store(others, Ordering::Relaxed);
     }
 
@@ -468,7 +456,6 @@ pub(super) mod tests {
     use crate::capture::geometry::{Chunk, Region};
     use crate::capture::negotiate::Color;
     use std::fs::File;
-    use std::iter::repeat_n;
     use std::os::fd::{AsFd, AsRawFd, FromRawFd};
     use std::os::unix::fs::FileExt;
 
@@ -713,35 +700,26 @@ pub(super) mod tests {
 
     #[test]
     fn what_other_consumers_of_the_node_have_cannot_be_passed_on() {
-        let pool = || {
+        // One is the buffer that has come, and one what the producer draws into.
+        for (in_use, most) in [(1, 4), (2, 4), (3, 3), (6, 0), (8, 0)] {
             let pool = Pool::default();
             for _ in 0..8 {
                 pool.add();
             }
-            pool
-        };
-        let passed = |pool: &Pool| (0..32).filter(|_| pool.pass_one(false)).count();
-        let in_use = |buffers: usize| [2].into_iter().chain(repeat_n(1, buffers - 1));
-        // One is the buffer that has come, and one what the producer draws into.
-        for (buffers, most) in [(1, 4), (2, 4), (3, 3), (6, 0), (8, 0)] {
-            let pool = pool();
-            pool.see_users(in_use(buffers));
-            assert_eq!(passed(&pool), most);
+            pool.see_in_use(in_use);
+            assert_eq!((0..32).filter(|_| pool.pass_one(false)).count(), most);
         }
-        let alone = pool();
-        alone.see_users([1; 8].into_iter());
-        assert_eq!(passed(&alone), 4, "the producer has them all to draw into");
-        let pool = pool();
+        let pool = Pool::default();
+        for _ in 0..8 {
+            pool.add();
+        }
         pool.out.store(2, Ordering::Relaxed);
         assert!(!pool.is_short(), "six are left");
-        pool.see_users(in_use(2 + 1 + 4));
+        pool.see_in_use(2 + 1 + 4);
         assert!(pool.is_short(), "three");
-        pool.see_users([1; 7].into_iter());
-        assert!(pool.is_short(), "the other still has them");
-        pool.see_users([1; 4].into_iter());
-        pool.see_users([1; 7].into_iter());
-        assert!(!pool.is_short(), "it had none meanwhile");
-        pool.see_users(in_use(8));
+        pool.see_in_use(2 + 1);
+        assert!(!pool.is_short(), "the others have none any more");
+        pool.see_in_use(8);
         let dmabufs = (0..32).filter(|_| pool.pass_one(true)).count();
         assert_eq!(dmabufs, LEAST_OF_DMABUFS, "a sink keeps one");
     }

@@ -533,13 +533,20 @@ impl State {
         }
     }
 
+    /// How many of the buffers somebody has.
+    fn in_use(&self) -> usize {
+        let users = self.users.borrow();
+        // SAFETY: The buffer is in our list, so PipeWire has added and not yet removed it.
+        let used = users
+            .iter()
+            .filter(|(_, users)| unsafe { users.count() > 0 });
+        used.count()
+    }
+
     /// The frame in a buffer that has just been dequeued.
     fn frame(&self, raw: *mut pw_buffer) -> Result<Box<Frame>, Skip> {
         let received = Monotonic::now();
-        // SAFETY: The buffer is in our list, so PipeWire has added and not yet removed it.
-        let users = |(_, users): &(u64, Users)| unsafe { users.count() };
-        let pool = self.pool.borrow().clone();
-        pool.see_users(self.users.borrow().iter().map(users));
+        self.pool.borrow().see_in_use(self.in_use());
         let mut buffers = self.buffers.borrow_mut();
         // SAFETY: PipeWire has added what it lets us dequeue.
         let Some((_, buffer)) = buffers.get_mut(&unsafe { number(raw) }) else {

@@ -430,8 +430,13 @@ impl VsockEnc {
         lock(&self.output).keyframe_due |= force_keyframe;
         // These frames hold the stream lock.
         let has_events = self.obj().frames().iter().any(release::has_events);
-        if has_events && self.drain() == Submission::Cancelled {
-            return Err(gst::FlowError::Flushing);
+        if has_events {
+            match self.drain() {
+                Submission::Cancelled => return Err(gst::FlowError::Flushing),
+                // All is at its end, and may not have left yet.
+                Submission::Failed | Submission::CannotWait(_) => return Ok(gst::FlowSuccess::Ok),
+                Submission::Accepted | Submission::NoHost => {}
+            }
         }
         self.finish_without_output(number, reason);
         Ok(gst::FlowSuccess::Ok)

@@ -45,7 +45,7 @@ pub(super) struct Output {
     continues: bool,
     /// Downstream did not take what the next ones refer to. A keyframe is to be asked for once it may.
     refused: bool,
-    /// Access units in a row with which no stream can begin, though a keyframe was asked for.
+    /// Access units that came while there were no caps.
     useless: u32,
     /// A picture that was to be a keyframe was not sent: the next one is to be one.
     pub keyframe_due: bool,
@@ -219,11 +219,10 @@ impl VsockEnc {
         let Some(mut frame) = obj.frame(number as i32) else {
             return;
         };
-        let has_caps = {
-            let mut output = lock(&self.output);
-            output.dropped += 1;
-            output.stream_caps.is_some()
-        };
+        lock(&self.output).dropped += 1;
+        // Not where downstream has refused them, or of `without_caps`.
+        let state = obj.output_state();
+        let has_caps = state.is_some_and(|state| state.info().width() > 0);
         if has_caps {
             // Downstream has no part in a frame that does not come.
             let _ = obj.finish_frame(frame);
@@ -259,11 +258,11 @@ impl VsockEnc {
             let caps = output.caps_before(response.is_keyframe, &data);
             let has_caps = output.stream_caps.is_some();
             if !has_caps || (!output.continues && !response.is_keyframe) {
-                // Else it was on its way before downstream was seen not to take what it refers to.
-                let in_vain = !has_caps || forced;
-                output.useless += u32::from(in_vain);
-                output.refused |= in_vain;
-                let is_hopeless = in_vain && output.useless == REFUSALS;
+                // Asked for again, unless it was on its way before downstream was seen not to take what
+                // it refers to.
+                output.refused |= forced;
+                output.useless += u32::from(!has_caps);
+                let is_hopeless = !has_caps && output.useless == REFUSALS;
                 drop(output);
                 drop(frame);
                 self.finish_without_output(number, "no keyframe with parameter sets came yet");
@@ -274,7 +273,6 @@ impl VsockEnc {
                 }
                 return;
             }
-            output.useless = 0;
             output.refused = false;
             output.frames += 1;
             continues = std::mem::replace(&mut output.continues, true);
@@ -350,13 +348,19 @@ impl VsockEnc {
     fn see_flow(&self, error: gst::FlowError) {
         use gst::FlowError::{Eos, Flushing, NotLinked};
         gst::debug!(CAT, imp = self, "downstream says {error:?}");
-        let first = {
+        let is_news = {
             let mut output = lock(&self.output);
             output.continues = false;
             output.refused = true;
-            output.flow.replace(error).is_none()
+            // An error stays one.
+            let before = output.flow;
+            let is_news = before.is_none_or(|before| matches!(before, Flushing | NotLinked));
+            if is_news {
+                output.flow = Some(error);
+            }
+            is_news
         };
-        if first && !matches!(error, Flushing | Eos | NotLinked) {
+        if is_news && !matches!(error, Flushing | Eos | NotLinked) {
             gst::element_imp_error!(
                 self,
                 gst::StreamError::Failed,
