@@ -49,11 +49,11 @@ pub fn done_alone(test: &str) -> bool {
     }
     let output = itself().args(["--exact", test]).output();
     let output = output.expect("this program can be started");
-    let text = String::from_utf8_lossy(&output.stdout);
+    let said = String::from_utf8_lossy(&output.stdout);
     let errors = String::from_utf8_lossy(&output.stderr);
     // It is content without a test of that name too.
-    let passed = output.status.success() && text.contains("1 passed");
-    assert!(passed, "{test} by itself:\n{text}{errors}");
+    let passed = output.status.success() && said.contains("1 passed");
+    assert!(passed, "{test} by itself:\n{said}{errors}");
     true
 }
 
