@@ -33,15 +33,41 @@ const WITHOUT_CACHES: [(&str, &str); 2] = [
 /// Starts this program over, with the same arguments, unless its allocators have no caches already:
 /// then [`Usage`] is exact. To be called before anything else, as what was begun is lost.
 pub fn without_caches() {
-    if WITHOUT_CACHES.map(|(name, value)| env::var(name).as_deref() == Ok(value)) == [true; 2] {
+    if !has_caches() {
         return;
     }
-    let program = env::current_exe().expect("Linux has /proc");
-    let error = Command::new(program)
-        .args(env::args_os().skip(1))
-        .envs(WITHOUT_CACHES)
-        .exec();
+    let error = itself().args(env::args_os().skip(1)).exec();
     panic!("cannot start this program over: {error}");
+}
+
+/// Runs the test of that name, as `--exact` takes it, in a process that has nothing else to do and whose
+/// allocators have no caches; false where this is that process. Fails where the test does.
+#[must_use]
+pub fn done_alone(test: &str) -> bool {
+    if !has_caches() {
+        return false;
+    }
+    let output = itself().args(["--exact", test]).output();
+    let output = output.expect("this program can be started");
+    let said = String::from_utf8_lossy(&output.stdout);
+    let errors = String::from_utf8_lossy(&output.stderr);
+    // It is content without a test of that name too.
+    let passed = output.status.success() && said.contains("1 passed");
+    assert!(passed, "{test} by itself:\n{said}{errors}");
+    true
+}
+
+fn has_caches() -> bool {
+    WITHOUT_CACHES
+        .iter()
+        .any(|(name, value)| env::var(name).as_deref() != Ok(value))
+}
+
+/// This program without caches.
+fn itself() -> Command {
+    let mut command = Command::new(env::current_exe().expect("Linux has /proc"));
+    command.envs(WITHOUT_CACHES);
+    command
 }
 
 impl Usage {

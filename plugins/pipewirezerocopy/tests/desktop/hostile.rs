@@ -74,6 +74,24 @@ pub fn shown(painter: &Painter, run: &Run, picture: &Picture) -> gst::Sample {
     panic!("a picture that was shown did not come");
 }
 
+/// What comes out of each of these after a picture of that colour was shown. One of the colour before,
+/// which was shown again, may come first; see [`shown`].
+pub fn shown_to(painter: &Painter, runs: &[&Run], colour: u8) -> Vec<gst::Sample> {
+    painter.show(plain(colour));
+    let to = |run: &&Run| {
+        let end = Instant::now() + LONG;
+        while Instant::now() < end {
+            match run.frame_within(Duration::from_secs(1)) {
+                Some(sample) if pixels(&sample)[0] == colour => return sample,
+                Some(_) => {}
+                None => painter.show(plain(colour)),
+            }
+        }
+        panic!("a picture that was shown did not come");
+    };
+    runs.iter().map(to).collect()
+}
+
 #[test]
 fn offset_and_stride_are_honoured() {
     let desktop = desktop();
@@ -234,7 +252,7 @@ fn many_pictures_go_through_few_buffers() {
     let run = playing(&desktop, "many");
     let mut addresses = HashSet::new();
     for n in 0..=100 {
-        let sample = shown(&painter, &run, &plain(n));
+        let sample = shown_to(&painter, &[&run], n).remove(0);
         assert_eq!(pixels(&sample), vec![n; SIZE as usize]);
         let memory = sample.buffer().unwrap().peek_memory(0);
         addresses.insert(memory.map_readable().unwrap().as_ptr());

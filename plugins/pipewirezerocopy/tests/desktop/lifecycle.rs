@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use gst::prelude::*;
 use zerocopy_test_support::desktop::Recording;
-use zerocopy_test_support::process::{heap, open_fds, threads};
+use zerocopy_test_support::process::{done_alone, heap, open_fds, threads};
 
 use super::content::run_on;
 use super::hostile::{painter, plain, playing, shown};
@@ -59,8 +59,18 @@ fn one_thread_does_all_of_pipewires_work() {
     desktop.close(&cast);
 }
 
-/// Bytes more on the heap that are no leak of each start. Seen are 6 kB after 450.
-const MOST_MORE: u64 = 256 << 10;
+/// Bytes more on the heap that are no leak of each start. Seen are at most 80 after 150, and 16 after
+/// 450, with libpipewire 0.3.65; one more thread than before may have made its thread-local variables, 3 kB.
+const MOST_MORE: u64 = 5 << 10;
+
+/// GLib's pool may have so many idle threads more than before.
+const MORE_THREADS: usize = 2;
+
+/// Whether the test of that name was done, in a process whose memory can be measured.
+fn measured_elsewhere(test: &str) -> bool {
+    let _turn = turn();
+    done_alone(&format!("lifecycle::{test}"))
+}
 
 /// How often this process has memory mapped that producers and PipeWire share with it.
 fn mappings() -> usize {
@@ -95,6 +105,9 @@ fn at_rest(painter: &Painter) -> (usize, usize, usize) {
 
 #[test]
 fn five_hundred_starts_and_stops_cost_nothing() {
+    if measured_elsewhere("five_hundred_starts_and_stops_cost_nothing") {
+        return;
+    }
     let desktop = desktop();
     let painter = painter(&desktop, "often");
     let run = run_on(&desktop, "often", "video/x-raw");
@@ -110,7 +123,12 @@ fn five_hundred_starts_and_stops_cost_nothing() {
     let (open, memory) = before.unwrap();
     let now = at_rest(&painter);
     assert_eq!(now.0, open.0, "descriptors");
-    assert!(now.1 <= open.1, "{} threads after {}", now.1, open.1);
+    assert!(
+        now.1 <= open.1 + MORE_THREADS,
+        "{} threads after {}",
+        now.1,
+        open.1
+    );
     assert!(now.2 <= open.2, "{} mappings after {}", now.2, open.2);
     let grown = heap().saturating_sub(memory);
     assert!(grown < MOST_MORE, "{grown} bytes more after 450 rounds");
@@ -118,6 +136,9 @@ fn five_hundred_starts_and_stops_cost_nothing() {
 
 #[test]
 fn stopping_amid_the_start_leaves_nothing_behind() {
+    if measured_elsewhere("stopping_amid_the_start_leaves_nothing_behind") {
+        return;
+    }
     let desktop = desktop();
     let painter = painter(&desktop, "hardly");
     let run = run_on(&desktop, "hardly", "video/x-raw");
@@ -136,7 +157,12 @@ fn stopping_amid_the_start_leaves_nothing_behind() {
     // libpipewire before 0.3.72 loses those in what arrives for a stream that was just destroyed.
     let lost = 50 * usize::from(pipewire_is_before([0, 3, 72]));
     assert!(now.0 <= before.0 + lost, "{} after {}", now.0, before.0);
-    assert!(now.1 <= before.1, "{} threads after {}", now.1, before.1);
+    assert!(
+        now.1 <= before.1 + MORE_THREADS,
+        "{} threads after {}",
+        now.1,
+        before.1
+    );
     assert!(now.2 <= before.2, "{} mappings after {}", now.2, before.2);
     let grown = heap().saturating_sub(memory);
     assert!(grown < MOST_MORE, "{grown} bytes more after 150 rounds");

@@ -153,8 +153,22 @@ fn two_sources_on_one_node_both_have_its_pictures() {
     desktop.close(&cast);
 }
 
-/// Checks what two on one node of 640x480 get from a client that fills the screen, and what the first
-/// one gets when the second one has gone.
+#[test]
+fn two_sources_on_two_nodes_both_have_their_pictures() {
+    let mut desktop = desktop();
+    let casts = [0; 2].map(|_| desktop.screencast(Recording::Monitor));
+    assert_ne!(casts[0].node, casts[1].node);
+    let runs = casts
+        .each_ref()
+        .map(|cast| Run::on_node(&desktop, cast.node));
+    assert_both_show_the_client(&mut desktop, &runs);
+    for cast in &casts {
+        desktop.close(cast);
+    }
+}
+
+/// Checks what two on one node of 640x480, or on two of one monitor, get from a client that fills the
+/// screen, and what the first one gets when the second one has gone.
 pub fn assert_both_show_the_client(desktop: &mut Desktop, [first, second]: &[Run; 2]) {
     for run in [first, second] {
         // What comes is new.
