@@ -315,7 +315,7 @@ impl Drop for Mapping {
     }
 }
 
-fn page_size() -> usize {
+pub(super) fn page_size() -> usize {
     static SIZE: LazyLock<usize> = LazyLock::new(|| {
         // SAFETY: sysconf has no preconditions.
         usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap_or(4096)

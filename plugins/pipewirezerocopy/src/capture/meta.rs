@@ -79,6 +79,12 @@ impl<'a> Metas<'a> {
         unsafe { self.find(spa_sys::SPA_META_Header)?.read(0) }
     }
 
+    /// The address at which it begins, if there is any.
+    pub fn start(&self) -> Option<usize> {
+        let starts = self.0.iter().map(|meta| meta.data.addr());
+        starts.filter(|start| *start != 0).min()
+    }
+
     /// Where is counted how many have the buffer; none where that is not.
     pub fn users(&self) -> Option<Users> {
         let bytes = self.find(spa_sys::SPA_META_Busy)?;

@@ -25,6 +25,7 @@ use pipewire::sys::pw_buffer;
 use super::buffers::Buffer;
 use super::damage::Damage;
 use super::frame::{Frame, Lease, Pool};
+use super::memory::page_size;
 use super::meta::{Cursor, Metas, Users};
 use super::negotiate::{self, Fixed, PodBytes, StreamFormat};
 use super::offer::Offer;
@@ -57,6 +58,8 @@ struct State {
     buffers: RefCell<BTreeMap<u64, (*mut pw_buffer, Buffer)>>,
     /// Who has them, as far as that is counted.
     users: RefCell<Vec<(u64, Users)>>,
+    /// The metadata of one buffer lies over that of another: what is counted there is not to be trusted.
+    muddled: Cell<bool>,
     /// Counts the buffers of this generation.
     pool: RefCell<Arc<Pool>>,
     /// The producer lacks buffers that were out when they were taken away.
@@ -291,6 +294,7 @@ impl State {
             offer: RefCell::new(offer),
             buffers: RefCell::default(),
             users: RefCell::default(),
+            muddled: Cell::default(),
             pool: RefCell::default(),
             lost: Cell::default(),
             lost_before: Cell::default(),
@@ -401,6 +405,20 @@ impl State {
         if buffers.is_empty() {
             // A new generation: what is still out of the last one does not count for it.
             self.pool.replace(Arc::default());
+            self.muddled.set(false);
+        }
+        // SAFETY: PipeWire has added all of them, and not yet removed any.
+        let start = |raw| unsafe { Metas::new(metas(raw)) }.start();
+        let others = buffers.values().map(|(other, _)| start(*other));
+        if !self.muddled.get() && is_mapped_wrongly(start(raw), others) {
+            self.muddled.set(true);
+            self.log(
+                Level::Warning,
+                format_args!(
+                    "PipeWire has mixed up the metadata of buffers: pictures in shared memory are copied, \
+                     as the producer may draw into those that somebody has. With fewer buffers it would not"
+                ),
+            );
         }
         self.pool.borrow().add();
         // SAFETY: It is PipeWire's own structure, valid as above, and the field is ours.
@@ -533,8 +551,11 @@ impl State {
         }
     }
 
-    /// How many of the buffers somebody has.
+    /// How many of the buffers somebody has: all, where that cannot be known.
     fn in_use(&self) -> usize {
+        if self.muddled.get() {
+            return usize::MAX;
+        }
         let users = self.users.borrow();
         // SAFETY: The buffer is in our list, so PipeWire has added and not yet removed it.
         let used = users
@@ -623,6 +644,22 @@ impl Drop for State {
     }
 }
 
+/// Whether a buffer whose metadata begins at `start` has been given that of another, after `others` were
+/// added.
+///
+/// The metadata of a node's buffers lies in one file, in the order in which they are added. For one that
+/// crosses the border of a page libpipewire maps both pages. It finds the next ones in that mapping, but
+/// takes their place in their page, the second one, for a place in the first (`pw_memblock_map`, 0.3.65 to 1.4
+/// at least): they come before the one that crosses.
+fn is_mapped_wrongly(
+    start: Option<usize>,
+    mut others: impl Iterator<Item = Option<usize>>,
+) -> bool {
+    let page = page_size();
+    let comes_before = |start: usize, other| start < other && start / page == other / page;
+    start.is_some_and(|start| others.any(|other| other.is_some_and(|it| comes_before(start, it))))
+}
+
 /// Our number for a buffer, 0 for one that was never added.
 ///
 /// # Safety
@@ -700,6 +737,22 @@ mod tests {
             _buffer: buffer,
             _meta: meta,
             points,
+        }
+    }
+
+    #[test]
+    fn metadata_that_is_mapped_before_what_comes_before_it_is_mapped_wrongly() {
+        let page = page_size();
+        let first = Some(7 * page + 4000);
+        assert!(is_mapped_wrongly(
+            Some(7 * page + 500),
+            [None, first].into_iter()
+        ));
+        for right in [None, Some(7 * page + 4090), Some(8 * page), Some(2 * page)] {
+            assert!(
+                !is_mapped_wrongly(right, [None, first].into_iter()),
+                "{right:?}"
+            );
         }
     }
 

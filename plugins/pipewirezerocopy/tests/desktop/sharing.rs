@@ -145,6 +145,23 @@ fn two_consumers_of_a_node_that_sit_on_pictures_leave_the_producer_buffers() {
 }
 
 #[test]
+fn pictures_of_many_buffers_keep_their_content() {
+    // The metadata of so many is more than a page, and some of it is mapped over other.
+    for buffers in [10, 11, 12, 16] {
+        let desktop = desktop();
+        let painter = painter_of(&desktop, "many", buffers);
+        let run = playing(&desktop, "many");
+        let mut kept = Vec::new();
+        for colour in 0..40 {
+            kept.extend(shown_to(&painter, &[&run], colour));
+        }
+        for (sample, colour) in kept.iter().zip(0..) {
+            assert_eq!(pixels(sample), vec![colour; SIZE as usize], "{buffers}");
+        }
+    }
+}
+
+#[test]
 fn pictures_keep_their_content_when_the_stream_is_gone() {
     let desktop = desktop();
     let painter = painter(&desktop, "outlived");
